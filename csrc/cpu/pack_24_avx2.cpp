@@ -1,0 +1,90 @@
+// 2:4 packing with AVX2. See pack_24_impl.h.
+#include "pack_24.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+#include "target_avx2_begin.h"
+
+#include "nm_lanes_avx2.h"
+#include "pack_24_impl.h"
+
+namespace wanda::cpu {
+namespace {
+
+// Entry i: the byte shuffle that moves the values of two groups with non-zero bits i (four each) to the first
+// eight bytes.
+struct PackShuffles {
+  uint64_t entry[256];
+  constexpr PackShuffles() : entry() {
+    for (uint64_t i = 0; i < 256; ++i) {
+      for (uint64_t g = 0; g < 2; ++g) {
+        const uint64_t m0 = i >> (4 * g) & 1, m1 = i >> (4 * g + 1) & 1, m3 = i >> (4 * g + 3) & 1;
+        const uint64_t index0 = m0 ? 0 : m1 ? 1 : 2;
+        const uint64_t index1 = ((m0 & m1) | (~m0 & ~m1 & 1) | m3) | ((~m0 & m1) | (~m1 & 1)) << 1;
+        const uint64_t byte0 = 8 * g + 2 * index0, byte1 = 8 * g + 2 * index1;
+        entry[i] |= (byte0 | (byte0 + 1) << 8 | byte1 << 16 | (byte1 + 1) << 24) << (32 * g);
+      }
+    }
+  }
+};
+constexpr PackShuffles kPackShuffles;
+
+struct PackLanesAvx2 {
+  using Nm = NmLanesAvx2;
+
+  // One table look-up and one shuffle per two groups. pext would do as well, but is microcoded before Zen 3.
+  static void pack_8(__m128i kept, uint32_t nonzero, uint16_t* values) {
+    const __m128i shuffle = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPackShuffles.entry + nonzero));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(values), _mm_shuffle_epi8(kept, shuffle));
+  }
+
+  static uint64_t pack(const uint16_t* w, uint64_t keep, uint16_t* values) {
+    const __m256i lane_bits = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192,
+                                                16384, static_cast<int16_t>(0x8000));
+    uint64_t nonzero = 0;
+    for (int j = 0; j < 64; j += 16) {
+      const __m256i keep_bits = _mm256_set1_epi16(static_cast<int16_t>(keep >> j));
+      const __m256i keep_lanes = _mm256_cmpeq_epi16(_mm256_and_si256(keep_bits, lane_bits), lane_bits);
+      const __m256i kept =
+          _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + j)), keep_lanes);
+      const __m256i zero = _mm256_cmpeq_epi16(_mm256_slli_epi16(kept, 1), _mm256_setzero_si256());
+      const __m128i low = _mm256_castsi256_si128(kept);
+      const __m128i high = _mm256_extracti128_si256(kept, 1);
+      const __m128i zero_bytes =
+          _mm_packs_epi16(_mm256_castsi256_si128(zero), _mm256_extracti128_si256(zero, 1));
+      const uint32_t bits = ~static_cast<uint32_t>(_mm_movemask_epi8(zero_bytes)) & 0xffff;
+      pack_8(low, bits & 0xff, values + j / 2);
+      pack_8(high, bits >> 8, values + j / 2 + 4);
+      nonzero |= uint64_t{bits} << j;
+    }
+    return nonzero;
+  }
+};
+
+}  // namespace
+
+int64_t pack_24_avx2(const Pack24Params& params, int64_t begin, int64_t end) {
+  return pack_24_run<PackLanesAvx2>(params, begin, end);
+}
+
+}  // namespace wanda::cpu
+
+#include "target_end.h"
+
+#else
+
+namespace wanda::cpu {
+
+int64_t pack_24_avx2(const Pack24Params& params, int64_t begin, int64_t end) {
+  return pack_24_scalar(params, begin, end);
+}
+
+}  // namespace wanda::cpu
+
+#endif

@@ -1,0 +1,540 @@
+// Row selection on the CPU, written once for all instruction sets.
+// Include it after target_*_begin.h and the standard headers named below; it puts everything into an
+// anonymous namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "rows.h"
+
+namespace wanda::cpu {
+namespace {
+
+constexpr int64_t kBlock = 64;  // columns that a pass handles at once; rows are padded to it
+constexpr int kLimits = 8;      // thresholds counted in one pass
+constexpr int kTop = 0x8000;    // one past the largest key
+constexpr int kFirstNan = 0x7fc0;
+constexpr int64_t kRankLimit = 64;  // candidates that are ranked all against all
+constexpr int64_t kDenseStep = 1024;
+
+template <Dtype D>
+struct Element {
+  using Raw = uint16_t;
+};
+template <>
+struct Element<Dtype::kFloat32> {
+  using Raw = uint32_t;
+};
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// |w| of a raw element. The half-precision path has no denormal float in it.
+template <Dtype D>
+inline float magnitude(typename Element<D>::Raw raw) {
+  if constexpr (D == Dtype::kFloat32) {
+    return float_of(raw & 0x7fffffffu);
+  } else if constexpr (D == Dtype::kBFloat16) {
+    return float_of(static_cast<uint32_t>(raw & 0x7fffu) << 16);
+  } else {
+    const uint32_t half = raw & 0x7fffu;
+    const uint32_t exponent_shift = half >= 0x7c00u ? 224u << 23 : 112u << 23;
+    const float small = static_cast<float>(static_cast<int32_t>(half)) * 0x1p-24f;
+    return float_of(half < 0x400u ? bits_of(small) : (half << 13) + exponent_shift);
+  }
+}
+
+// Ascending uint32 order of torch.sort: -0.0 equals +0.0, all NaNs are equal and the largest.
+inline uint32_t order_of(float score) {
+  const uint32_t bits = bits_of(score + 0.0f);
+  const uint32_t order = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+  return score != score ? 0xffffffffu : order;
+}
+
+inline float absolute(float value) { return float_of(bits_of(value) & 0x7fffffffu); }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
+
+struct Sums {
+  double pruned = 0;
+  double all = 0;
+};
+
+// 16 uint32 by the compilers' vector extension: two registers of AVX2, four of SSE.
+using Lanes = uint32_t __attribute__((vector_size(64)));
+
+// A 64-byte aligned buffer that is left uninitialised.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+inline int64_t count_below(const uint32_t* values, int64_t size, uint32_t limit) {
+  int64_t total = 0;
+  for (int64_t start = 0; start < size; start += 1 << 20) {
+    const int64_t stop = min_of(size, start + (1 << 20));
+    uint32_t part = 0;
+    for (int64_t i = start; i < stop; ++i) part += values[i] < limit;
+    total += part;
+  }
+  return total;
+}
+
+// The value v in [low, high] with count(< v) <= rank < count(<= v). Only such values may have that rank.
+// Bisection on counts: at most 32 vectorised passes, whatever the values are.
+inline uint32_t value_of_rank(const uint32_t* values, int64_t size, int64_t rank, uint32_t low,
+                              uint32_t high) {
+  uint32_t least = high, largest = low;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t up = values[i] < low ? high : values[i];
+    const uint32_t down = values[i] > high ? low : values[i];
+    least = up < least ? up : least;
+    largest = down > largest ? down : largest;
+  }
+  while (least < largest) {
+    const uint32_t middle = least + (largest - least) / 2 + 1;
+    if (count_below(values, size, middle) > rank) {
+      largest = middle - 1;
+    } else {
+      least = middle;
+    }
+  }
+  return least;
+}
+
+// Lists the places of set bits in the order of their columns: kLanes = 0 where places are columns, else 2 *
+// kLanes places hold the columns 0, kLanes, 1, kLanes + 1, ... of their group.
+template <int kLanes>
+inline int64_t list_places(uint64_t bits, int32_t place, int32_t* places, int64_t listed) {
+  if constexpr (kLanes == 0) {
+    for (; bits != 0; bits &= bits - 1) places[listed++] = place + __builtin_ctzll(bits);
+  } else {
+    constexpr uint64_t kEven = 0x5555555555555555u;
+    constexpr uint64_t kGroup = ~0ull >> (64 - 2 * kLanes);
+    for (int shift = 0; shift < 64; shift += 2 * kLanes) {
+      const uint64_t group = bits & kGroup << shift;
+      for (uint64_t a = group & kEven; a != 0; a &= a - 1) places[listed++] = place + __builtin_ctzll(a);
+      for (uint64_t b = group & ~kEven; b != 0; b &= b - 1) places[listed++] = place + __builtin_ctzll(b);
+    }
+  }
+  return listed;
+}
+
+// Appends the places of a block's set bits. A hit in one of several blocks is what branches predict worst, so
+// one place is stored in any case and counts only if there is one; two in a block are rare.
+template <int kLanes>
+inline int64_t append_places(uint64_t bits, int32_t place, int32_t* places, int64_t listed) {
+  if ((bits & (bits - 1)) != 0) return list_places<kLanes>(bits, place, places, listed);
+  places[listed] = place + __builtin_ctzll(bits | 1ull << 63);
+  return listed + (bits != 0);
+}
+
+template <int kLanes>
+inline int32_t column_at(int32_t place) {
+  if constexpr (kLanes == 0) {
+    return place;
+  } else {
+    constexpr int32_t kMask = 2 * kLanes - 1;
+    return (place & ~kMask) + (place & 1) * kLanes + (place & kMask) / 2;
+  }
+}
+
+// Where a row's threshold lies: count(key < low) = count_low <= k <= count_high = count(key < high).
+struct Bracket {
+  int low = 0;
+  int high = kTop;
+  int64_t count_low = 0;
+  int64_t count_high = 0;
+};
+
+// Guesses a row's threshold from `mean`, the mean over the row of clamp(key - base, 0, span), by a running
+// linear regression over the rows before.
+class Predictor {
+ public:
+  int base() const { return base_; }
+  int span() const { return span_; }
+  // The mean error of recent guesses; 0 while there is nothing to guess from.
+  float error() const { return error_; }
+
+  float predict(float mean) const {
+    return state_ == kRunning ? threshold_ + slope() * (mean - mean_) : threshold_;
+  }
+
+  // `density`: the part of the row's keys that equals the threshold.
+  void learn(float mean, float guess, float threshold, float density) {
+    if (state_ == kEmpty) {
+      threshold_ = threshold;
+      deviation_ = 32;
+      open_window();
+      return;
+    }
+    const float miss = magnitude_of(threshold - guess);
+    if (state_ == kOpened) {
+      state_ = kRunning;
+      rows_ = 0;
+      const float inside = density * static_cast<float>(span_);
+      const float start = 1.0f / (inside < 0.01f ? 0.01f : inside > 0.5f ? 0.5f : inside);
+      var_ = deviation_ * deviation_ / (start * start);
+      cov_ = start * var_;
+      mean_ = mean;
+      threshold_ += kRate * (threshold - threshold_);
+      error_ = deviation_ < 8 ? deviation_ : 8;
+      return;
+    }
+    error_ += kRate * (miss - error_);
+    error_ = error_ < kLeastError ? kLeastError : error_;
+    const float dm = mean - mean_, dt = threshold - threshold_;
+    mean_ += kRate * dm;
+    threshold_ += kRate * dt;
+    var_ += kRate * 0.5f * (dm * dm - var_);
+    cov_ += kRate * 0.5f * (dm * dt - cov_);
+    deviation_ += kRate * (magnitude_of(dt) - deviation_);
+    const float half = 0.5f * static_cast<float>(span_), wanted = wanted_half();
+    const bool off = magnitude_of(threshold_ - static_cast<float>(base_) - half) > 0.5f * half;
+    if (++rows_ >= 16 && (off || wanted < 0.5f * half || wanted > 2.0f * half)) open_window();
+  }
+
+ private:
+  enum State { kEmpty, kOpened, kRunning };
+  static constexpr float kRate = 1.0f / 16;
+  static constexpr float kLeastError = 0.6f;
+
+  static float magnitude_of(float x) { return x < 0 ? -x : x; }
+  float wanted_half() const { return deviation_ < 4 ? 16.0f : deviation_ > 80 ? 320.0f : 4 * deviation_; }
+
+  float slope() const {
+    const float ratio = var_ > 0 ? cov_ / var_ : 1.0f;
+    return ratio < 0.3f ? 0.3f : ratio > 100 ? 100.0f : ratio;
+  }
+
+  void open_window() {
+    const int half = static_cast<int>(wanted_half());
+    const int base = static_cast<int>(threshold_) - half;
+    span_ = 2 * half;
+    base_ = base < 0 ? 0 : base > kFirstNan - span_ ? kFirstNan - span_ : base;
+    error_ = 0.5f * deviation_ + 1;
+    state_ = kOpened;
+  }
+
+  State state_ = kEmpty;
+  int rows_ = 0;
+  int base_ = 0;
+  int span_ = 1;
+  float threshold_ = 0;  // running means
+  float mean_ = 0;
+  float var_ = 0;  // of mean
+  float cov_ = 0;
+  float deviation_ = 0;  // of threshold
+  float error_ = 0;
+};
+
+template <class Isa, Dtype D, bool kMask, bool kSums>
+class RowSelect {
+  using Raw = typename Element<D>::Raw;
+
+ public:
+  explicit RowSelect(const RowsParams& params)
+      : params_(params),
+        whole_(params.cols / kBlock),
+        rest_(params.cols % kBlock),
+        list_limit_(max_of(64, params.cols / 64)),
+        padded_((whole_ + (rest_ > 0)) * kBlock),
+        norm_(padded_),
+        keys_(padded_),
+        columns_(padded_ + kBlock),
+        values_(padded_ + kBlock) {
+    float tail[kBlock];
+    Isa::template arrange_norm<D>(params.norm, norm_.get(), whole_);
+    if (rest_ > 0) {
+      // A NaN of this payload times a weight of 0 gives the key 0x7fff, which no threshold prunes.
+      for (int64_t i = 0; i < kBlock; ++i) tail[i] = float_of(0x7fffffffu);
+      std::memcpy(tail, params.norm + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(float));
+      Isa::template arrange_norm<D>(tail, norm_.get() + whole_ * kBlock, 1);
+      for (int64_t i = rest_; i < kBlock; ++i) tail[i] = 0;
+      Isa::template arrange_norm<D>(tail, norm_rest_, 1);
+    }
+    for (int64_t i = 0; i < params.cols; ++i) negative_ |= params.norm[i] < 0;
+  }
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Raw* w = static_cast<Raw*>(params_.weight) + row * params_.row_stride;
+      mask_ = kMask ? params_.mask + row * params_.cols : nullptr;
+      next_ = reinterpret_cast<const char*>(row + 1 < end ? w + params_.row_stride : w);
+      half_ = next_ + whole_ * kBlock * static_cast<int64_t>(sizeof(Raw)) / 2;
+      sums_ = Sums{};
+      if (params_.k <= 0 || params_.k >= params_.cols) {
+        std::memset(keys_.get(), 0, static_cast<size_t>(padded_) * sizeof(uint16_t));
+        write(w, params_.k <= 0 ? -1 : kTop - 1, -1);
+      } else if (negative_) {
+        dense(w, 0, 0xffffffffu);
+      } else {
+        select(w);
+      }
+      if constexpr (kSums) {
+        params_.score_sums[2 * row] = static_cast<float>(sums_.pruned);
+        params_.score_sums[2 * row + 1] = static_cast<float>(sums_.all);
+      }
+    }
+  }
+
+ private:
+  void select(Raw* w) {
+    const int64_t k = params_.k;
+    const float mean = make_keys(w);
+    const float guess = predictor_.predict(mean);
+    Bracket bracket;
+    bracket.count_high = params_.cols;
+    for (int pass = 0; !good_enough(bracket); ++pass) probe(bracket, pass, guess);
+
+    const int64_t inside = bracket.count_high - bracket.count_low;
+    const float width = static_cast<float>(bracket.high - bracket.low);
+    const float part =
+        static_cast<float>(k - bracket.count_low) / static_cast<float>(inside > 0 ? inside : 1);
+    predictor_.learn(mean, guess, static_cast<float>(bracket.low) + part * width,
+                     static_cast<float>(inside) / (width * static_cast<float>(params_.cols)));
+    if (k == bracket.count_low) {
+      write(w, bracket.low - 1, bracket.low - 1);
+    } else if (k == bracket.count_high) {
+      write(w, bracket.high - 1, bracket.high - 1);
+    } else if (inside <= list_limit_) {
+      finish(w, write(w, bracket.low - 1, bracket.high - 1), k - bracket.count_low, bracket);
+    } else {
+      const uint32_t low = static_cast<uint32_t>(bracket.low) << 16;
+      const uint32_t high = (static_cast<uint32_t>(bracket.high) << 16) - 1;
+      dense(w, bracket.low >= kFirstNan ? 0xffffffffu : low | 0x80000000u,
+            bracket.high > kFirstNan ? 0xffffffffu : high | 0x80000000u);
+    }
+  }
+
+  // Writes the row's keys and returns a robust location of them.
+  float make_keys(const Raw* w) {
+    uint16_t* keys = keys_.get();
+    const int base = predictor_.base();
+    const int span = predictor_.span();
+    int64_t sum = Isa::template make_keys<D>(w, norm_.get(), keys, whole_, base, span);
+    if (rest_ > 0) {
+      alignas(64) Raw stage[kBlock] = {};
+      std::memcpy(stage, w + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(Raw));
+      sum += Isa::template make_keys<D>(stage, norm_.get() + whole_ * kBlock, keys + whole_ * kBlock, 1, base,
+                                        span);
+      sum -= (kBlock - rest_) * span;
+    }
+    return static_cast<float>(sum) / static_cast<float>(params_.cols);
+  }
+
+  bool good_enough(const Bracket& bracket) const {
+    return params_.k == bracket.count_low || params_.k == bracket.count_high ||
+           bracket.high - bracket.low <= 1 || bracket.low == kFirstNan ||
+           bracket.count_high - bracket.count_low <= list_limit_;
+  }
+
+  // Counts eight thresholds inside the bracket and narrows it to the gap that holds k. No branch depends on
+  // the counts.
+  void probe(Bracket& bracket, int pass, float guess) {
+    // In units of the mean error of past guesses.
+    static constexpr float kPlaces[kLimits] = {-3.5f, -2.0f, -1.0f, -0.3f, 0.3f, 1.0f, 2.0f, 3.5f};
+    int32_t limits[kLimits + 2];
+    int64_t counts[kLimits + 2];
+    const float unit = predictor_.error();
+    const int32_t most = bracket.high < kFirstNan ? bracket.high : kFirstNan;
+    for (int i = 0; i < kLimits; ++i) {
+      int32_t place = bracket.low + (bracket.high - bracket.low) * (i + 1) / (kLimits + 1);
+      if (pass == 0 && unit > 0) place = static_cast<int32_t>(guess + kPlaces[i] * unit + 0.5f);
+      place = place < bracket.low + 1 ? bracket.low + 1 : place;
+      limits[i + 1] = place > most ? most : place;
+    }
+    limits[0] = bracket.low;
+    counts[0] = bracket.count_low;
+    limits[kLimits + 1] = bracket.high;
+    counts[kLimits + 1] = bracket.count_high;
+    Isa::template count<D>(keys_.get(), padded_ / kBlock, limits + 1, counts + 1, next_);
+    int at = 0;
+    for (int i = 1; i <= kLimits; ++i) at += counts[i] <= params_.k;
+    bracket.low = limits[at];
+    bracket.count_low = counts[at];
+    bracket.high = limits[at + 1];
+    bracket.count_high = counts[at + 1];
+  }
+
+  // Prunes keys <= below; returns how many columns with below < key <= last it has listed, ascending.
+  int64_t write(Raw* w, int below, int last) {
+    int32_t* columns = columns_.get();
+    int64_t listed = Isa::template write<D, kMask, kSums>(w, mask_, keys_.get(), norm_.get(), whole_, below,
+                                                          last, columns, 0, sums_, half_);
+    if (rest_ > 0) {
+      const int64_t start = whole_ * kBlock;
+      alignas(64) Raw stage[kBlock] = {};
+      alignas(64) bool mask_stage[kBlock];
+      std::memcpy(stage, w + start, static_cast<size_t>(rest_) * sizeof(Raw));
+      listed += Isa::template write<D, kMask, kSums>(stage, mask_stage, keys_.get() + start, norm_rest_, 1,
+                                                     below, last, columns + listed,
+                                                     static_cast<int32_t>(start), sums_, half_);
+      if constexpr (kMask) {
+        std::memcpy(mask_ + start, mask_stage, static_cast<size_t>(rest_));
+      } else {
+        std::memcpy(w + start, stage, static_cast<size_t>(rest_) * sizeof(Raw));
+      }
+      while (listed > 0 && Isa::template column_of<D>(columns[listed - 1]) >= params_.cols) --listed;
+    }
+    return listed;
+  }
+
+  void prune_if(bool pruned, Raw* w, int64_t column) {
+    if constexpr (kSums) {
+      const float score = magnitude<D>(w[column]) * params_.norm[column];
+      sums_.pruned += pruned ? score * score : 0.0f;
+    }
+    if constexpr (kMask) {
+      mask_[column] = pruned;
+    } else {
+      w[column] = pruned ? 0 : w[column];
+    }
+  }
+
+  // Prunes the `need` smallest of the listed columns, all those with keys inside the bracket, by their
+  // float32 scores.
+  void finish(Raw* w, int64_t listed, int64_t need, const Bracket& bracket) {
+    int32_t* columns = columns_.get();
+    uint32_t* values = values_.get();
+    for (int64_t i = 0; i < listed; ++i) {
+      columns[i] = Isa::template column_of<D>(columns[i]);
+      values[i] = order_of(magnitude<D>(w[columns[i]]) * absolute(params_.norm[columns[i]]));
+    }
+    if (listed <= kRankLimit && bracket.high <= kFirstNan && bracket.high - bracket.low <= 1024) {
+      // 26 bits of score and 6 of position make them distinct: a column's rank is the number of smaller ones.
+      const uint32_t origin = static_cast<uint32_t>(bracket.low) << 16 | 0x80000000u;
+      for (int64_t i = 0; i < listed; ++i) values[i] = (values[i] - origin) << 6 | static_cast<uint32_t>(i);
+      for (int64_t first = 0; first < listed; first += 16) {
+        Lanes own, rank = {};
+        std::memcpy(&own, values + first, sizeof own);
+        for (int64_t i = 0; i < listed; ++i) rank -= reinterpret_cast<Lanes>(values[i] < own);
+        for (int64_t i = first; i < min_of(listed, first + 16); ++i) {
+          prune_if(rank[i - first] < need, w, columns[i]);
+        }
+      }
+      return;
+    }
+    const uint32_t limit = value_of_rank(values, listed, need - 1, 0, 0xffffffffu);
+    int64_t ties = need - count_below(values, listed, limit);
+    for (int64_t i = 0; i < listed; ++i) {
+      prune_if(values[i] < limit || (values[i] == limit && ties-- > 0), w, columns[i]);
+    }
+  }
+
+  // The whole row by float32 scores: for plateaus, where one key holds much of the row, and for negative
+  // norms. The threshold is known to lie in [low, high].
+  void dense(Raw* w, uint32_t low, uint32_t high) {
+    const int64_t cols = params_.cols;
+    const float* norm = params_.norm;
+    uint32_t* values = values_.get();
+    for (int64_t i = 0; i < cols; ++i) values[i] = order_of(magnitude<D>(w[i]) * norm[i]);
+    const uint32_t limit = value_of_rank(values, cols, params_.k - 1, low, high);
+    int64_t ties = params_.k - count_below(values, cols, limit);
+    int64_t cut = 0;  // equal scores before this column are pruned
+    while (ties > 0) {
+      const int64_t stop = min_of(cols, cut + kDenseStep);
+      uint32_t equal = 0;
+      for (int64_t i = cut; i < stop; ++i) equal += values[i] == limit;
+      if (equal <= ties) {
+        ties -= equal;
+        cut = stop;
+      } else {
+        for (; ties > 0; ++cut) ties -= values[cut] == limit;
+      }
+    }
+    if constexpr (kSums) {
+      for (int64_t i = 0; i < cols; ++i) {
+        const float square = magnitude<D>(w[i]) * norm[i] * (magnitude<D>(w[i]) * norm[i]);
+        sums_.all += square;
+        sums_.pruned += values[i] < limit || (values[i] == limit && i < cut) ? square : 0.0f;
+      }
+    }
+    prune_to(w, values, 0, cut, limit);
+    if (cut < cols) {
+      if (limit > 0) {
+        prune_to(w, values, cut, cols, limit - 1);
+      } else if constexpr (kMask) {
+        std::memset(mask_ + cut, 0, static_cast<size_t>(cols - cut));
+      }
+    }
+  }
+
+  void prune_to(Raw* w, const uint32_t* values, int64_t begin, int64_t end, uint32_t last) {
+    for (int64_t i = begin; i < end; ++i) {
+      if constexpr (kMask) {
+        mask_[i] = values[i] <= last;
+      } else {
+        w[i] = values[i] <= last ? 0 : w[i];
+      }
+    }
+  }
+
+  const RowsParams& params_;
+  const int64_t whole_;  // whole blocks of a row
+  const int64_t rest_;   // columns after them
+  const int64_t list_limit_;
+  const int64_t padded_;
+  Buffer<float> norm_;  // in the order that Isa wants
+  Buffer<uint16_t> keys_;
+  Buffer<int32_t> columns_;
+  Buffer<uint32_t> values_;
+  alignas(64) float norm_rest_[kBlock];
+  bool negative_ = false;
+  bool* mask_ = nullptr;
+  const char* next_ = nullptr;  // the next row's two halves, prefetched while counting and while writing
+  const char* half_ = nullptr;
+  Sums sums_;
+  Predictor predictor_;
+};
+
+template <class Isa, Dtype D>
+void run_rows_of(const RowsParams& params, int64_t begin, int64_t end) {
+  if (params.mask != nullptr) {
+    if (params.score_sums != nullptr) {
+      RowSelect<Isa, D, true, true>(params).run(begin, end);
+    } else {
+      RowSelect<Isa, D, true, false>(params).run(begin, end);
+    }
+  } else if (params.score_sums != nullptr) {
+    RowSelect<Isa, D, false, true>(params).run(begin, end);
+  } else {
+    RowSelect<Isa, D, false, false>(params).run(begin, end);
+  }
+}
+
+template <class Isa>
+void run_rows(const RowsParams& params, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  switch (params.dtype) {
+    case Dtype::kFloat32:
+      return run_rows_of<Isa, Dtype::kFloat32>(params, begin, end);
+    case Dtype::kBFloat16:
+      return run_rows_of<Isa, Dtype::kBFloat16>(params, begin, end);
+    case Dtype::kFloat16:
+      return run_rows_of<Isa, Dtype::kFloat16>(params, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace wanda::cpu

@@ -1,0 +1,5 @@
+"""``python -m wanda_kernels`` is ``wanda-kernels``."""
+
+from .cli.app import main
+
+main()

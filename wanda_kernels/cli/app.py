@@ -1,0 +1,44 @@
+"""The ``wanda-kernels`` application: its commands, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from . import info, prune
+from . import eval as evaluate
+from .options import debug_wanted
+
+app = typer.Typer(
+    name="wanda-kernels",
+    help="Prune language models with Wanda (arXiv 2306.11695) on compiled kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("prune")(prune.prune_command)
+app.command("eval")(evaluate.eval_command)
+app.command("info")(info.info_command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and exits: 0 on success only, 2 for wrong usage, 130 for Ctrl-C, 1 for everything else."""
+    try:
+        code = app(args=arguments, prog_name="wanda-kernels", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing was written", 130)
+    except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
+        if debug_wanted():
+            traceback.print_exc()
+        if hasattr(error, "format_message"):  # a usage error of typer's
+            _fail(f"{error.format_message()} (see --help)", 2)
+        _fail(str(error) or type(error).__name__, 1)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"wanda-kernels: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

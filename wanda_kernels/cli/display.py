@@ -1,0 +1,71 @@
+"""What a command shows while it works: a bar with the time left, and a line per block. All on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from ..pruning.progress import Progress
+from ..pruning.report import LayerReport, sparsity_of
+
+console = Console(stderr=True)
+
+
+@contextmanager
+def bar() -> Iterator[Bar]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as shown:
+        yield shown
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner for a step whose end cannot be told; a plain line where stderr is no terminal."""
+    if console.is_terminal:
+        with console.status(f"{what} ..."):
+            yield
+    else:
+        console.print(f"{what} ...", highlight=False)
+        yield
+
+
+def quiet_libraries() -> None:
+    """Progress bars of transformers are for terminals; its advice on tied weights and such is not for users here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+class PruningDisplay(Progress):
+    """Draws the driver's progress on ``shown``."""
+
+    def __init__(self, shown: Bar) -> None:
+        self._bar = shown
+        self._task = shown.add_task("pruning", total=None)
+
+    def start(self, steps: int) -> None:
+        self._bar.update(self._task, total=steps)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+    def block(self, name: str, layers: list[LayerReport]) -> None:
+        weights = sum(layer.numel for layer in layers)
+        mean = sum(layer.estimated_error * layer.numel for layer in layers) / max(1, weights)
+        self._bar.console.print(
+            f"{name:<24} sparsity {sparsity_of(layers):7.2%}   estimated error {mean:.3f}", highlight=False
+        )

@@ -1,0 +1,105 @@
+"""``wanda-kernels prune``: load, calibrate, prune, save."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .options import BatchSize, Debug, Device, Dtype, Model, check_length
+
+
+def prune_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the pruned model to.")],
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", help="Share of each row to prune, in [0, 1). [default: 0.5]")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", metavar="N:M", help="Keep N of every M inputs, for instance 2:4.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", metavar="wanda|magnitude", help="How weights are scored.")
+    ] = "wanda",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            metavar="c4|wikitext2|FILE",
+            help="Calibration data: a data set, a text file, or a .safetensors file with input_ids "
+            "\\[samples, length], int64.",
+        ),
+    ] = "c4",
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Calibration sequences. [default: 128]")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=2, help="Tokens in each of them. [default: 2048]")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the drawing of calibration sequences.")] = 0,
+    propagate: Annotated[
+        str,
+        typer.Option(
+            "--propagate",
+            metavar="pruned|dense",
+            help="What later blocks see: the pruned blocks' outputs (the paper's), or the dense model's "
+            "(one forward pass, about half the time).",
+        ),
+    ] = "pruned",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+    exact_error: Annotated[
+        bool, typer.Option("--exact-error", help="Also measure each layer's output error (a pass more).")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL and save it as a Hugging Face folder."""
+    from ..models import load_model, load_tokenizer, save_pretrained
+    from ..models.save import check_output, check_space
+    from ..pruning import prune
+    from ..pruning.selection import Target
+    from ..pruning.stopwatch import Stopwatch
+    from ..text import load_calibration
+    from .display import PruningDisplay, bar, quiet_libraries, working
+
+    Target.resolve(method, sparsity, pattern)
+    check_output(out, overwrite)
+    quiet_libraries()
+    outer = Stopwatch()
+    with outer.measure("load"):
+        with working(f"loading the tokenizer of {model}"):
+            tokenizer = load_tokenizer(model)
+        input_ids = None
+        if method != "magnitude":
+            with working(f"loading calibration data from {calibration}"):
+                input_ids = load_calibration(calibration, tokenizer, samples, length, seed)
+        with working(f"loading {model}"):
+            loaded = load_model(model, dtype, device)
+    if input_ids is not None:
+        check_length(input_ids.shape[1], loaded.config)
+    check_space(out, loaded)
+    with bar() as shown:
+        report = prune(
+            loaded,
+            input_ids,
+            sparsity=sparsity,
+            pattern=pattern,
+            method=method,
+            propagate=propagate,
+            batch_size=batch_size,
+            exact_error=exact_error,
+            progress=PruningDisplay(shown),
+        )
+    # Without the seconds, so that the same command gives the same bytes.
+    extra = {"pruning_report.json": json.dumps(report.to_dict(seconds=False), indent=2)}
+    with outer.measure("saving"), working(f"saving to {out}"):
+        save_pretrained(out, loaded, tokenizer, extra=extra, overwrite=overwrite)
+    report.seconds = {"load": outer.seconds()["load"], **report.seconds, "saving": outer.seconds()["saving"]}
+    screen = Console()
+    screen.print(report)
+    screen.print(f"saved to {out}", highlight=False, soft_wrap=True)

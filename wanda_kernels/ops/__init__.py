@@ -1,0 +1,26 @@
+"""The operators: torch custom operators with a schema, a fake implementation and kernels per device.
+
+==================  ==================================================================================
+``prune_rows_``     zero the lowest-scored weights of each row, in place (``row_mask``: only the mask)
+``prune_nm_``       keep n of every m consecutive weights, in place (``nm_mask``: only the mask)
+``pack_24``         2:4 weights to torch's CUTLASS layout (``prune_pack_24``: select and pack;
+                    ``unpack_24``: back to dense)
+``add_sqnorm_``     add each channel's sum of squares, the statistics behind ``norm``
+==================  ==================================================================================
+"""
+
+from .nm import nm_mask, prune_nm_
+from .pack_24 import pack_24, prune_pack_24, unpack_24
+from .rows import prune_rows_, row_mask
+from .sqnorm import add_sqnorm_
+
+__all__ = [
+    "add_sqnorm_",
+    "nm_mask",
+    "pack_24",
+    "prune_nm_",
+    "prune_pack_24",
+    "prune_rows_",
+    "row_mask",
+    "unpack_24",
+]

@@ -1,0 +1,35 @@
+"""Channel statistics: the sum of squares of each input channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backend  # noqa: F401  (registers the operators)
+from .._checks import check_sqnorm
+
+
+def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
+    """Add the sum over tokens of ``x ** 2`` to ``sqnorm``, in place. ``norm = sqnorm.sqrt()``.
+
+    Equivalent, to rounding, to ``sqnorm += x.float().square().sum(dim=1)``. The order of additions is fixed:
+    the same bits for any number of threads and any split of whole sequences into calls.
+
+    Args:
+        sqnorm: [C_in], or [sequences, C_in] for one sum per sequence; float32, contiguous.
+        x: [sequences, tokens, C_in], or flattened to [sequences * tokens, C_in] (the number of sequences then
+            comes from ``sqnorm``); float32, bfloat16 or float16. Squared as it is, after its rounding.
+        token_mask: [sequences, tokens] (or flattened), bool, or None. False = the token does not count,
+            whatever it holds.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what is required and what came.
+
+    Source: Wanda (arXiv 2306.11695), eq. 1: the square of ``||X_j||_2``.
+    """
+    torch.ops.wanda.add_sqnorm_(sqnorm, x, token_mask)
+
+
+@torch.library.register_fake("wanda::add_sqnorm_")
+def _(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
+    check_sqnorm("add_sqnorm_", sqnorm, x, token_mask)

@@ -1,0 +1,116 @@
+"""What a pruning run did: per layer and in all. Prints as a table, serialises to JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+
+@dataclass
+class LayerReport:
+    """One linear layer.
+
+    Attributes:
+        name: of the layer in the model, as in its state dict without ``.weight``.
+        shape: [C_out, C_in].
+        sparsity: share of zeros after pruning.
+        seconds: spent on the selection.
+        estimated_error: sqrt(sum of pruned scores^2 / sum of all scores^2): the relative output error if the
+            inputs were uncorrelated.
+        exact_error: ||X (W - W')^T||_F / ||X W^T||_F on the calibration inputs, where it was asked for.
+        input_of: the layer whose input statistics it shares, None where the method uses none.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    seconds: float
+    estimated_error: float
+    exact_error: float | None = None
+    input_of: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def sparsity_of(layers: list[LayerReport]) -> float:
+    """Share of zeros in all the weights of ``layers``."""
+    return sum(layer.sparsity * layer.numel for layer in layers) / max(1, sum(layer.numel for layer in layers))
+
+
+def relative_error(part: float, whole: float) -> float:
+    """sqrt(part / whole) for sums of squares; 0 where there is nothing to lose."""
+    return math.sqrt(part / whole) if whole > 0 else 0.0
+
+
+@dataclass
+class PruningReport:
+    """The outcome of :func:`wanda_kernels.prune`.
+
+    Attributes:
+        method, sparsity, pattern, propagate: what was asked for.
+        samples, length: calibration sequences and tokens in each (0 where the method uses none).
+        layers: one :class:`LayerReport` per pruned linear layer, in the model's order.
+        seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``; the command line adds
+            ``load`` and ``saving``).
+    """
+
+    method: str
+    sparsity: float
+    pattern: str | None
+    propagate: str
+    samples: int
+    length: int
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def achieved_sparsity(self) -> float:
+        """Share of zeros over all pruned layers."""
+        return sparsity_of(self.layers)
+
+    def to_dict(self, seconds: bool = True) -> dict:
+        """Plain data. Without ``seconds`` it is the same for every run of the same command."""
+        data = asdict(self) | {"achieved_sparsity": self.achieved_sparsity}
+        if not seconds:
+            del data["seconds"]
+            for layer in data["layers"]:
+                del layer["seconds"]
+        return data
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        console = Console(width=100, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        target = self.pattern or f"{self.sparsity:.0%}"
+        kinds: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
+        table = Table(title=f"{self.method} {target}: {len(self.layers)} layers", title_justify="left")
+        for heading in ("layer", "layers", "shape", "sparsity", "estimated error"):
+            table.add_column(heading, justify="left" if heading == "layer" else "right")
+        exact = any(layer.exact_error is not None for layer in self.layers)
+        if exact:
+            table.add_column("exact error", justify="right")
+        for kind, layers in kinds.items():
+            shapes = sorted({layer.shape for layer in layers})
+            shape = " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
+            mean = sum(layer.estimated_error for layer in layers) / len(layers)
+            row = [kind, str(len(layers)), shape, f"{sparsity_of(layers):.2%}", f"{mean:.3f}"]
+            if exact:
+                row.append(f"{sum(layer.exact_error or 0.0 for layer in layers) / len(layers):.3f}")
+            table.add_row(*row)
+        yield table
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.seconds.items())
+        yield f"sparsity {self.achieved_sparsity:.2%}; {parts}"

@@ -1,0 +1,65 @@
+"""Perplexity as the paper measures it: consecutive windows, exp of the mean loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from . import hub
+from .calibration import read_text, tokenize
+from .windows import split_windows
+
+
+def evaluation_ids(source: str, tokenizer: Any) -> Tensor:
+    """Token ids of the text to evaluate on: ``wikitext2`` (the test split, as in the paper) or a text file."""
+    if source == "wikitext2":
+        return tokenize(tokenizer, "\n\n".join(hub.load("wikitext2", "test")["text"]))
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"text must be wikitext2 or a file; {source} does not exist")
+    return tokenize(tokenizer, read_text(path, "text"))
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    length: int,
+    batch_size: int = 1,
+    on_window: Callable[[int], None] | None = None,
+) -> float:
+    """exp of the mean over windows of the mean loss over a window's ``length - 1`` predictions.
+
+    Args:
+        model: a causal language model.
+        ids: [tokens], int64, or windows [samples, length].
+        length: tokens per window.
+        batch_size: windows per forward pass.
+        on_window: told how many windows are done after each batch.
+
+    Raises:
+        ValueError: fewer tokens than one window.
+
+    Source: Wanda's reference code, ``lib/eval.py``.
+    """
+    windows = ids if ids.dim() == 2 else split_windows(ids, length)
+    if len(windows) == 0:
+        raise ValueError(f"the text has {len(ids)} tokens, one window needs {length}: lower --length")
+    device = next(model.parameters()).device
+    total = 0.0
+    done = 0
+    for batch in windows.split(batch_size):
+        batch = batch.to(device)
+        logits = model(input_ids=batch, use_cache=False).logits
+        for window, row in zip(batch, logits, strict=True):
+            total += float(cross_entropy(row[:-1].float(), window[1:]))
+        done += len(batch)
+        if on_window is not None:
+            on_window(done)
+    return math.exp(total / len(windows)) if total / len(windows) < 700 else math.inf

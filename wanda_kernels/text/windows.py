@@ -1,0 +1,32 @@
+"""Cuts token ids into windows of equal length."""
+
+from __future__ import annotations
+
+import random
+
+from torch import Tensor
+
+
+def split_windows(ids: Tensor, length: int) -> Tensor:
+    """Consecutive windows that do not overlap, the rest dropped: [tokens] -> [tokens // length, length]."""
+    if length < 2:
+        raise ValueError(f"length must be at least 2 tokens, got {length}")
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def sample_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
+    """``samples`` of the non-overlapping windows, drawn without repetition: [samples, length].
+
+    Raises:
+        ValueError: where the text is empty or too short, with what it has and what is needed.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    windows = split_windows(ids, length)
+    if len(windows) < samples:
+        raise ValueError(
+            f"calibration text {source} has {len(ids)} tokens, {len(windows)} windows of {length}; {samples} "
+            "samples are required: give a longer text, or lower --samples or --length"
+        )
+    chosen = random.Random(seed).sample(range(len(windows)), samples)
+    return windows[sorted(chosen)]
