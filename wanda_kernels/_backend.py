@@ -6,6 +6,7 @@ as long as this build has no CUDA kernels, the PyTorch reference serves them; ``
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -30,14 +31,14 @@ def _load_extension() -> tuple[ModuleType | None, str]:
             "pip install --no-build-isolation --force-reinstall --no-deps ."
         )
     try:
-        from . import _C
+        module = importlib.import_module("wanda_kernels._C")
     except ImportError as error:
         raise ImportError(
             f"wanda_kernels._C does not load with torch {torch.__version__}: {error}. It was built for another "
             "torch or Python; reinstall the package (pip install --no-build-isolation --force-reinstall "
             f"--no-deps .), or set {_REFERENCE_ONLY}=1 to run on the PyTorch reference."
         ) from error
-    return _C, f"C++ kernels, {_C.isa()}"
+    return module, f"C++ kernels, {module.isa()}"
 
 
 def schemas() -> dict[str, str]:

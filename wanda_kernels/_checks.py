@@ -31,9 +31,7 @@ def check_norm(op: str, norm: Tensor, weight: Tensor) -> None:
     if norm.dim() != 1:
         raise ValueError(f"wanda::{op}: norm must have 1 dimension [C_in], got {norm.dim()}")
     if norm.shape[0] != weight.shape[1]:
-        raise ValueError(
-            f"wanda::{op}: norm has {norm.shape[0]} elements, weight has {weight.shape[1]} columns"
-        )
+        raise ValueError(f"wanda::{op}: norm has {norm.shape[0]} elements, weight has {weight.shape[1]} columns")
 
 
 def check_score_sums(op: str, score_sums: Tensor | None, weight: Tensor) -> None:
@@ -84,8 +82,7 @@ def check_packed(op: str, values: Tensor, metadata: Tensor) -> None:
         )
     if tuple(metadata.shape) != (values.shape[0], values.shape[1] // 8):
         raise ValueError(
-            f"wanda::{op}: metadata must be [{values.shape[0]}, {values.shape[1] // 8}], "
-            f"got {list(metadata.shape)}"
+            f"wanda::{op}: metadata must be [{values.shape[0]}, {values.shape[1] // 8}], got {list(metadata.shape)}"
         )
 
 
@@ -101,9 +98,7 @@ def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None) 
             f"wanda::{op}: sqnorm must be contiguous [C_in] or [sequences, C_in], got {list(sqnorm.shape)}"
         )
     if x.dim() not in (2, 3):
-        raise ValueError(
-            f"wanda::{op}: x must be [sequences, tokens, C_in] or [tokens, C_in], got {list(x.shape)}"
-        )
+        raise ValueError(f"wanda::{op}: x must be [sequences, tokens, C_in] or [tokens, C_in], got {list(x.shape)}")
     cols = sqnorm.shape[-1]
     if x.shape[-1] != cols:
         raise ValueError(f"wanda::{op}: x has {x.shape[-1]} columns, sqnorm has {cols}")
@@ -125,7 +120,6 @@ def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None) 
         fits = token_mask.dim() == 1 or (token_mask.dim() == 2 and token_mask.shape[0] == sequences)
         if not fits or token_mask.numel() != sequences * tokens:
             raise ValueError(
-                f"wanda::{op}: token_mask must be [{sequences}, {tokens}] or flattened, "
-                f"got {list(token_mask.shape)}"
+                f"wanda::{op}: token_mask must be [{sequences}, {tokens}] or flattened, got {list(token_mask.shape)}"
             )
     return sequences, tokens, cols

@@ -102,6 +102,17 @@ struct alignas(64) NmComparisons8 {
   uint64_t against[4][kNmBlock / 128];
 };
 
+template <int m>
+struct NmComparisonsOf;
+template <>
+struct NmComparisonsOf<4> {
+  using Type = NmComparisons4;
+};
+template <>
+struct NmComparisonsOf<8> {
+  using Type = NmComparisons8;
+};
+
 template <class Lanes, Dtype dtype, class Comparisons>
 void nm_compare(const typename Stored<dtype>::Type* w, const float* norm, int64_t count, Comparisons& out) {
   constexpr int64_t kUnit = Lanes::kUnit;
@@ -207,6 +218,25 @@ inline NmDecide8 nm_decide_for(int64_t n, const NmComparisons8&) {
   return kDecide[n - 1];
 }
 
+// Steps 1 and 2.
+template <class Lanes, Dtype dtype, int m>
+class NmSelect {
+ public:
+  NmSelect(const float* norm, int64_t, int64_t n) : norm_(norm), decide_(nm_decide_for(n, comparisons_)) {}
+
+  // `count` columns from `column` on, count <= kNmBlock; w points at the first.
+  void operator()(const typename Stored<dtype>::Type* w, int64_t column, int64_t count, NmBits& bits) {
+    nm_compare<Lanes, dtype>(w, norm_ + column, count, comparisons_);
+    decide_(comparisons_, bits);
+  }
+
+ private:
+  using Comparisons = typename NmComparisonsOf<m>::Type;
+  const float* norm_;
+  Comparisons comparisons_ = {};
+  void (*decide_)(const Comparisons&, NmBits&);
+};
+
 // ---- Step 3 and the rows.
 
 template <class Lanes, Dtype dtype>
@@ -224,91 +254,116 @@ void nm_apply(const NmParams& p, int64_t row, int64_t column, int64_t count, con
 // What instruction sets without intrinsics use, and the ends of blocks.
 struct NmLanesScalar {
   static constexpr bool kFast = false;
+  static constexpr int kBytes = 16;  // of a register
 
   template <class T>
   static void zero_pruned(T* w, int64_t count, const NmBits& bits) {
-    for (int64_t j = 0; j < count; ++j) w[j] = bits.test(j) ? T{0} : w[j];
+    for (int64_t from = 0; from < count; from += 64) {
+      const int64_t left = count - from;
+      uint64_t word = bits.word[from / 64] & (left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0});
+      for (; word != 0; word &= word - 1) w[from + __builtin_ctzll(word)] = T{0};
+    }
   }
   static void write_mask(bool* mask, int64_t count, const NmBits& bits) {
     for (int64_t j = 0; j < count; ++j) mask[j] = bits.test(j);
   }
 };
 
-template <class Lanes, Dtype dtype, class Comparisons>
+template <class Lanes, Dtype dtype, int m>
 void nm_fast(const NmParams& p, int64_t begin, int64_t end) {
   const auto* weight = static_cast<const typename Stored<dtype>::Type*>(p.weight);
-  Comparisons comparisons = {};
+  typename Lanes::template Select<dtype, m> select(p.norm, p.cols, p.n);
   NmBits bits = {};
-  const auto decide = nm_decide_for(p.n, comparisons);
   for (int64_t row = begin; row < end; ++row) {
     NmSums sums;
     for (int64_t column = 0; column < p.cols; column += kNmBlock) {
       const int64_t count = p.cols - column < kNmBlock ? p.cols - column : kNmBlock;
-      nm_compare<Lanes, dtype>(weight + row * p.row_stride + column, p.norm + column, count, comparisons);
-      decide(comparisons, bits);
+      select(weight + row * p.row_stride + column, column, count, bits);
       nm_apply<Lanes, dtype>(p, row, column, count, bits, sums);
     }
     if (p.score_sums != nullptr) sums.store(p.score_sums + 2 * row);
   }
 }
 
+// ---- The general path.
+
 constexpr int64_t kNmBatch = 16;
 constexpr int64_t kNmRankable = 32;
 
+// As many groups side by side as a register holds: GCC 12 takes wider vectors apart element by element.
+template <int bytes>
+struct NmVector {
+  typedef int32_t Type __attribute__((vector_size(bytes)));
+};
+
 template <Dtype dtype>
-void nm_rank(const typename Stored<dtype>::Type* w, const float* norm, int64_t groups, int m, int prune,
-             NmBits& bits) {
-  alignas(64) int32_t key[kNmRankable][kNmBatch];
-  alignas(64) int32_t rank[kNmRankable][kNmBatch] = {};
-  for (int64_t g = 0; g < kNmBatch; ++g) {
-    for (int j = 0; j < m; ++j) {
-      const int64_t at = g * m + j;
-      key[j][g] = g < groups ? order_key(score_of(Stored<dtype>::load(w[at]), norm[at])) : 0;
-    }
-  }
-  for (int j = 1; j < m; ++j) {
-    for (int i = 0; i < j; ++i) {
-      for (int64_t g = 0; g < kNmBatch; ++g) {
-        const int32_t first = key[i][g] <= key[j][g];
-        rank[j][g] += first;
-        rank[i][g] += 1 - first;
-      }
-    }
-  }
-  for (int64_t word = 0; word <= groups * m / 64; ++word) bits.word[word] = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int j = 0; j < m; ++j) {
-      const int64_t at = g * m + j;
-      bits.word[at / 64] |= static_cast<uint64_t>(rank[j][g] < prune) << (at % 64);
-    }
+void nm_keys(const typename Stored<dtype>::Type* w, const float* norm, int64_t count, int32_t* keys) {
+  for (int64_t j = 0; j < count; ++j) keys[j] = order_key(score_of(Stored<dtype>::load(w[j]), norm[j]));
+}
+
+// Byte j of `flags` (0 or 1) to bit j. Reads flags up to a multiple of eight.
+inline void nm_pack_flags(const uint8_t* flags, int64_t count, NmBits& bits) {
+  for (int64_t word = 0; word <= count / 64 && word < kNmBlock / 64; ++word) bits.word[word] = 0;
+  for (int64_t j = 0; j < count; j += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + j, sizeof(eight));
+    // Bit 8 i moves to bit 56 + i.
+    bits.word[j / 64] |= (eight * 0x0102040810204080u >> 56) << (j % 64);
   }
 }
 
-// How many of the m keys are below `bound`.
-template <Dtype dtype>
-int64_t nm_count_below(const typename Stored<dtype>::Type* w, const float* norm, int64_t m, int32_t bound) {
+template <class Lanes, Dtype dtype>
+void nm_rank(const typename Stored<dtype>::Type* w, const float* norm, int64_t groups, int m, int prune,
+             NmBits& bits) {
+  alignas(64) int32_t flat[kNmRankable * kNmBatch];
+  alignas(64) int32_t keys[kNmRankable][kNmBatch];
+  uint8_t flags[kNmRankable * kNmBatch + 8];
+  std::memset(flags + groups * m, 0, 8);
+  nm_keys<dtype>(w, norm, groups * m, flat);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int j = 0; j < m; ++j) keys[j][g] = flat[g * m + j];
+  }
+  for (int64_t g = groups; g < kNmBatch; ++g) {
+    for (int j = 0; j < m; ++j) keys[j][g] = 0;
+  }
+  using Keys = typename NmVector<Lanes::kBytes>::Type;
+  constexpr int64_t kWidth = Lanes::kBytes / 4;
+  for (int64_t from = 0; from < groups; from += kWidth) {
+    const int64_t to = groups - from < kWidth ? groups : from + kWidth;
+    for (int j = 0; j < m; ++j) {
+      Keys key;
+      std::memcpy(&key, keys[j] + from, sizeof(key));
+      Keys rank = {};  // minus the rank: a comparison that holds is -1
+      for (int i = 0; i < m; ++i) {
+        Keys other;
+        std::memcpy(&other, keys[i] + from, sizeof(other));
+        rank += i < j ? other <= key : other < key;
+      }
+      for (int64_t g = from; g < to; ++g) flags[g * m + j] = -rank[g - from] < prune;
+    }
+  }
+  nm_pack_flags(flags, groups * m, bits);
+}
+
+inline int64_t nm_count_below(const int32_t* keys, int64_t count, int32_t bound) {
   int64_t total = 0;
-  for (int64_t from = 0; from < m; from += 1 << 20) {
-    const int64_t to = m - from < 1 << 20 ? m : from + (1 << 20);
-    int32_t count = 0;
-    for (int64_t j = from; j < to; ++j)
-      count += order_key(score_of(Stored<dtype>::load(w[j]), norm[j])) < bound;
-    total += count;
+  for (int64_t from = 0; from < count; from += 1 << 20) {
+    const int64_t to = count - from < 1 << 20 ? count : from + (1 << 20);
+    int32_t below = 0;
+    for (int64_t j = from; j < to; ++j) below += keys[j] < bound;
+    total += below;
   }
   return total;
 }
 
 // The prune-th smallest key, 1 <= prune < m, built bit by bit from the top (offset so that it orders
 // unsigned), and in `below` how many keys are smaller.
-template <Dtype dtype>
-int32_t nm_threshold(const typename Stored<dtype>::Type* w, const float* norm, int64_t m, int64_t prune,
-                     int64_t& below) {
+inline int32_t nm_threshold(const int32_t* keys, int64_t m, int64_t prune, int64_t& below) {
   constexpr uint32_t kOffset = 0x80000000u;
   uint32_t threshold = 0;
   below = 0;
   for (uint32_t bit = kOffset; bit != 0; bit >>= 1) {
-    const int64_t count =
-        nm_count_below<dtype>(w, norm, m, static_cast<int32_t>((threshold | bit) ^ kOffset));
+    const int64_t count = nm_count_below(keys, m, static_cast<int32_t>((threshold | bit) ^ kOffset));
     if (count < prune) {
       threshold |= bit;
       below = count;
@@ -317,10 +372,25 @@ int32_t nm_threshold(const typename Stored<dtype>::Type* w, const float* norm, i
   return static_cast<int32_t>(threshold ^ kOffset);
 }
 
+// Not std::vector: no standard template may be instantiated behind a target pragma.
+template <class T>
+class NmBuffer {
+ public:
+  explicit NmBuffer(int64_t size) : data_(size > 0 ? new T[static_cast<size_t>(size)] : nullptr) {}
+  ~NmBuffer() { delete[] data_; }
+  NmBuffer(const NmBuffer&) = delete;
+  NmBuffer& operator=(const NmBuffer&) = delete;
+  T* data() { return data_; }
+
+ private:
+  T* data_;
+};
+
 template <class Lanes, Dtype dtype>
 void nm_general(const NmParams& p, int64_t begin, int64_t end) {
   const auto* weight = static_cast<const typename Stored<dtype>::Type*>(p.weight);
   const int64_t prune = p.m - p.n;
+  NmBuffer<int32_t> keys(p.m > kNmRankable ? p.m : 0);
   NmBits bits = {};
   for (int64_t row = begin; row < end; ++row) {
     const auto* w = weight + row * p.row_stride;
@@ -329,27 +399,28 @@ void nm_general(const NmParams& p, int64_t begin, int64_t end) {
       for (int64_t column = 0; column < p.cols; column += kNmBatch * p.m) {
         const int64_t left = (p.cols - column) / p.m;
         const int64_t groups = left < kNmBatch ? left : kNmBatch;
-        nm_rank<dtype>(w + column, p.norm + column, groups, static_cast<int>(p.m), static_cast<int>(prune),
-                       bits);
+        nm_rank<Lanes, dtype>(w + column, p.norm + column, groups, static_cast<int>(p.m),
+                              static_cast<int>(prune), bits);
         nm_apply<Lanes, dtype>(p, row, column, groups * p.m, bits, sums);
       }
     } else {
       for (int64_t group = 0; group < p.cols; group += p.m) {
+        nm_keys<dtype>(w + group, p.norm + group, p.m, keys.data());
         int64_t below;
-        const int32_t threshold = nm_threshold<dtype>(w + group, p.norm + group, p.m, prune, below);
+        const int32_t threshold = nm_threshold(keys.data(), p.m, prune, below);
         int64_t equals =
             prune - below;  // still to prune among those equal to the threshold, lowest column first
-        for (int64_t column = group; column < group + p.m; column += kNmBlock) {
-          const int64_t left = group + p.m - column;
-          const int64_t count = left < kNmBlock ? left : kNmBlock;
-          for (int64_t word = 0; word <= count / 64; ++word) bits.word[word] = 0;
+        for (int64_t first = 0; first < p.m; first += kNmBlock) {
+          const int64_t count = p.m - first < kNmBlock ? p.m - first : kNmBlock;
+          uint8_t flags[kNmBlock + 8] = {};
           for (int64_t j = 0; j < count; ++j) {
-            const int32_t key = order_key(score_of(Stored<dtype>::load(w[column + j]), p.norm[column + j]));
+            const int32_t key = keys.data()[first + j];
             const bool equal = key == threshold && equals > 0;
             equals -= equal;
-            bits.word[j / 64] |= static_cast<uint64_t>(key < threshold || equal) << (j % 64);
+            flags[j] = key < threshold || equal;
           }
-          nm_apply<Lanes, dtype>(p, row, column, count, bits, sums);
+          nm_pack_flags(flags, count, bits);
+          nm_apply<Lanes, dtype>(p, row, group + first, count, bits, sums);
         }
       }
     }
@@ -369,9 +440,9 @@ void nm_rows(const NmParams& p, int64_t begin, int64_t end) {
     // The keys of the fast path drop the score's sign: right for -0 and NaN, wrong for negative norms.
     if ((p.m == 4 || p.m == 8) && !nm_any_negative(p.norm, p.cols)) {
       if (p.m == 4) {
-        nm_fast<Lanes, dtype, NmComparisons4>(p, begin, end);
+        nm_fast<Lanes, dtype, 4>(p, begin, end);
       } else {
-        nm_fast<Lanes, dtype, NmComparisons8>(p, begin, end);
+        nm_fast<Lanes, dtype, 8>(p, begin, end);
       }
       return;
     }

@@ -8,6 +8,9 @@ namespace {
 
 struct NmLanesAvx2 {
   static constexpr bool kFast = true;
+  static constexpr int kBytes = 32;
+  template <Dtype dtype, int m>
+  using Select = NmSelect<NmLanesAvx2, dtype, m>;
   static constexpr int64_t kUnit = 16;  // columns per compare()
 
   template <Dtype dtype, class T>

@@ -6,8 +6,15 @@
 namespace wanda::cpu {
 namespace {
 
+template <int n>
+class NmSelectPairs4;
+class NmSelectPairs8;
+
 struct NmLanesAvx512 {
   static constexpr bool kFast = true;
+  static constexpr int kBytes = 64;
+  template <Dtype dtype, int m>
+  using Select = NmSelect<NmLanesAvx512, dtype, m>;
   static constexpr int64_t kUnit = 32;  // columns per compare()
 
   template <Dtype dtype, class T>
@@ -79,7 +86,14 @@ struct NmLanesAvx512 {
   }
 
   static void zero_pruned(uint16_t* w, int64_t count, const NmBits& bits) {
-    for (int64_t j = 0; j < count; j += 32) {
+    int64_t j = 0;
+    for (; j + 64 <= count; j += 64) {
+      const uint64_t keep = ~bits.word[j / 64];
+      _mm512_storeu_si512(w + j, _mm512_maskz_loadu_epi16(static_cast<__mmask32>(keep), w + j));
+      _mm512_storeu_si512(w + j + 32,
+                          _mm512_maskz_loadu_epi16(static_cast<__mmask32>(keep >> 32), w + j + 32));
+    }
+    for (; j < count; j += 32) {
       const uint32_t valid = count - j >= 32 ? ~0u : (1u << (count - j)) - 1;
       const uint32_t pruned = static_cast<uint32_t>(bits.word[j / 64] >> (j % 64)) & valid;
       _mm512_mask_storeu_epi16(w + j, pruned, _mm512_setzero_si512());

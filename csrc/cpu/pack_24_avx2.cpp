@@ -38,32 +38,42 @@ constexpr PackShuffles kPackShuffles;
 struct PackLanesAvx2 {
   using Nm = NmLanesAvx2;
 
-  // One table look-up and one shuffle per two groups. pext would do as well, but is microcoded before Zen 3.
-  static void pack_8(__m128i kept, uint32_t nonzero, uint16_t* values) {
-    const __m128i shuffle = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPackShuffles.entry + nonzero));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(values), _mm_shuffle_epi8(kept, shuffle));
+  static __m256i load(const uint16_t* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
+
+  static void nonzero(const uint16_t* w, int64_t count, const NmBits& pruned, NmBits& out) {
+    const __m256i none = _mm256_setzero_si256();
+    for (int64_t j = 0; j < count; j += 64) {
+      uint64_t zero = 0;
+      for (int64_t i = 0; i < 64; i += 32) {
+        const __m256i first = _mm256_cmpeq_epi16(_mm256_slli_epi16(load(w + j + i), 1), none);
+        const __m256i second = _mm256_cmpeq_epi16(_mm256_slli_epi16(load(w + j + i + 16), 1), none);
+        // packs interleaves the 128-bit lanes of its operands: 0xd8 sorts them.
+        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(first, second), 0xd8);
+        zero |= uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(bytes))} << i;
+      }
+      out.word[j / 64] = ~(zero | pruned.word[j / 64]);
+    }
   }
 
-  static uint64_t pack(const uint16_t* w, uint64_t keep, uint16_t* values) {
+  // One table look-up and one shuffle per two groups. pext would do as well, but is microcoded before Zen 3.
+  static void pack_8(__m128i kept, uint64_t nonzero, uint16_t* out) {
+    const __m128i shuffle =
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPackShuffles.entry + (nonzero & 0xff)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(kept, shuffle));
+  }
+
+  static void values(const uint16_t* w, int64_t count, const NmBits& pruned, const NmBits& nonzero,
+                     uint16_t* out) {
     const __m256i lane_bits = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192,
                                                 16384, static_cast<int16_t>(0x8000));
-    uint64_t nonzero = 0;
-    for (int j = 0; j < 64; j += 16) {
-      const __m256i keep_bits = _mm256_set1_epi16(static_cast<int16_t>(keep >> j));
-      const __m256i keep_lanes = _mm256_cmpeq_epi16(_mm256_and_si256(keep_bits, lane_bits), lane_bits);
-      const __m256i kept =
-          _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + j)), keep_lanes);
-      const __m256i zero = _mm256_cmpeq_epi16(_mm256_slli_epi16(kept, 1), _mm256_setzero_si256());
-      const __m128i low = _mm256_castsi256_si128(kept);
-      const __m128i high = _mm256_extracti128_si256(kept, 1);
-      const __m128i zero_bytes =
-          _mm_packs_epi16(_mm256_castsi256_si128(zero), _mm256_extracti128_si256(zero, 1));
-      const uint32_t bits = ~static_cast<uint32_t>(_mm_movemask_epi8(zero_bytes)) & 0xffff;
-      pack_8(low, bits & 0xff, values + j / 2);
-      pack_8(high, bits >> 8, values + j / 2 + 4);
-      nonzero |= uint64_t{bits} << j;
+    for (int64_t j = 0; j < count; j += 16) {
+      const __m256i keep_bits = _mm256_set1_epi16(static_cast<int16_t>(~pruned.word[j / 64] >> (j % 64)));
+      const __m256i keep = _mm256_cmpeq_epi16(_mm256_and_si256(keep_bits, lane_bits), lane_bits);
+      const __m256i kept = _mm256_and_si256(load(w + j), keep);
+      const uint64_t bits = nonzero.word[j / 64] >> (j % 64);
+      pack_8(_mm256_castsi256_si128(kept), bits, out + j / 2);
+      pack_8(_mm256_extracti128_si256(kept, 1), bits >> 8, out + j / 2 + 4);
     }
-    return nonzero;
   }
 };
 

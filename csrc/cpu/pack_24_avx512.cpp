@@ -35,26 +35,37 @@ constexpr PackShuffles kPackShuffles;
 struct PackLanesAvx512 {
   using Nm = NmLanesAvx512;
 
-  // The shuffles of eight groups come from a table of 16 qwords in two registers. 16-bit vpcompress would
-  // need VBMI2, and costs Zen 4 several times as much.
-  static uint32_t pack_32(const uint16_t* w, uint32_t keep, uint16_t* values) {
-    const __m512i kept = _mm512_maskz_loadu_epi16(keep, w);
-    const uint32_t nonzero = _mm512_test_epi16_mask(kept, _mm512_set1_epi16(0x7fff));
-    const __m512i group =
-        _mm512_srlv_epi64(_mm512_set1_epi64(nonzero), _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28));
-    const __m512i shuffle = _mm512_permutex2var_epi64(_mm512_load_si512(kPackShuffles.entry), group,
-                                                      _mm512_load_si512(kPackShuffles.entry + 8));
-    const __m512i second_group =
-        _mm512_setr_epi64(0, 0x08080808, 0, 0x08080808, 0, 0x08080808, 0, 0x08080808);
-    const __m512i packed = _mm512_shuffle_epi8(kept, _mm512_or_si512(shuffle, second_group));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm512_cvtepi64_epi32(packed));
-    return nonzero;
+  static __mmask32 half(uint64_t word, int64_t j) { return static_cast<__mmask32>(word >> (j % 64)); }
+
+  static void nonzero(const uint16_t* w, int64_t count, const NmBits& pruned, NmBits& out) {
+    for (int64_t j = 0; j < count; j += 64) {
+      const uint64_t keep = ~pruned.word[j / 64];
+      const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+      const uint64_t low = _mm512_mask_test_epi16_mask(half(keep, 0), _mm512_loadu_si512(w + j), magnitude);
+      const uint64_t high =
+          _mm512_mask_test_epi16_mask(half(keep, 32), _mm512_loadu_si512(w + j + 32), magnitude);
+      out.word[j / 64] = low | high << 32;
+    }
   }
 
-  static uint64_t pack(const uint16_t* w, uint64_t keep, uint16_t* values) {
-    const uint64_t low = pack_32(w, static_cast<uint32_t>(keep), values);
-    const uint64_t high = pack_32(w + 32, static_cast<uint32_t>(keep >> 32), values + 16);
-    return low | high << 32;
+  // The byte shuffles of eight groups come from a table of 16 qwords in two registers, indexed by four
+  // non-zero bits each. 16-bit vpcompress would need VBMI2, and costs Zen 4 several times as much.
+  static void values(const uint16_t* w, int64_t count, const NmBits& pruned, const NmBits& nonzero,
+                     uint16_t* out) {
+    const __m512i table_low = _mm512_load_si512(kPackShuffles.entry);
+    const __m512i table_high = _mm512_load_si512(kPackShuffles.entry + 8);
+    const __m512i second_group =
+        _mm512_setr_epi64(0, 0x08080808, 0, 0x08080808, 0, 0x08080808, 0, 0x08080808);
+    const __m512i shifts_low = _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i shifts_high = _mm512_setr_epi64(32, 36, 40, 44, 48, 52, 56, 60);
+    for (int64_t j = 0; j < count; j += 32) {
+      const __m512i kept = _mm512_maskz_loadu_epi16(half(~pruned.word[j / 64], j), w + j);
+      const __m512i word = _mm512_set1_epi64(static_cast<int64_t>(nonzero.word[j / 64]));
+      const __m512i group = _mm512_srlv_epi64(word, j % 64 == 0 ? shifts_low : shifts_high);
+      const __m512i shuffle = _mm512_permutex2var_epi64(table_low, group, table_high);
+      const __m512i packed = _mm512_shuffle_epi8(kept, _mm512_or_si512(shuffle, second_group));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j / 2), _mm512_cvtepi64_epi32(packed));
+    }
   }
 };
 

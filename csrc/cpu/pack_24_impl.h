@@ -31,11 +31,11 @@ inline uint64_t pack_24_metadata(uint64_t nonzero) {
   return only1 | neither << 1 | ((m0 & m1) | neither | m3) << 2 | (only1 | (m1 ^ kLane0)) << 3;
 }
 
-// How many of the 16 groups have more than two non-zeros.
-inline int64_t pack_24_overfull(uint64_t nonzero) {
+// Bit 4 g: group g has more than two non-zeros.
+inline uint64_t pack_24_overfull(uint64_t nonzero) {
   const uint64_t both = nonzero & nonzero >> 1;
   const uint64_t either = nonzero | nonzero >> 1;
-  return __builtin_popcountll(((both & either >> 2) | (either & both >> 2)) & kLane0);
+  return ((both & either >> 2) | (either & both >> 2)) & kLane0;
 }
 
 // Where torch's reordering puts metadata column `column` (16 dense columns each) of `row`.
@@ -44,23 +44,24 @@ inline int64_t pack_24_position(int64_t row, int64_t column, int64_t rows) {
   return (column / 2 * rows + to / 2 * 2 + column % 2) * 2 + to % 2;
 }
 
-// bits.word[i]: which of the columns 64 i .. 64 i + 63 are pruned.
+// Selections write bits.word[i]: which of the columns 64 i .. 64 i + 63 are pruned. NmSelect is the third
+// one.
+struct PackSelectNothing {
+  void operator()(const uint16_t*, int64_t, int64_t, NmBits&) {}  // the bits stay 0
+};
+
 template <class Lanes, Dtype dtype>
-void pack_24_select(const uint16_t* w, const float* norm, int64_t count, bool fast,
-                    NmComparisons4& comparisons, NmBits& bits) {
-  if constexpr (Lanes::Nm::kFast) {
-    if (fast) {
-      nm_compare<typename Lanes::Nm, dtype>(w, norm, count, comparisons);
-      nm_decide_4<2>(comparisons, bits);
-      return;
+struct PackSelectGeneral {
+  const float* norm;
+
+  void operator()(const uint16_t* w, int64_t column, int64_t count, NmBits& bits) {
+    for (int64_t j = 0; j < count; j += 64) {
+      NmBits one;
+      nm_rank<typename Lanes::Nm, dtype>(w + j, norm + column + j, 16, 4, 2, one);
+      bits.word[j / 64] = one.word[0];
     }
   }
-  for (int64_t column = 0; column < count; column += 64) {
-    NmBits one;
-    nm_rank<dtype>(w + column, norm + column, 16, 4, 2, one);
-    bits.word[column / 64] = one.word[0];
-  }
-}
+};
 
 // Rows [begin, end) of one block of 32 rows that starts at `block`, columns `column` .. + cols.
 inline void pack_24_store_metadata(const uint16_t* kept, const Pack24Params& p, int64_t block, int64_t begin,
@@ -89,12 +90,32 @@ inline void pack_24_store_metadata(const uint16_t* kept, const Pack24Params& p, 
   }
 }
 
-template <class Lanes, Dtype dtype>
-int64_t pack_24_rows(const Pack24Params& p, int64_t begin, int64_t end) {
+// Packs `count` columns, a multiple of 64 and at most kNmBlock. Returns the number of overfull groups.
+template <class Lanes>
+int64_t pack_24_block(const uint16_t* w, int64_t count, const NmBits& pruned, uint16_t* values,
+                      uint16_t* metadata) {
+  NmBits nonzero;
+  Lanes::nonzero(w, count, pruned, nonzero);
+  Lanes::values(w, count, pruned, nonzero, values);
+  uint64_t groups[kNmBlock / 64];
+  uint64_t overfull[kNmBlock / 64];
+  uint64_t any = 0;
+  for (int64_t i = 0; i < count / 64; ++i) {
+    groups[i] = pack_24_metadata(nonzero.word[i]);
+    overfull[i] = pack_24_overfull(nonzero.word[i]);
+    any |= overfull[i];
+  }
+  std::memcpy(metadata, groups, static_cast<size_t>(count / 8));
+  if (any == 0) return 0;
+  int64_t total = 0;
+  for (int64_t i = 0; i < count / 64; ++i) total += __builtin_popcountll(overfull[i]);
+  return total;
+}
+
+template <class Lanes, class Select>
+int64_t pack_24_rows(const Pack24Params& p, int64_t begin, int64_t end, Select&& select) {
   uint16_t kept[kPackRows * kPackCols / 16];
-  NmComparisons4 comparisons = {};
-  NmBits bits = {};
-  const bool fast = p.norm == nullptr || !nm_any_negative(p.norm, p.cols);
+  NmBits pruned = {};
   int64_t overfull = 0;
   for (int64_t first = begin; first < end;) {
     const int64_t block = first / kPackRows * kPackRows;
@@ -102,21 +123,13 @@ int64_t pack_24_rows(const Pack24Params& p, int64_t begin, int64_t end) {
     for (int64_t tile = 0; tile < p.cols; tile += kPackCols) {
       const int64_t tile_cols = p.cols - tile < kPackCols ? p.cols - tile : kPackCols;
       for (int64_t row = first; row < last; ++row) {
-        uint16_t* metadata = kept + (row - block) * (kPackCols / 16);
         for (int64_t from = 0; from < tile_cols; from += kNmBlock) {
           const int64_t column = tile + from;
           const int64_t count = tile_cols - from < kNmBlock ? tile_cols - from : kNmBlock;
           const uint16_t* w = p.weight + row * p.row_stride + column;
-          uint16_t* values = p.values + row * (p.cols / 2) + column / 2;
-          if (p.norm != nullptr) {
-            pack_24_select<Lanes, dtype>(w, p.norm + column, count, fast, comparisons, bits);
-          }
-          for (int64_t j = 0; j < count; j += 64) {
-            const uint64_t nonzero = Lanes::pack(w + j, ~bits.word[j / 64], values + j / 2);
-            const uint64_t groups = pack_24_metadata(nonzero);
-            std::memcpy(metadata + (from + j) / 16, &groups, sizeof(groups));
-            if (p.norm == nullptr) overfull += pack_24_overfull(nonzero);
-          }
+          select(w, column, count, pruned);
+          overfull += pack_24_block<Lanes>(w, count, pruned, p.values + row * (p.cols / 2) + column / 2,
+                                           kept + (row - block) * (kPackCols / 16) + from / 16);
         }
       }
       pack_24_store_metadata(kept, p, block, first, last, tile, tile_cols);
@@ -129,28 +142,45 @@ int64_t pack_24_rows(const Pack24Params& p, int64_t begin, int64_t end) {
 struct PackLanesScalar {
   using Nm = NmLanesScalar;
 
-  // Packs 64 columns, of which those outside `keep` count as +0. Returns which are non-zero.
-  static uint64_t pack(const uint16_t* w, uint64_t keep, uint16_t* values) {
-    uint64_t nonzero = 0;
-    uint16_t kept[64];
-    for (int j = 0; j < 64; ++j) {
-      kept[j] = (keep >> j & 1) != 0 ? w[j] : uint16_t{0};
-      nonzero |= static_cast<uint64_t>((kept[j] & 0x7fff) != 0) << j;
+  // Which of the columns that are not pruned hold neither +0 nor -0.
+  static void nonzero(const uint16_t* w, int64_t count, const NmBits& pruned, NmBits& out) {
+    for (int64_t j = 0; j < count; j += 64) {
+      uint64_t word = 0;
+      for (int64_t i = 0; i < 64; ++i) word |= static_cast<uint64_t>((w[j + i] & 0x7fff) != 0) << i;
+      out.word[j / 64] = word & ~pruned.word[j / 64];
     }
-    const uint64_t groups = pack_24_metadata(nonzero);
-    for (int g = 0; g < 16; ++g) {
-      values[2 * g] = kept[4 * g + (groups >> (4 * g) & 3)];
-      values[2 * g + 1] = kept[4 * g + (groups >> (4 * g + 2) & 3)];
+  }
+
+  static void values(const uint16_t* w, int64_t count, const NmBits& pruned, const NmBits& nonzero,
+                     uint16_t* out) {
+    for (int64_t j = 0; j < count; j += 64) {
+      const uint64_t keep = ~pruned.word[j / 64];
+      const uint64_t groups = pack_24_metadata(nonzero.word[j / 64]);
+      for (int64_t i = 0; i < 32; ++i) {
+        const int64_t at = i / 2 * 4 + static_cast<int64_t>(groups >> (2 * i) & 3);
+        out[j / 2 + i] = (keep >> at & 1) != 0 ? w[j + at] : uint16_t{0};
+      }
     }
-    return nonzero;
   }
 };
+
+template <class Lanes, Dtype dtype>
+int64_t pack_24_typed(const Pack24Params& p, int64_t begin, int64_t end) {
+  if (p.norm == nullptr) return pack_24_rows<Lanes>(p, begin, end, PackSelectNothing{});
+  if constexpr (Lanes::Nm::kFast) {
+    if (!nm_any_negative(p.norm, p.cols)) {
+      return pack_24_rows<Lanes>(p, begin, end,
+                                 typename Lanes::Nm::template Select<dtype, 4>(p.norm, p.cols, 2));
+    }
+  }
+  return pack_24_rows<Lanes>(p, begin, end, PackSelectGeneral<Lanes, dtype>{p.norm});
+}
 
 template <class Lanes>
 int64_t pack_24_run(const Pack24Params& p, int64_t begin, int64_t end) {
   const HonourDenormals honour_denormals;
-  return p.dtype == Dtype::kFloat16 ? pack_24_rows<Lanes, Dtype::kFloat16>(p, begin, end)
-                                    : pack_24_rows<Lanes, Dtype::kBFloat16>(p, begin, end);
+  return p.dtype == Dtype::kFloat16 ? pack_24_typed<Lanes, Dtype::kFloat16>(p, begin, end)
+                                    : pack_24_typed<Lanes, Dtype::kBFloat16>(p, begin, end);
 }
 
 }  // namespace

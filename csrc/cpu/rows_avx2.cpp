@@ -24,6 +24,8 @@ inline __m256i load256(const void* from) { return _mm256_loadu_si256(static_cast
 inline void store256(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
 
 struct Avx2 {
+  typedef int32_t Lanes __attribute__((vector_size(32)));
+
   template <Dtype D>
   static constexpr int kLanes = D == Dtype::kBFloat16 ? 0 : 8;
 
@@ -120,6 +122,58 @@ struct Avx2 {
   template <Dtype D>
   static void count(const uint16_t* keys, int64_t blocks, const int32_t* limits, int64_t* counts,
                     const char* next) {
+    if (limits[kLimits - 1] - limits[0] < 15) {
+      count_near<D>(keys, blocks, limits, counts, next);
+    } else {
+      count_far(keys, blocks, limits, counts);
+    }
+  }
+
+  // All limits within 15 keys: four byte look-ups say for each key, as pairs of 4-bit counters, which limits
+  // it is below.
+  template <Dtype D>
+  static void count_near(const uint16_t* keys, int64_t blocks, const int32_t* limits, int64_t* counts,
+                         const char* next) {
+    const __m256i iota = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4,
+                                          5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const int32_t start = limits[0] - 1;
+    const __m256i origin = _mm256_set1_epi16(static_cast<int16_t>(start));
+    __m256i table[4], sum[kLimits];
+    for (int t = 0; t < kLimits; ++t) {
+      const __m256i less = _mm256_cmpgt_epi8(_mm256_set1_epi8(static_cast<char>(limits[t] - start)), iota);
+      const __m256i one = _mm256_and_si256(less, _mm256_set1_epi8(t < 4 ? 1 : 16));
+      table[t % 4] = t < 4 ? one : _mm256_or_si256(table[t % 4], one);
+      sum[t] = _mm256_setzero_si256();
+    }
+    const __m256i most = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    for (int64_t first = 0; first < blocks; first += 7) {
+      const int64_t stop = min_of(blocks, first + 7) * kBlock;
+      __m256i c0 = zero, c1 = zero, c2 = zero, c3 = zero;
+      for (int64_t i = first * kBlock; i < stop; i += 32) {
+        const __m256i x = _mm256_sub_epi16(load256(keys + i), origin);
+        const __m256i y = _mm256_sub_epi16(load256(keys + i + 16), origin);
+        const __m256i at = _mm256_min_epu8(_mm256_packus_epi16(x, y), most);
+        c0 = _mm256_add_epi8(c0, _mm256_shuffle_epi8(table[0], at));
+        c1 = _mm256_add_epi8(c1, _mm256_shuffle_epi8(table[1], at));
+        c2 = _mm256_add_epi8(c2, _mm256_shuffle_epi8(table[2], at));
+        c3 = _mm256_add_epi8(c3, _mm256_shuffle_epi8(table[3], at));
+        if (i % kBlock == 0) prefetch<D>(next, i / kBlock);
+      }
+      const __m256i c[4] = {c0, c1, c2, c3};
+      for (int t = 0; t < 4; ++t) {
+        const __m256i low = _mm256_and_si256(c[t], most);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(c[t], 4), most);
+        sum[t] = _mm256_add_epi64(sum[t], _mm256_sad_epu8(low, zero));
+        sum[t + 4] = _mm256_add_epi64(sum[t + 4], _mm256_sad_epu8(high, zero));
+      }
+    }
+    for (int t = 0; t < kLimits; ++t) {
+      const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum[t]), _mm256_extracti128_si256(sum[t], 1));
+      counts[t] = _mm_extract_epi64(half, 0) + _mm_extract_epi64(half, 1);
+    }
+  }
+
+  static void count_far(const uint16_t* keys, int64_t blocks, const int32_t* limits, int64_t* counts) {
     __m256i last[kLimits];
     for (int t = 0; t < kLimits; ++t) {
       last[t] = _mm256_set1_epi16(static_cast<int16_t>(limits[t] - 1));
@@ -139,7 +193,6 @@ struct Avx2 {
         c5 = _mm256_sub_epi16(c5, _mm256_cmpgt_epi16(x, last[5]));
         c6 = _mm256_sub_epi16(c6, _mm256_cmpgt_epi16(x, last[6]));
         c7 = _mm256_sub_epi16(c7, _mm256_cmpgt_epi16(x, last[7]));
-        if (i % kBlock == 0) prefetch<D>(next, i / kBlock);
       }
       counts[0] -= sum_epi32(fold(c0));
       counts[1] -= sum_epi32(fold(c1));

@@ -23,6 +23,8 @@ struct Pair {
 };
 
 struct Avx512 {
+  typedef int32_t Lanes __attribute__((vector_size(64)));
+
   template <Dtype D>
   static constexpr int kLanes = D == Dtype::kBFloat16 ? 0 : 16;
 

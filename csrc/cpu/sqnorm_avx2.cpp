@@ -30,6 +30,7 @@ struct SqnormLanesAvx2 {
       __m256 second = _mm256_load_ps(partial + j + 8);
       for (int r = 0; r < count; ++r) {
         const T* x = rows[r] + column + j;
+        _mm_prefetch(reinterpret_cast<const char*>(rows[r + count] + column + j), _MM_HINT_T1);
         if constexpr (dtype == Dtype::kFloat32) {
           first = add_square(first, _mm256_loadu_ps(x));
           second = add_square(second, _mm256_loadu_ps(x + 8));

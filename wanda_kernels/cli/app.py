@@ -7,9 +7,11 @@ import traceback
 
 import typer
 
-from . import info, prune
 from . import eval as evaluate
+from . import info, prune
 from .options import debug_wanted
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="wanda-kernels",
@@ -29,13 +31,15 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, prog_name="wanda-kernels", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was written", 130)
+        code = INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
         if debug_wanted():
             traceback.print_exc()
         if hasattr(error, "format_message"):  # a usage error of typer's
             _fail(f"{error.format_message()} (see --help)", 2)
         _fail(str(error) or type(error).__name__, 1)
+    if code == INTERRUPTED:  # newer typer returns it, older raises Abort
+        _fail("interrupted; nothing was written", INTERRUPTED)
     sys.exit(code or 0)
 
 

@@ -11,9 +11,7 @@ from .options import BatchSize, Debug, Device, Dtype, Model, check_length
 
 def eval_command(
     model: Model,
-    text: Annotated[
-        str, typer.Option("--text", metavar="wikitext2|FILE", help="What to evaluate on.")
-    ] = "wikitext2",
+    text: Annotated[str, typer.Option("--text", metavar="wikitext2|FILE", help="What to evaluate on.")] = "wikitext2",
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens per window.")] = 2048,
     windows: Annotated[
         int | None, typer.Option("--windows", min=1, help="Evaluate on the first so many. [default: all]")

@@ -53,8 +53,7 @@ def gather() -> dict[str, dict[str, str]]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         gpu[f"device {index}"] = (
-            f"{properties.name}, sm_{properties.major}{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB"
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
         )
     if torch.cuda.device_count() == 0:
         gpu["device"] = "none"

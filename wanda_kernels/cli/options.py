@@ -19,9 +19,7 @@ def _set_debug(value: bool) -> bool:
     return value
 
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, or a .gguf file (dequantised).")
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, or a .gguf file (dequantised).")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run.")]
 Dtype = Annotated[
     str,

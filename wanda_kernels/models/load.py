@@ -93,7 +93,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> nn.Modu
         options |= _gguf_options()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
-    except Exception as error:  # noqa: BLE001  (many libraries below, each with exceptions of its own; re-raised)
+    except Exception as error:
         raise _explain(model, error) from error
     loaded.config._name_or_path = os.path.basename(os.path.normpath(model)) if Path(model).exists() else model
     return loaded.eval().to(target)
@@ -106,7 +106,5 @@ def load_tokenizer(model: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # noqa: BLE001  (as above; re-raised)
-        raise ValueError(
-            f"the tokenizer of {model} could not be read: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {model} could not be read: {' '.join(str(error).split())[:300]}") from error

@@ -59,7 +59,7 @@ def save_pretrained(
                 tokenizer.save_pretrained(staging)
             for name, text in (extra or {}).items():
                 (staging / name).write_text(text)
-        except Exception as error:  # noqa: BLE001  (safetensors has exceptions of its own; re-raised)
+        except Exception as error:
             raise OSError(f"output folder {folder} could not be written: {error}") from error
         _put_in_place(staging, folder)
     finally:

@@ -43,7 +43,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 def _find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The one outermost list of modules that all hold linear layers, looked for in the text decoder."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder: nn.Module = model if get_decoder is None else get_decoder()
     names = {id(module): name for name, module in model.named_modules()}
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in decoder.named_modules():
@@ -65,10 +66,14 @@ def _find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _refuse_other_weights(block: Block) -> None:
     """A block whose matrices are not all in nn.Linear would be pruned in part without a word: refuse it."""
     in_linears = {id(linear.weight) for linear in block.linears.values()}
-    for name, parameter in block.module.named_parameters():
-        if parameter.dim() >= 2 and id(parameter) not in in_linears:
-            kind = "a fused expert tensor" if "expert" in name else "not the weight of an nn.Linear"
-            raise ValueError(f"{block.name}.{name} {list(parameter.shape)} is {kind}: it cannot be pruned")
+    others = [
+        (name, parameter)
+        for name, parameter in block.module.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in in_linears
+    ]
+    for name, parameter in sorted(others, key=lambda other: -other[1].dim()):  # experts before their router
+        kind = "a fused expert tensor" if "expert" in name else "not the weight of an nn.Linear"
+        raise ValueError(f"{block.name}.{name} {list(parameter.shape)} is {kind}: it cannot be pruned")
     for name, linear in block.linears.items():
         if linear.weight.dtype not in FLOATS or linear.weight.dim() != 2:
             raise ValueError(

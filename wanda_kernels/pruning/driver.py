@@ -193,9 +193,7 @@ class _Run:
                 hidden[batch] = run_block(block, hidden[batch], call)
             self.progress.advance()
 
-    def measure_errors(
-        self, block: Block, hidden: list[Tensor], calls: list[Call], dense: dict[str, Tensor]
-    ) -> None:
+    def measure_errors(self, block: Block, hidden: list[Tensor], calls: list[Call], dense: dict[str, Tensor]) -> None:
         with self.stopwatch.measure("exact error"):
             errors = exact_errors(block, hidden, calls, dense, self.progress)
         for layer in self.layers[-len(errors) :]:

@@ -49,11 +49,10 @@ def record_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Te
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            args = list(args)
-            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args.pop(0)
+            hidden, *rest = (kwargs.pop("hidden_states"), *args) if "hidden_states" in kwargs else args
             if index == 0:
                 recording.hidden.append(hidden)
-            recording.calls[index].append(Call(tuple(args), kwargs))
+            recording.calls[index].append(Call(tuple(rest), kwargs))
             if index == len(blocks) - 1:
                 raise _LastBlockReachedError
             return hidden
@@ -62,7 +61,7 @@ def record_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Te
 
     try:
         for index, block in enumerate(blocks):
-            block.module.forward = recorder(index)  # type: ignore[method-assign]
+            block.module.forward = recorder(index)
         for number, input_ids in enumerate(batches):
             try:
                 model(input_ids=input_ids, use_cache=False)
@@ -77,7 +76,7 @@ def record_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Te
         for block, original in zip(blocks, originals, strict=True):
             del block.module.forward
             if original is not None:
-                block.module.forward = original  # type: ignore[method-assign]
+                block.module.forward = original
     return recording
 
 

@@ -51,9 +51,7 @@ class BlockStatistics:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        handles = [
-            linear.register_forward_pre_hook(self._hook(name)) for name, linear in self._block.linears.items()
-        ]
+        handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self._block.linears.items()]
         try:
             yield
         finally:
@@ -126,9 +124,7 @@ class BlockStatistics:
                 "sequences: its tokens cannot be told apart by sequence"
             )
         if name not in self._sqnorm:
-            self._sqnorm[name] = torch.zeros(
-                self._samples, x.shape[-1], dtype=torch.float32, device=x.device
-            )
+            self._sqnorm[name] = torch.zeros(self._samples, x.shape[-1], dtype=torch.float32, device=x.device)
         return self._sqnorm[name][self._rows]
 
     def norms(self) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
     overfull = int((weight.reshape(-1, 4).ne(0).sum(dim=1) > 2).sum())
     if overfull:
         raise ValueError(
-            f"wanda::pack_24: weight must be 2:4 sparse, {overfull} of its groups of four have more than two "
-            "non-zeros"
+            f"wanda::pack_24: weight must be 2:4 sparse, {overfull} of its groups of four have more than two non-zeros"
         )
     return sparse_semi_structured_from_dense_cutlass(weight.contiguous())
 

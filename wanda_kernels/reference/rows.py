@@ -20,18 +20,22 @@ def write_score_sums(score: Tensor, mask: Tensor, score_sums: Tensor) -> None:
     score_sums[:, 1] = squares.sum(dim=1)
 
 
-def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
-    check_weight("row_mask", weight)
-    check_norm("row_mask", norm, weight)
-    check_sparsity("row_mask", sparsity)
+def _mask(op: str, weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
+    check_weight(op, weight)
+    check_norm(op, norm, weight)
+    check_sparsity(op, sparsity)
     score = scores(weight, norm)
     k = int(weight.shape[1] * sparsity)
     pruned = torch.sort(score, dim=1, stable=True).indices[:, :k]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, pruned, True)
 
 
+def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
+    return _mask("row_mask", weight, norm, sparsity)
+
+
 def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
-    mask = row_mask(weight, norm, sparsity)
+    mask = _mask("prune_rows_", weight, norm, sparsity)
     if score_sums is not None:
         check_score_sums("prune_rows_", score_sums, weight)
         write_score_sums(scores(weight, norm), mask, score_sums)

@@ -11,19 +11,22 @@ from .._checks import check_sqnorm
 CHUNK = 4096
 
 
+def _sum_of_squares(tokens: Tensor) -> Tensor:
+    """[tokens, C_in] -> [C_in], float32: one token after the other, in chunks that are added in float64."""
+    total = torch.zeros(tokens.shape[1], dtype=torch.float64, device=tokens.device)
+    for chunk in tokens.float().square().split(CHUNK):
+        partial = torch.zeros(tokens.shape[1], dtype=torch.float32, device=tokens.device)
+        for squares in chunk:
+            partial += squares
+        total += partial
+    return total.float()
+
+
 def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
     sequences, tokens, cols = check_sqnorm("add_sqnorm_", sqnorm, x, token_mask)
-    squares = x.reshape(sequences, tokens, cols).float().square()
-    if token_mask is not None:
-        squares = squares.masked_fill(~token_mask.reshape(sequences, tokens, 1), 0)
-    total = torch.zeros(sequences, cols, dtype=torch.float64, device=x.device)
-    for chunk in squares.split(CHUNK, dim=1):
-        partial = torch.zeros(sequences, cols, device=x.device)
-        for token in chunk.unbind(dim=1):
-            partial += token
-        total += partial
-    if sqnorm.dim() == 2:
-        sqnorm += total.float()
-    else:
-        for one in total.float():
-            sqnorm += one
+    x = x.reshape(sequences, tokens, cols)
+    counted = None if token_mask is None else token_mask.reshape(sequences, tokens)
+    for sequence in range(sequences):
+        one = x[sequence] if counted is None else x[sequence][counted[sequence]]
+        row = sqnorm[sequence] if sqnorm.dim() == 2 else sqnorm
+        row += _sum_of_squares(one)

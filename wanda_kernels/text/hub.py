@@ -23,7 +23,7 @@ def load(name: str, split: str) -> Any:
         if name == "c4":
             return datasets.load_dataset("allenai/c4", data_files={split: C4_TRAIN}, split=split)
         return datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-    except Exception as error:  # noqa: BLE001  (network, cache and format errors of several libraries; re-raised)
+    except Exception as error:
         raise OSError(
             f"data set {name} could not be had from the Hugging Face hub: {' '.join(str(error).split())[:300]}"
         ) from error

@@ -1,0 +1,55 @@
+"""The implementations of an operator that this machine can run, each as a callable of its arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import wanda_kernels._backend as backend
+from wanda_kernels import ops, reference
+
+
+def _on_cpu(isa: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        before = backend.extension.isa()
+        backend.extension.set_isa(isa)
+        try:
+            return getattr(ops, name)(*args)
+        finally:
+            backend.extension.set_isa(before)
+
+    return call
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        on_device = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+        result = getattr(ops, name)(*on_device)
+        for argument, there in zip(args, on_device, strict=True):
+            if isinstance(argument, torch.Tensor):
+                argument.copy_(there)  # what was written in place
+        if isinstance(result, tuple):
+            return tuple(tensor.cpu() for tensor in result)
+        return result.cpu() if isinstance(result, torch.Tensor) else result
+
+    return call
+
+
+def names() -> list[str]:
+    """``reference`` aside: every compiled CPU instruction set, or the operators as they are without them; CUDA."""
+    found = [f"cpu-{isa}" for isa in backend.extension.available_isas()] if backend.extension else ["cpu-reference"]
+    return [*found, "cuda"] if torch.cuda.is_available() else found
+
+
+@functools.cache
+def implementation(backend_name: str, operator: str) -> Callable[..., Any]:
+    if backend_name == "reference":
+        return getattr(reference, operator)
+    if backend_name == "cpu-reference":
+        return getattr(ops, operator)
+    if backend_name == "cuda":
+        return _on_cuda(operator)
+    return _on_cpu(backend_name.removeprefix("cpu-"), operator)

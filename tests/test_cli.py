@@ -1,0 +1,201 @@
+"""The command line, as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import saved
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from wanda_kernels.cli.app import main
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    saved.save_model(folder / "model")
+    (folder / "text.txt").write_text(saved.text(2000))
+    return folder
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def calibrated(work: Path) -> list[str]:
+    return ["--calibration", str(work / "text.txt"), "--samples", "8", "--length", "32"]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_prune_then_eval(work, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    code, stdout, stderr = call(capsys, "prune", work / "model", "--out", out, *calibrated(work))
+    assert code == 0, stderr
+    assert "sparsity 50.00%" in stdout
+    assert all(part in stdout for part in ("load", "forward", "statistics", "selection", "saving"))
+    assert stderr.count("estimated error") == 3  # a line per block
+    model = AutoModelForCausalLM.from_pretrained(out)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert ((weight == 0).sum(dim=1) == 32).all()
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert report["achieved_sparsity"] == 0.5
+
+    code, stdout, stderr = call(capsys, "eval", out, "--text", work / "text.txt", "--length", 64)
+    assert code == 0, stderr
+    assert stdout.startswith("perplexity ")
+    assert "(31 windows of 64 tokens" in stdout
+
+
+def test_same_command_same_bytes_in_new_processes(work, tmp_path):
+    for name, threads in (("first", "1"), ("second", "2")):
+        subprocess.run(
+            [sys.executable, "-m", "wanda_kernels", "prune", str(work / "model"), "--out", str(tmp_path / name)]
+            + ["--pattern", "2:4", *calibrated(work)],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        )
+    assert digest(tmp_path / "first") == digest(tmp_path / "second")
+
+
+@pytest.mark.parametrize("options", [["--method", "magnitude"], ["--propagate", "dense"], ["--pattern", "4:8"]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_variants(work, tmp_path, capsys, options, dtype):
+    out = tmp_path / "out"
+    code, _, stderr = call(capsys, "prune", work / "model", "--out", out, "--dtype", dtype, *options, *calibrated(work))
+    assert code == 0, stderr
+    weights = load_file(out / "model.safetensors")
+    weight = weights["model.layers.2.mlp.down_proj.weight"]
+    assert weight.dtype == getattr(torch, dtype)
+    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert not (weights["model.embed_tokens.weight"] == 0).all()
+
+
+def test_ready_token_ids(work, tmp_path, capsys):
+    save_file({"input_ids": torch.randint(3, 120, (4, 16))}, tmp_path / "ids.safetensors")
+    arguments = ("prune", work / "model", "--out", tmp_path / "out", "--calibration", tmp_path / "ids.safetensors")
+    assert call(capsys, *arguments)[0] == 0
+    assert json.loads((tmp_path / "out" / "pruning_report.json").read_text())["samples"] == 4
+
+
+BAD = [
+    (["--sparsity", "1.5"], 1, "sparsity must be in [0, 1), got 1.5"),
+    (["--sparsity", "1"], 1, "sparsity must be in [0, 1), got 1.0"),
+    (["--sparsity", "half"], 2, "Invalid value for '--sparsity'"),
+    (["--pattern", "4:2"], 1, "pattern must be N:M with 0 < N < M, for instance 2:4, got '4:2'"),
+    (["--pattern", "2:5"], 1, "has 64 input columns, not a multiple of the pattern's M = 5"),
+    (["--pattern", "2:4", "--sparsity", "0.5"], 1, "give sparsity or pattern, not both"),
+    (["--method", "magic"], 1, "method must be one of wanda, magnitude, got 'magic'"),
+    (["--propagate", "x"], 1, "propagate must be one of pruned, dense, got 'x'"),
+    (["--dtype", "int8"], 1, "dtype must be one of"),
+    (["--device", "tpu"], 1, "device must be auto, cpu or cuda, got 'tpu'"),
+    (["--samples", "0"], 2, "--samples"),
+    (["--samples", "5000"], 1, "5000 samples are required"),
+    (["--length", "512"], 1, "--length 512 is longer than the model's context of 256 tokens"),
+    (["--calibration", "nowhere.txt"], 1, "nowhere.txt does not exist"),
+    (["--sparsty", "0.5"], 2, "--sparsty"),
+]
+
+
+@pytest.mark.parametrize(("options", "expected", "message"), BAD, ids=lambda value: str(value)[:30])
+def test_bad_options_say_so_in_one_line_and_write_nothing(work, tmp_path, capsys, options, expected, message):
+    arguments = {"--calibration": str(work / "text.txt"), "--samples": "2", "--length": "32"}
+    arguments |= dict(zip(options[::2], options[1::2], strict=True))
+    flat = [part for pair in arguments.items() for part in pair]
+    code, stdout, stderr = call(capsys, "prune", work / "model", "--out", tmp_path / "out", *flat)
+    assert code == expected
+    assert stdout == ""
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("wanda-kernels: error: ")
+    assert message in last
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(work, tmp_path, capsys):
+    code, _, stderr = call(capsys, "prune", tmp_path / "no", "--out", tmp_path / "out", "--debug")
+    assert code == 1
+    assert "Traceback" in stderr
+    assert stderr.strip().splitlines()[-1].startswith("wanda-kernels: error: model ")
+    code, _, stderr = call(capsys, "prune", tmp_path / "no", "--out", tmp_path / "out")
+    assert "Traceback" not in stderr
+
+
+def test_existing_output(work, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    arguments = ["prune", work / "model", "--out", out, "--method", "magnitude"]
+    code, _, stderr = call(capsys, *arguments)
+    assert code == 1
+    assert "is not empty: choose another, or pass --overwrite" in stderr
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert call(capsys, *arguments, "--overwrite")[0] == 0
+    assert not (out / "mine").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["prune"], ["eval"], ["info"]])
+def test_help(capsys, command):
+    code, stdout, _ = call(capsys, *command, "--help")
+    assert code == 0
+    assert "Usage" in stdout
+
+
+def test_info(capsys):
+    code, stdout, _ = call(capsys, "info")
+    assert code == 0
+    assert torch.__version__.split("+")[0] in stdout
+    assert "backends" in stdout
+
+
+def test_a_file_that_cannot_grow_leaves_nothing(work, tmp_path):
+    """A real failure to write, in a process whose files may not pass 64 KiB."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "wanda_kernels", "prune", str(work / "model"), "--out", str(out)]
+        + ["--method", "magnitude"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_says_so_and_leaves_nothing(work, tmp_path):
+    running = subprocess.Popen(
+        [sys.executable, "-m", "wanda_kernels", "prune", str(work / "model"), "--out", str(tmp_path / "out")]
+        + ["--calibration", str(work / "text.txt"), "--samples", "60", "--length", "32", "--batch-size", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    for line in running.stderr:
+        if "estimated error" in line or "loading" in line:
+            break
+    time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in stderr
+    assert "wanda-kernels: error: interrupted; nothing was written" in stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,123 @@
+"""Loading, and saving whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import saved
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from wanda_kernels.models import load_model, load_tokenizer, save_pretrained
+from wanda_kernels.models.save import check_output, check_space
+
+
+def test_round_trip(tmp_path):
+    model = tiny.model("llama tied")
+    save_pretrained(tmp_path / "out", model, saved.tokenizer(), extra={"note.json": "{}"})
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path / "out"), load_model(str(tmp_path / "out"))):
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert load_tokenizer(str(tmp_path / "out"))("w3 w5")["input_ids"] == [7, 9]
+    assert (tmp_path / "out" / "note.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype(tmp_path, dtype):
+    saved.save_model(tmp_path / "m")
+    assert load_model(str(tmp_path / "m"), dtype).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda p: None, FileNotFoundError, "does not exist"),
+        (lambda p: p.mkdir(), FileNotFoundError, "holds no config.json"),
+        (lambda p: p.write_text("x"), ValueError, "is neither a model folder nor a .gguf file"),
+    ],
+)
+def test_missing_models(tmp_path, make, kind, message):
+    make(tmp_path / "m")
+    with pytest.raises(kind, match=message):
+        load_model(str(tmp_path / "m"))
+
+
+def test_truncated_weights(tmp_path):
+    saved.save_model(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"could not be read \(incomplete or damaged\?\)"):
+        load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00garbage", b"nonsense"])
+def test_broken_gguf(tmp_path, content):
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not a GGUF file|could not be read \(incomplete or damaged\?\)"):
+        load_model(str(path))
+
+
+def test_wrong_names():
+    with pytest.raises(ValueError, match="dtype must be one of auto, float32, .* got 'int8'"):
+        load_model("x", dtype="int8")
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'tpu'"):
+        load_model("x", device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch sees no CUDA device"):
+            load_model("x", device="cuda")
+
+
+def test_a_hub_id_that_cannot_be_had():
+    with pytest.raises(FileNotFoundError, match="model nobody/nothing is no local path and could not be had"):
+        load_model("nobody/nothing")
+
+
+def test_output_that_is_there(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("keep")
+    with pytest.raises(FileExistsError, match="is not empty: choose another, or pass --overwrite"):
+        save_pretrained(tmp_path / "full", tiny.model())
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+    save_pretrained(tmp_path / "full", tiny.model(), overwrite=True)
+    assert not (tmp_path / "full" / "file").exists()
+    assert (tmp_path / "full" / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    with pytest.raises(NotADirectoryError, match="config.json is a file"):
+        check_output(tmp_path / "full" / "config.json" / "x", overwrite=True)
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, there_before):
+    out = tmp_path / "out"
+    if there_before:
+        save_pretrained(out, tiny.model())
+    before = {path.name: path.read_bytes() for path in out.iterdir()} if there_before else None
+    model = tiny.model("opt")
+    write_weights = model.save_pretrained
+
+    def runs_full(folder):
+        write_weights(folder)
+        with (Path(folder) / "model.safetensors").open("r+b") as file:
+            file.truncate(100)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", runs_full)
+    with pytest.raises(OSError, match=r"output folder .*out could not be written: .*No space left"):
+        save_pretrained(out, model, overwrite=True)
+    assert out.exists() == there_before
+    if before is not None:
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if there_before else [])
+
+
+def test_space_is_checked_before_the_work(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("usage", "total used free")(10, 10, 1 << 10))
+    with pytest.raises(OSError, match="the model needs 0 MiB, the disk has 0 MiB left"):
+        check_space(tmp_path / "a" / "b", tiny.model())

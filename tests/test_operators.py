@@ -1,0 +1,114 @@
+"""What holds for every operator: schema, fake implementation, torch.compile, and errors that say what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wanda_kernels import _backend, ops, reference
+
+WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+NORM = torch.rand(64, generator=torch.Generator().manual_seed(1))
+HALF = WEIGHT.to(torch.bfloat16)
+
+
+def packed():
+    return ops.prune_pack_24(HALF, NORM)
+
+
+CALLS = {
+    "prune_rows_": lambda: (WEIGHT.clone(), NORM, 0.5, torch.zeros(32, 2)),
+    "row_mask": lambda: (WEIGHT, NORM, 0.5),
+    "prune_nm_": lambda: (WEIGHT.clone(), NORM, 2, 4, None),
+    "nm_mask": lambda: (WEIGHT, NORM, 4, 8),
+    "pack_24": lambda: (ops.unpack_24(*packed()),),
+    "prune_pack_24": lambda: (HALF, NORM),
+    "unpack_24": packed,
+    "add_sqnorm_": lambda: (torch.zeros(4, 64), WEIGHT, torch.ones(32, dtype=torch.bool)),
+}
+
+
+def test_every_schema_has_a_test_a_wrapper_and_a_reference():
+    assert set(_backend.schemas()) == set(CALLS) == set(ops.__all__) == set(reference.__all__)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.wanda, name).default, CALLS[name]())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_a_graph_break(name):
+    def call(*args):
+        result = getattr(ops, name)(*args)
+        return args[0] if result is None else result
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(*CALLS[name]()), call(*CALLS[name]())
+    for left, right in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    def call(weight, x):
+        sqnorm = torch.zeros(64)
+        ops.add_sqnorm_(sqnorm, x)
+        ops.prune_rows_(weight, sqnorm.sqrt(), 0.5)
+        return weight * 2
+
+    args = (WEIGHT.clone(), torch.randn(3, 5, 64))
+    expected = call(WEIGHT.clone(), args[1])
+    assert torch.equal(torch.compile(call, fullgraph=True)(*args), expected)
+
+
+BAD = [
+    ("prune_rows_", (WEIGHT, NORM[:63], 0.5), ValueError, "norm has 63 elements, weight has 64 columns"),
+    ("prune_rows_", (WEIGHT, NORM.double(), 0.5), TypeError, "norm must be float32, got .*[Dd]ouble|float64"),
+    ("prune_rows_", (WEIGHT, NORM[None], 0.5), ValueError, r"norm must have 1 dimension \[C_in\], got 2"),
+    ("prune_rows_", (WEIGHT, NORM, 1.0), ValueError, r"sparsity must be in \[0, 1\), got 1"),
+    ("prune_rows_", (WEIGHT, NORM, -0.1), ValueError, r"sparsity must be in \[0, 1\), got -0.1"),
+    ("prune_rows_", (WEIGHT, NORM, float("nan")), ValueError, r"sparsity must be in \[0, 1\), got nan"),
+    ("prune_rows_", (WEIGHT[0], NORM, 0.5), ValueError, r"weight must have 2 dimensions \[C_out, C_in\], got 1"),
+    ("prune_rows_", (WEIGHT.int(), NORM, 0.5), TypeError, "weight must be float32, bfloat16 or float16, got .*[Ii]nt"),
+    ("prune_rows_", (WEIGHT, NORM, 0.5, torch.zeros(31, 2)), ValueError, r"score_sums .* \[32, 2\], got \[31, 2\]"),
+    ("row_mask", (WEIGHT, NORM.to("meta"), 0.5), (ValueError, NotImplementedError), "norm is on meta|[Mm]eta"),
+    ("prune_nm_", (WEIGHT, NORM, 4, 4), ValueError, "a pattern n:m needs 0 < n < m, got 4:4"),
+    ("prune_nm_", (WEIGHT, NORM, 0, 4), ValueError, "a pattern n:m needs 0 < n < m, got 0:4"),
+    ("nm_mask", (WEIGHT, NORM, 2, 5), ValueError, "weight has 64 columns, not a multiple of m = 5"),
+    ("add_sqnorm_", (NORM.clone(), WEIGHT[:, :63]), ValueError, "x has 63 columns, sqnorm has 64"),
+    ("add_sqnorm_", (torch.zeros(5, 64), WEIGHT), ValueError, "x has 32 tokens, not a multiple of the 5 sequences"),
+    ("add_sqnorm_", (torch.zeros(2, 64), WEIGHT[None]), ValueError, "x has 1 sequences, sqnorm has 2"),
+    ("add_sqnorm_", (NORM.double(), WEIGHT), TypeError, "sqnorm must be float32"),
+    ("add_sqnorm_", (NORM.clone(), WEIGHT, torch.ones(32)), TypeError, "token_mask must be bool"),
+    (
+        "add_sqnorm_",
+        (NORM.clone(), WEIGHT, torch.ones(31, dtype=torch.bool)),
+        ValueError,
+        r"token_mask must be \[1, 32\]",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: f"{case[0]}-{case[3][:30]}")
+@pytest.mark.parametrize("implementation", [ops, reference], ids=["ops", "reference"])
+def test_errors_name_the_argument_what_is_required_and_what_came(implementation, case):
+    name, args, kind, message = case
+    args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    before = args[0].clone()
+    with pytest.raises(kind, match=message) as raised:
+        getattr(implementation, name)(*args)
+    if raised.type is not NotImplementedError:
+        assert f"wanda::{name}: " in str(raised.value)
+    assert torch.equal(args[0], before)
+
+
+def test_instruction_set_can_be_forced():
+    if _backend.extension is None:
+        pytest.skip("the extension is not built")
+    before = _backend.extension.isa()
+    with pytest.raises(ValueError, match="must be scalar, avx2 or avx512, got 'sse9'"):
+        _backend.extension.set_isa("sse9")
+    _backend.extension.set_isa("scalar")
+    assert _backend.extension.isa() == "scalar"
+    _backend.extension.set_isa(before)

@@ -1,0 +1,123 @@
+"""add_sqnorm_: every backend against the reference, and all against float64."""
+
+from __future__ import annotations
+
+import backends
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wanda_kernels import ops, reference
+
+BACKENDS = backends.names()
+CPU = [name for name in BACKENDS if name.startswith("cpu")]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw_inputs(data):
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    sequences = data.draw(st.integers(1, 4))
+    tokens = data.draw(st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 130]))
+    cols = data.draw(st.sampled_from([1, 2, 15, 16, 31, 33, 64, 100, 257]))
+    x = (torch.randn(sequences, tokens, cols) * torch.rand(cols) * 10).to(data.draw(st.sampled_from(DTYPES)))
+    return sequences, tokens, cols, x
+
+
+@pytest.mark.parametrize("backend", CPU)
+@settings(max_examples=120)
+@given(data=st.data())
+def test_same_bits_as_the_reference(backend, data):
+    sequences, tokens, cols, x = draw_inputs(data)
+    mask = None
+    if data.draw(st.booleans()):
+        mask = torch.rand(sequences, tokens) < 0.6
+        x[~mask] = torch.nan  # padding may hold anything
+    for shape in ((sequences, cols), (cols,)):
+        start = torch.rand(shape)
+        expected, got = start.clone(), start.clone()
+        reference.add_sqnorm_(expected, x, mask)
+        backends.implementation(backend, "add_sqnorm_")(got, x, mask)
+        assert torch.equal(got, expected)
+        if len(shape) == 2 or sequences == 1:
+            flat = start.clone()
+            flat_mask = None if mask is None else mask.flatten()
+            backends.implementation(backend, "add_sqnorm_")(flat, x.flatten(0, 1), flat_mask)
+            assert torch.equal(flat, expected)
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sequences_pass_through_several_chunks(backend, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 9000, 40).to(dtype)
+    mask = torch.rand(2, 9000) < 0.9
+    expected, got = torch.zeros(2, 40), torch.zeros(2, 40)
+    reference.add_sqnorm_(expected, x, mask)
+    backends.implementation(backend, "add_sqnorm_")(got, x, mask)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *CPU])
+def test_equals_torch_norm_as_the_official_code_calls_it(backend):
+    """The masks of the official code stand on these very bits."""
+    torch.manual_seed(0)
+    for tokens, cols in ((512, 576), (2048, 100)):
+        x = torch.randn(tokens, cols) * torch.rand(cols) * 3
+        sqnorm = torch.zeros(cols)
+        backends.implementation(backend, "add_sqnorm_")(sqnorm, x)
+        official = torch.norm(x.t(), p=2, dim=1)
+        assert torch.equal(sqnorm.double().sqrt().float(), official)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_against_float64(backend):
+    torch.manual_seed(0)
+    sqnorm = torch.zeros(64)
+    exact = torch.zeros(64, dtype=torch.float64)
+    for _ in range(16):
+        x = torch.randn(8, 2048, 64).to(torch.bfloat16)
+        backends.implementation(backend, "add_sqnorm_")(sqnorm, x)
+        exact += x.double().square().sum(dim=(0, 1))
+    # 262,144 tokens; 128 additions to the shared float32 sum
+    assert (sqnorm.double() / exact - 1).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_and_threads_do_not_change_a_bit(backend):
+    torch.manual_seed(0)
+    x = torch.randn(8, 100, 200)
+    whole = torch.zeros(8, 200)
+    add = backends.implementation(backend, "add_sqnorm_")
+    add(whole, x)
+    threads = torch.get_num_threads()
+    try:
+        for size in (1, 3, 8):
+            torch.set_num_threads(size)
+            parts = torch.zeros(8, 200)
+            for first in range(0, 8, size):
+                rows = parts[first : first + size].clone()
+                add(rows, x[first : first + size])
+                parts[first : first + size] = rows
+            assert torch.equal(parts, whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_strided_inputs(backend):
+    torch.manual_seed(0)
+    storage = torch.randn(3, 50, 90)
+    for x in (storage[:, ::2, 5:70], storage.transpose(1, 2), storage[:, :, ::3], storage[:1].expand(3, 50, 90)):
+        expected, got = torch.zeros(3, x.shape[2]), torch.zeros(3, x.shape[2])
+        reference.add_sqnorm_(expected, x)
+        backends.implementation(backend, "add_sqnorm_")(got, x)
+        assert torch.equal(got, expected)
+
+
+def test_nan_counts_where_the_mask_lets_it():
+    x = torch.tensor([[[1.0, torch.nan], [2.0, 3.0]]])
+    sqnorm = torch.zeros(1, 2)
+    ops.add_sqnorm_(sqnorm, x)
+    assert sqnorm[0, 0] == 5
+    assert sqnorm[0, 1].isnan()

@@ -1,0 +1,125 @@
+"""Calibration data and perplexity."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import saved
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from wanda_kernels import perplexity
+from wanda_kernels.text import evaluation_ids, hub, load_calibration, sample_windows, split_windows
+
+
+def test_windows_do_not_overlap_and_depend_on_the_seed():
+    ids = torch.arange(1000)
+    windows = sample_windows(ids, 10, 50, seed=0, source="x")
+    assert windows.shape == (10, 50)
+    assert len(windows.flatten().unique()) == 500
+    assert torch.equal(windows, sample_windows(ids, 10, 50, seed=0, source="x"))
+    assert not torch.equal(windows, sample_windows(ids, 10, 50, seed=1, source="x"))
+    assert split_windows(ids, 300).shape == (3, 300)
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(saved.text(500))
+    ids = load_calibration(str(path), saved.tokenizer(), samples=4, length=32)
+    assert ids.shape == (4, 32)
+    assert ids.dtype == torch.int64
+
+
+def test_safetensors_ids(tmp_path):
+    path = tmp_path / "ids.safetensors"
+    save_file({"input_ids": tiny.ids(6, 20)}, path)
+    assert torch.equal(load_calibration(str(path), None), tiny.ids(6, 20))
+    assert torch.equal(load_calibration(str(path), None, samples=2, length=10), tiny.ids(6, 20)[:2, :10])
+    with pytest.raises(ValueError, match="has samples 6, --samples 7 was asked for"):
+        load_calibration(str(path), None, samples=7)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"ids": torch.zeros(2, 2)}, "must hold input_ids, it holds: ids"),
+        ({"input_ids": torch.zeros(2, 2)}, r"input_ids must be .*int64.* got \[2, 2\], torch.float32"),
+        ({"input_ids": torch.zeros(4, dtype=torch.int64)}, r"got \[4\]"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.int64)}, r"not empty, got \[0, 4\]"),
+    ],
+)
+def test_bad_safetensors(tmp_path, content, message):
+    path = tmp_path / "ids.safetensors"
+    save_file(content, path)
+    with pytest.raises(ValueError, match=message):
+        load_calibration(str(path), None)
+
+
+def test_broken_files(tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load_calibration(str(broken), None)
+    with pytest.raises(FileNotFoundError, match="c4, wikitext2 or a file; .*missing.txt does not exist"):
+        load_calibration(str(tmp_path / "missing.txt"), None)
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    with pytest.raises(ValueError, match="is empty"):
+        load_calibration(str(empty), None)
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        load_calibration(str(binary), None)
+    short = tmp_path / "short.txt"
+    short.write_text(saved.text(100))
+    with pytest.raises(ValueError, match="has 100 tokens, 3 windows of 32; 8 samples are required"):
+        load_calibration(str(short), saved.tokenizer(), samples=8, length=32)
+
+
+class Documents(list):
+    """What ``datasets.load_dataset`` returns, as far as it is used: rows, or a column."""
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+
+def test_c4_draws_windows_of_long_documents(monkeypatch):
+    documents = Documents({"text": saved.text(10 + 30 * (i % 2), seed=i)} for i in range(50))
+    monkeypatch.setattr(hub, "load", lambda name, split: documents)
+    ids = load_calibration("c4", saved.tokenizer(), samples=9, length=16, seed=3)
+    assert ids.shape == (9, 16)
+    assert torch.equal(ids, load_calibration("c4", saved.tokenizer(), samples=9, length=16, seed=3))
+    with pytest.raises(ValueError, match="none of 20000 documents of c4 is longer than 64 tokens"):
+        load_calibration("c4", saved.tokenizer(), samples=1, length=64)
+
+
+def test_wikitext2(monkeypatch):
+    documents = Documents({"text": saved.text(50, seed=i)} for i in range(10))
+    monkeypatch.setattr(hub, "load", lambda name, split: documents)
+    assert load_calibration("wikitext2", saved.tokenizer(), samples=5, length=64).shape == (5, 64)
+    assert len(evaluation_ids("wikitext2", saved.tokenizer())) == 500
+    with pytest.raises(ValueError, match="wikitext2 has 500 tokens here, --length 500 is too long"):
+        load_calibration("wikitext2", saved.tokenizer(), samples=5, length=500)
+
+
+def test_without_network_the_hub_says_so():
+    pytest.importorskip("datasets")
+    with pytest.raises(OSError, match="data set c4 could not be had from the Hugging Face hub"):
+        hub.load("c4", "train")
+
+
+def test_perplexity_is_exp_of_the_mean_loss_over_windows():
+    model = tiny.model()
+    ids = tiny.ids(1, 100)[0]
+    losses = []
+    with torch.no_grad():
+        for begin in (0, 32, 64):
+            window = ids[None, begin : begin + 32]
+            losses.append(float(model(input_ids=window, labels=window).loss))
+    expected = math.exp(sum(losses) / 3)
+    for batch_size in (1, 2, 3):
+        assert perplexity(model, ids, 32, batch_size) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="the text has 100 tokens, one window needs 101"):
+        perplexity(model, ids, 101)
