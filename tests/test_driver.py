@@ -249,7 +249,7 @@ def test_bad_arguments_change_nothing(options, message):
 
 
 def test_float_input_ids_are_refused():
-    with pytest.raises(TypeError, match="input_ids must be int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"input_ids must be int64, got torch.float32"):
         prune(tiny.model(), torch.zeros(2, 8))
 
 

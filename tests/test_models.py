@@ -63,7 +63,7 @@ def test_broken_gguf(tmp_path, content):
 
 
 def test_wrong_names():
-    with pytest.raises(ValueError, match="dtype must be one of auto, float32, .* got 'int8'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, .* got 'int8'"):
         load_model("x", dtype="int8")
     with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'tpu'"):
         load_model("x", device="tpu")
@@ -87,7 +87,7 @@ def test_output_that_is_there(tmp_path):
     assert not (tmp_path / "full" / "file").exists()
     assert (tmp_path / "full" / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
-    with pytest.raises(NotADirectoryError, match="config.json is a file"):
+    with pytest.raises(NotADirectoryError, match=r"config.json is a file"):
         check_output(tmp_path / "full" / "config.json" / "x", overwrite=True)
 
 

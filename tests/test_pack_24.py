@@ -78,7 +78,7 @@ def test_refusals(implementation):
     dense = torch.ones(32, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="512 of its groups of four have more than two non-zeros"):
         implementation.pack_24(dense)
-    with pytest.raises(TypeError, match="weight must be bfloat16 or float16 .* got .*[Ff]loat"):
+    with pytest.raises(TypeError, match=r"weight must be bfloat16 or float16 .* got .*[Ff]loat"):
         implementation.pack_24(torch.zeros(32, 64))
     with pytest.raises(ValueError, match=r"multiple of 32 rows and of 64 columns, got \[32, 32\]"):
         implementation.pack_24(torch.zeros(32, 32, dtype=torch.bfloat16))

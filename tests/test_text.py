@@ -62,7 +62,7 @@ def test_broken_files(tmp_path):
     broken.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         load_calibration(str(broken), None)
-    with pytest.raises(FileNotFoundError, match="c4, wikitext2 or a file; .*missing.txt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"c4, wikitext2 or a file; .*missing.txt does not exist"):
         load_calibration(str(tmp_path / "missing.txt"), None)
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")

@@ -22,7 +22,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
@@ -40,7 +40,7 @@ def gather() -> dict[str, dict[str, str]]:
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     backends = {"cpu": _backend.cpu_status, "cuda": _backend.cuda_status}
     backends["triton"] = "installed" if importlib.util.find_spec("triton") else "not installed"
-    cpu = {"processor": _processor(), "cores": str(os.cpu_count()), "torch threads": str(torch.get_num_threads())}
+    cpu = {"processor": processor_name(), "cores": str(os.cpu_count()), "torch threads": str(torch.get_num_threads())}
     if _backend.extension is not None:
         module = _backend.extension
         cpu["instruction sets"] = ", ".join(module.available_isas())

