@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress as Bar
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -34,13 +31,6 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def timed(parts: dict[str, float], part: str, work: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = work()
-    parts[part] = time.perf_counter() - start
-    return result
-
-
 def measure(model: nn.Module, windows: Tensor, label: str) -> float:
     with bar() as shown:
         task = shown.add_task(f"perplexity of {label}", total=len(windows))
@@ -48,17 +38,17 @@ def measure(model: nn.Module, windows: Tensor, label: str) -> float:
 
 
 def prune_shown(model: nn.Module, calibration: Tensor, label: str, options: dict[str, Any]) -> PruningReport:
-    shown_bar: AbstractContextManager[Bar] = bar()
-    with shown_bar as shown:
+    with bar() as shown:
         shown.console.print(f"[bold]{label}[/bold]")
         return prune(model, calibration, progress=PruningDisplay(shown), **options)
 
 
 def run(out: Path, screen: Console) -> dict[str, Any]:
     quiet_libraries()
-    load: dict[str, float] = {}
     with working(f"loading {smollm2.NAME}"):
-        dense, tokenizer = timed(load, "load", smollm2.load)
+        start = time.perf_counter()
+        dense, tokenizer = smollm2.load()
+        load_seconds = time.perf_counter() - start
         calibration, evaluation = smollm2.calibration_and_evaluation(tokenizer, SAMPLES, LENGTH)
     rows: list[dict[str, Any]] = [
         {"model": "dense", "perplexity": measure(dense, evaluation, "dense"), "sparsity": 0.0, "seconds": {}}
@@ -70,13 +60,13 @@ def run(out: Path, screen: Console) -> dict[str, Any]:
         if options["method"] == "wanda":
             folder = out / f"smollm2-wanda-{(report.pattern or '50').replace(':', '-')}"
             with working(f"saving to {folder}"):
-                timed(seconds, "saving", lambda f=folder, m=model: save_pretrained(f, m, tokenizer, overwrite=True))
+                start = time.perf_counter()
+                save_pretrained(folder, model, tokenizer, overwrite=True)
+                seconds["saving"] = time.perf_counter() - start
             screen.print(f"saved {folder}", highlight=False)
         value = measure(model, evaluation, label)
-        rows.append(
-            {"model": label, "perplexity": value, "sparsity": report.achieved_sparsity, "seconds": seconds}
-        )
-    return {"samples": SAMPLES, "length": LENGTH, "load seconds": load["load"], "rows": rows}
+        rows.append({"model": label, "perplexity": value, "sparsity": report.achieved_sparsity, "seconds": seconds})
+    return {"samples": SAMPLES, "length": LENGTH, "load seconds": load_seconds, "rows": rows}
 
 
 def draw(result: dict[str, Any]) -> Table:

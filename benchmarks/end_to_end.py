@@ -11,7 +11,6 @@ import statistics
 import time
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from benchmarks.circumstances import write_result
 from benchmarks.official import OfficialRun
 from wanda_kernels import prune
 from wanda_kernels.cli.display import bar, quiet_libraries
+from wanda_kernels.pruning.blocks import find_blocks
 
 PARTS = ("forward", "statistics", "selection")
 
@@ -92,7 +92,7 @@ def main() -> None:
     results = [compare(dense, calibration, pattern, options.repeats) for pattern in (None, "2:4")]
     screen = Console()
     screen.print(draw(results))
-    weights = sum(m.weight.numel() for m in dense.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    weights = sum(linear.weight.numel() for block in find_blocks(dense) for linear in block.linears.values())
     for result in results:
         screen.print(f"{result['target']}: {result['mask bits that differ']} of {weights:,} mask bits differ")
     if options.record:
