@@ -261,6 +261,7 @@ def main() -> None:
     torch.set_num_threads(1)
     isas = options.sets or [isa for isa in reversed(_backend.extension.available_isas()) if isa != "scalar"]
     screen = Console()
+    screen.width = max(screen.width, 110)  # not folded in a log
     rows = []
     for kernel in (k for k in KERNELS if k.name in options.kernels):
         for dtype in kernel.dtypes:

