@@ -30,11 +30,17 @@ $(STAMP)/torch:
 	  assert v >= (2, 11), f'torch >= 2.11 is required, {torch.__version__} is installed'; print('torch', torch.__version__)"
 	@mkdir -p $(STAMP) && touch $@
 
-# What an extra needs, and the package itself, built against the torch above.
-$(STAMP)/%: $(STAMP)/torch $(SOURCES)
-	@echo "== wanda_kernels[$*] (compiles the kernels: a minute or two)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+# The package with an extra's requirements, built against the torch above. [test] holds what [gguf] holds.
+$(STAMP)/gguf $(STAMP)/test: $(STAMP)/torch $(SOURCES)
+	@echo "== wanda_kernels[$(@F)] (compiles the kernels: a minute or two)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(@F)]"
 	@$(BIN)/wanda-kernels info | grep -A1 backends
+	@touch $@ $(STAMP)/gguf
+
+$(STAMP)/linters: $(STAMP)/test
+	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	  print('\n'.join(extras['lint']))" > $@.txt
+	$(BIN)/python -m pip install --quiet -r $@.txt
 	@touch $@
 
 $(STAMP)/model: $(STAMP)/torch
@@ -53,13 +59,13 @@ test: $(STAMP)/test $(STAMP)/model
 test-fast: $(STAMP)/test
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: $(STAMP)/lint $(STAMP)/test
+lint: $(STAMP)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 	$(BIN)/mypy
 
-format: $(STAMP)/lint
+format: $(STAMP)/linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
