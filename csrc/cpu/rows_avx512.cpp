@@ -2,7 +2,16 @@
 #include "rows.h"
 
 #if defined(__x86_64__)
+#if !defined( \
+    __clang__)  // GCC 12 takes the undefined sources inside its own intrinsics for a bug (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #include <cstdint>
 #include <cstring>

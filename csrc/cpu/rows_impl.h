@@ -1,6 +1,35 @@
-// Row selection on the CPU, written once for all instruction sets.
-// Include it after target_*_begin.h and the standard headers named below; it puts everything into an
-// anonymous namespace.
+// Row selection on the CPU: the driver, written once; rows_scalar.cpp, rows_avx2.cpp and rows_avx512.cpp
+// bring the passes.
+//
+// Algorithm, for each row:
+// 1. make_keys: key = the top 16 bits of the float32 score without the sign, so 128 keys to a factor of two,
+// and keys order
+//    as scores do. The same pass adds up clamped keys, from which the predictor guesses the threshold
+//    (rows_predictor.h).
+// 2. count: the keys below each of eight thresholds around the guess, in one pass. The gap that holds k is
+// nearly always
+//    one key wide (0.2 % of a row). A miss, about 1 row in 50, goes on in doubling steps and then splits by
+//    nine: a bad guess costs passes, at most seven or so, never exactness.
+// 3. write: prunes the keys below the gap, and lists the columns inside it, about 8 of 4096.
+// 4. finish: float32 scores of the listed columns, ranked with ties by column.
+// Where one key holds more than 1/64 of the row (constant rows, plateaus) the row goes through dense():
+// float32 scores of all columns and a bisection on counts. The same path serves negative norms, whose scores
+// are negative. All-equal rows cost three times a normal row, and no input is quadratic.
+//
+// Assumptions: norms and weights may be anything, NaN included (NaNs are the largest and equal among each
+// other); columns stay below 2^31; float32 arithmetic is IEEE with denormals, and the build does not contract
+// a * b + c.
+//
+// One thread's role: its rows one after the other; what it learns about one row's threshold it uses for the
+// next.
+//
+// Bytes: W is read once from memory and written once (in place), and the next row is prefetched into L2, one
+// half while counting and one half while writing: without that the first pass waits for memory (bfloat16 on
+// Zen 4: 1.5 instead of 1.1 x memcpy; into L1 is worse than L2). Keys (2 bytes a column) and norms (4) stay
+// in L1 or L2.
+//
+// Include it after target_*_begin.h, <immintrin.h> and the standard headers below. Everything is in an
+// anonymous namespace and uses no standard template, so that code for AVX-512 cannot replace another file's.
 #pragma once
 
 #include <cstdint>
@@ -8,65 +37,17 @@
 #include <new>
 
 #include "rows.h"
+#include "rows_predictor.h"
+#include "rows_scores.h"
 
 namespace wanda::cpu {
 namespace {
 
-constexpr int64_t kBlock = 64;  // columns that a pass handles at once; rows are padded to it
-constexpr int kLimits = 8;      // thresholds counted in one pass
-constexpr int kTop = 0x8000;    // one past the largest key
-constexpr int kFirstNan = 0x7fc0;
+constexpr int64_t kBlock = 64;      // columns that a pass handles at once; rows are padded to it
+constexpr int kLimits = 8;          // thresholds counted in one pass
+constexpr int kTop = 0x8000;        // one past the largest key
 constexpr int64_t kRankLimit = 64;  // candidates that are ranked all against all
 constexpr int64_t kDenseStep = 1024;
-
-template <Dtype D>
-struct Element {
-  using Raw = uint16_t;
-};
-template <>
-struct Element<Dtype::kFloat32> {
-  using Raw = uint32_t;
-};
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// |w| of a raw element. The half-precision path has no denormal float in it.
-template <Dtype D>
-inline float magnitude(typename Element<D>::Raw raw) {
-  if constexpr (D == Dtype::kFloat32) {
-    return float_of(raw & 0x7fffffffu);
-  } else if constexpr (D == Dtype::kBFloat16) {
-    return float_of(static_cast<uint32_t>(raw & 0x7fffu) << 16);
-  } else {
-    // Masks instead of branches, or else GCC does not vectorise the scalar path (8.7 ns an element).
-    const int32_t half = raw & 0x7fff;
-    const uint32_t is_small = 0u - (half < 0x400), is_special = 0u - (half >= 0x7c00);
-    const uint32_t small = bits_of(static_cast<float>(half) * 0x1p-24f);
-    const uint32_t normal = (static_cast<uint32_t>(half) << 13) + (112u << 23) + (is_special & 112u << 23);
-    return float_of((small & is_small) | (normal & ~is_small));
-  }
-}
-
-// Ascending uint32 order of torch.sort: -0.0 equals +0.0, all NaNs are equal and the largest.
-inline uint32_t order_of(float score) {
-  const uint32_t bits = bits_of(score + 0.0f);
-  const uint32_t order = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
-  return score != score ? 0xffffffffu : order;
-}
-
-inline float absolute(float value) { return float_of(bits_of(value) & 0x7fffffffu); }
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 
 struct Sums {
   double pruned = 0;
@@ -87,39 +68,6 @@ class Buffer {
  private:
   T* data_;
 };
-
-inline int64_t count_below(const uint32_t* values, int64_t size, uint32_t limit) {
-  int64_t total = 0;
-  for (int64_t start = 0; start < size; start += 1 << 20) {
-    const int64_t stop = min_of(size, start + (1 << 20));
-    uint32_t part = 0;
-    for (int64_t i = start; i < stop; ++i) part += values[i] < limit;
-    total += part;
-  }
-  return total;
-}
-
-// The value v in [low, high] with count(< v) <= rank < count(<= v). Only such values may have that rank.
-// Bisection on counts: at most 32 vectorised passes, whatever the values are.
-inline uint32_t value_of_rank(const uint32_t* values, int64_t size, int64_t rank, uint32_t low,
-                              uint32_t high) {
-  uint32_t least = high, largest = low;
-  for (int64_t i = 0; i < size; ++i) {
-    const uint32_t up = values[i] < low ? high : values[i];
-    const uint32_t down = values[i] > high ? low : values[i];
-    least = up < least ? up : least;
-    largest = down > largest ? down : largest;
-  }
-  while (least < largest) {
-    const uint32_t middle = least + (largest - least) / 2 + 1;
-    if (count_below(values, size, middle) > rank) {
-      largest = middle - 1;
-    } else {
-      least = middle;
-    }
-  }
-  return least;
-}
 
 // Lists the places of set bits in the order of their columns: kLanes = 0 where places are columns, else 2 *
 // kLanes places hold the columns 0, kLanes, 1, kLanes + 1, ... of their group.
@@ -166,87 +114,6 @@ struct Bracket {
   int64_t count_high = 0;
 };
 
-// Guesses a row's threshold from `mean`, the mean over the row of clamp(key - base, 0, span), by a running
-// linear regression over the rows before.
-class Predictor {
- public:
-  int base() const { return base_; }
-  int span() const { return span_; }
-  // The mean error of recent guesses; 0 while there is nothing to guess from.
-  float error() const { return error_; }
-
-  float predict(float mean) const {
-    return state_ == kRunning ? threshold_ + slope() * (mean - mean_) : threshold_;
-  }
-
-  // `density`: the part of the row's keys that equals the threshold.
-  void learn(float mean, float guess, float threshold, float density) {
-    if (state_ == kEmpty) {
-      threshold_ = threshold;
-      deviation_ = 32;
-      open_window();
-      return;
-    }
-    const float miss = magnitude_of(threshold - guess);
-    if (state_ == kOpened) {
-      state_ = kRunning;
-      rows_ = 0;
-      const float inside = density * static_cast<float>(span_);
-      const float start = 1.0f / (inside < 0.01f ? 0.01f : inside > 0.5f ? 0.5f : inside);
-      var_ = deviation_ * deviation_ / (start * start);
-      cov_ = start * var_;
-      mean_ = mean;
-      threshold_ += kRate * (threshold - threshold_);
-      error_ = deviation_ < 8 ? deviation_ : 8;
-      return;
-    }
-    error_ += kRate * (miss - error_);
-    error_ = error_ < kLeastError ? kLeastError : error_;
-    const float dm = mean - mean_, dt = threshold - threshold_;
-    mean_ += kRate * dm;
-    threshold_ += kRate * dt;
-    var_ += kRate * 0.5f * (dm * dm - var_);
-    cov_ += kRate * 0.5f * (dm * dt - cov_);
-    deviation_ += kRate * (magnitude_of(dt) - deviation_);
-    const float half = 0.5f * static_cast<float>(span_), wanted = wanted_half();
-    const bool off = magnitude_of(threshold_ - static_cast<float>(base_) - half) > 0.5f * half;
-    if (++rows_ >= 16 && (off || wanted < 0.5f * half || wanted > 2.0f * half)) open_window();
-  }
-
- private:
-  enum State { kEmpty, kOpened, kRunning };
-  static constexpr float kRate = 1.0f / 16;
-  static constexpr float kLeastError = 0.6f;
-
-  static float magnitude_of(float x) { return x < 0 ? -x : x; }
-  float wanted_half() const { return deviation_ < 4 ? 16.0f : deviation_ > 80 ? 320.0f : 4 * deviation_; }
-
-  float slope() const {
-    const float ratio = var_ > 0 ? cov_ / var_ : 1.0f;
-    return ratio < 0.3f ? 0.3f : ratio > 100 ? 100.0f : ratio;
-  }
-
-  void open_window() {
-    const int half = static_cast<int>(wanted_half());
-    const int base = static_cast<int>(threshold_) - half;
-    span_ = 2 * half;
-    base_ = base < 0 ? 0 : base > kFirstNan - span_ ? kFirstNan - span_ : base;
-    error_ = 0.5f * deviation_ + 1;
-    state_ = kOpened;
-  }
-
-  State state_ = kEmpty;
-  int rows_ = 0;
-  int base_ = 0;
-  int span_ = 1;
-  float threshold_ = 0;  // running means
-  float mean_ = 0;
-  float var_ = 0;  // of mean
-  float cov_ = 0;
-  float deviation_ = 0;  // of threshold
-  float error_ = 0;
-};
-
 template <class Isa, Dtype D, bool kMask, bool kSums>
 class RowSelect {
   using Raw = typename Element<D>::Raw;
@@ -258,6 +125,7 @@ class RowSelect {
         rest_(params.cols % kBlock),
         list_limit_(max_of(64, params.cols / 64)),
         padded_((whole_ + (rest_ > 0)) * kBlock),
+        inverse_cols_(1.0f / static_cast<float>(params.cols)),
         norm_(padded_),
         keys_(padded_),
         columns_(padded_ + kBlock),
@@ -265,7 +133,8 @@ class RowSelect {
     float tail[kBlock];
     Isa::template arrange_norm<D>(params.norm, norm_.get(), whole_);
     if (rest_ > 0) {
-      // A NaN of this payload times a weight of 0 gives the key 0x7fff, which no threshold prunes.
+      // Columns past the end get NaN scores: below no threshold, so never counted, and finish() never sees
+      // them.
       for (int64_t i = 0; i < kBlock; ++i) tail[i] = float_of(0x7fffffffu);
       std::memcpy(tail, params.norm + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(float));
       Isa::template arrange_norm<D>(tail, norm_.get() + whole_ * kBlock, 1);
@@ -339,7 +208,7 @@ class RowSelect {
                                         span);
       sum -= (kBlock - rest_) * span;
     }
-    return static_cast<float>(sum) / static_cast<float>(params_.cols);
+    return static_cast<float>(sum) * inverse_cols_;
   }
 
   bool good_enough(const Bracket& bracket) const {
@@ -355,8 +224,8 @@ class RowSelect {
     int64_t counts[kLimits + 2];
     const float unit = predictor_.error();
     if (unit > 0 && pass == 0) {
-      static constexpr float kPlaces[kLimits] = {-3.5f, -2.0f, -1.0f, -0.3f,
-                                                 0.3f,  1.0f,  2.0f,  3.5f};  // in mean errors
+      static constexpr float kPlaces[kLimits] = {-3.0f, -1.8f, -0.9f, -0.28f,
+                                                 0.28f, 0.9f,  1.8f,  3.0f};  // in mean errors
       for (int i = 0; i < kLimits; ++i)
         limits[i + 1] = static_cast<int32_t>(guess + kPlaces[i] * unit + 0.5f);
     } else if (unit > 0 && pass == 1 && (bracket.high == kTop || bracket.low == 0)) {
@@ -514,6 +383,7 @@ class RowSelect {
   const int64_t rest_;   // columns after them
   const int64_t list_limit_;
   const int64_t padded_;
+  const float inverse_cols_;
   Buffer<float> norm_;  // in the order that Isa wants
   Buffer<uint16_t> keys_;
   Buffer<int32_t> columns_;
