@@ -2,14 +2,12 @@
 // bring the passes.
 //
 // Algorithm, for each row:
-// 1. make_keys: key = the top 16 bits of the float32 score without the sign, so 128 keys to a factor of two,
-// and keys order
-//    as scores do. The same pass adds up clamped keys, from which the predictor guesses the threshold
-//    (rows_predictor.h).
+// 1. make_keys: key = the top 16 bits of the float32 score without the sign: 128 keys to a factor of two, in
+//    the order of the scores. The same pass adds up clamped keys, from which the predictor guesses the
+//    threshold (rows_predictor.h).
 // 2. count: the keys below each of eight thresholds around the guess, in one pass. The gap that holds k is
-// nearly always
-//    one key wide (0.2 % of a row). A miss, about 1 row in 50, goes on in doubling steps and then splits by
-//    nine: a bad guess costs passes, at most seven or so, never exactness.
+//    nearly always one key wide (0.2 % of a row). A miss, about 1 row in 50, goes on in doubling steps and
+//    then splits by nine: a bad guess costs passes, at most seven or so, never exactness.
 // 3. write: prunes the keys below the gap, and lists the columns inside it, about 8 of 4096.
 // 4. finish: float32 scores of the listed columns, ranked with ties by column.
 // Where one key holds more than 1/64 of the row (constant rows, plateaus) the row goes through dense():
@@ -135,7 +133,7 @@ class RowSelect {
     if (rest_ > 0) {
       // Columns past the end get NaN scores: below no threshold, so never counted, and finish() never sees
       // them.
-      for (int64_t i = 0; i < kBlock; ++i) tail[i] = float_of(0x7fffffffu);
+      for (int64_t i = 0; i < kBlock; ++i) tail[i] = float_of_bits(0x7fffffffu);
       std::memcpy(tail, params.norm + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(float));
       Isa::template arrange_norm<D>(tail, norm_.get() + whole_ * kBlock, 1);
       for (int64_t i = rest_; i < kBlock; ++i) tail[i] = 0;
@@ -415,6 +413,7 @@ void run_rows_of(const RowsParams& params, int64_t begin, int64_t end) {
 template <class Isa>
 void run_rows(const RowsParams& params, int64_t begin, int64_t end) {
   if (begin >= end) return;
+  const HonourDenormals honour_denormals;
   switch (params.dtype) {
     case Dtype::kFloat32:
       return run_rows_of<Isa, Dtype::kFloat32>(params, begin, end);

@@ -31,7 +31,7 @@ struct Scalar {
     for (int64_t start = 0; start < blocks * kBlock; start += kBlock) {
       int32_t part = 0;
       for (int64_t i = start; i < start + kBlock; ++i) {
-        const int32_t key = (bits_of(magnitude<D>(w[i]) * norm[i]) & 0x7fffffffu) >> 16;
+        const int32_t key = (bits_of_float(magnitude<D>(w[i]) * norm[i]) & 0x7fffffffu) >> 16;
         const int32_t over = key < base ? 0 : key - base;
         part += over < span ? over : span;
         keys[i] = static_cast<uint16_t>(key);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "convert.h"
 #include "rows.h"
 
 namespace wanda::cpu {
@@ -19,43 +20,26 @@ struct Element<Dtype::kFloat32> {
   using Raw = uint32_t;
 };
 
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// |w| of a raw element. The half-precision path has no denormal float in it.
+// |w| of a raw element.
 template <Dtype D>
 inline float magnitude(typename Element<D>::Raw raw) {
   if constexpr (D == Dtype::kFloat32) {
-    return float_of(raw & 0x7fffffffu);
+    return float_of_bits(raw & 0x7fffffffu);
   } else if constexpr (D == Dtype::kBFloat16) {
-    return float_of(static_cast<uint32_t>(raw & 0x7fffu) << 16);
+    return float_of_bf16(raw & 0x7fffu);
   } else {
-    // Masks instead of branches, or else GCC does not vectorise the scalar path (8.7 ns an element).
-    const int32_t half = raw & 0x7fff;
-    const uint32_t is_small = 0u - (half < 0x400), is_special = 0u - (half >= 0x7c00);
-    const uint32_t small = bits_of(static_cast<float>(half) * 0x1p-24f);
-    const uint32_t normal = (static_cast<uint32_t>(half) << 13) + (112u << 23) + (is_special & 112u << 23);
-    return float_of((small & is_small) | (normal & ~is_small));
+    return float_of_fp16(raw & 0x7fffu);
   }
 }
 
 // Ascending uint32 order of torch.sort: -0.0 equals +0.0, all NaNs are equal and the largest.
 inline uint32_t order_of(float score) {
-  const uint32_t bits = bits_of(score + 0.0f);
+  const uint32_t bits = bits_of_float(score + 0.0f);
   const uint32_t order = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
   return score != score ? 0xffffffffu : order;
 }
 
-inline float absolute(float value) { return float_of(bits_of(value) & 0x7fffffffu); }
+inline float absolute(float value) { return float_of_bits(bits_of_float(value) & 0x7fffffffu); }
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 

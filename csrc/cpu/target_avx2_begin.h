@@ -3,9 +3,9 @@
 // instruction set here. Rules:
 // - include every standard header and <immintrin.h> BEFORE this file;
 // - put all that follows, bar the entry point, into an anonymous namespace, and use no standard template in
-// it: an inline
-//   function compiled here and chosen by the linker for the whole program would crash CPUs without these
-//   instructions.
+// it:
+//   an inline function compiled here and chosen by the linker for the whole program would crash processors
+//   without these instructions.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"))), \
                              apply_to = function)
