@@ -18,8 +18,13 @@ from wanda_kernels.pruning.recording import record_calls, run_block
 
 @dataclass
 class OfficialRun:
-    """Seconds by part, as the driver's own report has them."""
+    """Seconds by part, as the driver's own report has them.
 
+    ``stable``: among equal scores of an N:M group the lowest column goes first. torch.topk leaves it open, and on
+    SmolLM2 a handful of the 26.5 million groups tie: enough for other masks from there on.
+    """
+
+    stable: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "statistics": 0.0, "selection": 0.0})
 
     def prune(self, model: nn.Module, input_ids: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> None:
@@ -74,6 +79,10 @@ class OfficialRun:
         else:
             n, m = pattern
             for column in range(0, score.shape[1], m):
-                lowest = torch.topk(score[:, column : column + m].float(), m - n, dim=1, largest=False)[1]
+                group = score[:, column : column + m].float()
+                if self.stable:
+                    lowest = torch.sort(group, dim=1, stable=True)[1][:, : m - n]
+                else:
+                    lowest = torch.topk(group, m - n, dim=1, largest=False)[1]
                 mask.scatter_(1, column + lowest, True)
         weight[mask] = 0
