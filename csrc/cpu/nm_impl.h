@@ -1,88 +1,26 @@
 // N:M selection: which M - N of every M consecutive columns have the smallest scores |w| * norm, lowest
 // column first among equals. Included by nm_<isa>.cpp and pack_24_<isa>.cpp after the target pragma; one
-// thread, row by row.
+// thread, up to four rows side by side.
 //
 // Fast path (M = 4 or 8, no negative norm), on blocks of 1024 columns that stay in L1:
 //   1. compare: the score's bits, sign cleared and NaN clamped to one value, are an int32 key that orders as
 //      torch.sort does. In-register rotations compare every key with the others of its group; a tie goes to
 //      the lower column by a bias of 1 on the lanes that wrap around. Only the bits of the comparisons are
 //      stored, 16 (or 8) lanes at a time.
-//   2. decide: 64 columns per word, bitwise adders count for each element how many of its group come after
-//   it; it is
-//      pruned if there are at least N. Plain C that compilers vectorise: about 0.1 operations a column.
+//   2. decide: 64 columns per word, bitwise adders count how many of its group come after each element;
+//      it is pruned if there are at least N. Plain C that compilers vectorise: about 0.1 operations a column.
 //   3. apply: zero the pruned elements, or write the mask.
+// bf16 with AVX-512 has other steps 1 and 2: nm_lanes_avx512.h.
 // Bytes moved: the row is read and written once (in place), or read once and a byte a column written (mask).
 //
-// General path (any M, any norm, and everything in the scalar build): M <= 32 ranks 16 groups side by side, M
-// * M / 2 comparisons a group; a larger M finds the (M - N)-th smallest key by 32 counting passes, bit by
-// bit, never quadratic.
+// General path (any M, any norm, and everything in the scalar build): nm_general.h.
 #pragma once
 
-#include "convert.h"
-#include "nm.h"
+#include "nm_block.h"
+#include "nm_general.h"
 
 namespace wanda::cpu {
 namespace {
-
-constexpr int64_t kNmBlock = 1024;
-
-// Bit j: column j of the block is pruned. The last word is only read, by at().
-struct alignas(64) NmBits {
-  uint64_t word[kNmBlock / 64 + 1];
-
-  // Bits j .. j + 31.
-  uint32_t at(int64_t j) const {
-    const uint64_t low = word[j / 64] >> (j % 64);
-    const uint64_t high = word[j / 64 + 1] << 1 << (63 - j % 64);
-    return static_cast<uint32_t>(low | high);
-  }
-  bool test(int64_t j) const { return (word[j / 64] >> (j % 64) & 1) != 0; }
-};
-
-// ---- Sums of squared scores. Column j adds to lane j % 32 and the lanes are added as a tree: the same bits
-// for every instruction set and path.
-constexpr int kNmSumLanes = 32;
-
-struct alignas(64) NmSums {
-  float pruned[kNmSumLanes] = {};
-  float all[kNmSumLanes] = {};
-
-  void store(float* out) {
-    for (int half = kNmSumLanes / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) {
-        pruned[i] += pruned[i + half];
-        all[i] += all[i + half];
-      }
-    }
-    out[0] = pruned[0];
-    out[1] = all[0];
-  }
-};
-
-template <Dtype dtype>
-void nm_add_sums(const typename Stored<dtype>::Type* w, const float* norm, int64_t column, int64_t count,
-                 const NmBits& bits, NmSums& sums) {
-  int64_t j = 0;
-  while (j < count) {
-    if ((column + j) % kNmSumLanes == 0 && count - j >= kNmSumLanes) {
-      const uint32_t pruned = bits.at(j);
-      for (int lane = 0; lane < kNmSumLanes; ++lane) {
-        const float score = score_of(Stored<dtype>::load(w[j + lane]), norm[j + lane]);
-        const float square = score * score;
-        sums.all[lane] += square;
-        sums.pruned[lane] += (pruned >> lane & 1) != 0 ? square : 0.0f;
-      }
-      j += kNmSumLanes;
-    } else {
-      const int lane = static_cast<int>((column + j) % kNmSumLanes);
-      const float score = score_of(Stored<dtype>::load(w[j]), norm[j]);
-      const float square = score * score;
-      sums.all[lane] += square;
-      sums.pruned[lane] += bits.test(j) ? square : 0.0f;
-      ++j;
-    }
-  }
-}
 
 // ---- Step 1: comparisons.
 
@@ -113,20 +51,25 @@ struct NmComparisonsOf<8> {
   using Type = NmComparisons8;
 };
 
-template <class Lanes, Dtype dtype, class Comparisons>
-void nm_compare(const typename Stored<dtype>::Type* w, const float* norm, int64_t count, Comparisons& out) {
+// `count` columns of `rows` rows; w[r] and norm point at the first.
+template <class Lanes, Dtype dtype, int rows, class Comparisons>
+void nm_compare(const typename Stored<dtype>::Type* const* w, const float* norm, int64_t count,
+                Comparisons* out) {
   constexpr int64_t kUnit = Lanes::kUnit;
   const int64_t units = count / kUnit;
   for (int64_t u = 0; u < units; ++u) {
-    Lanes::template compare<dtype>(w + u * kUnit, norm + u * kUnit, u, out);
+    for (int r = 0; r < rows; ++r)
+      Lanes::template compare<dtype>(w[r] + u * kUnit, norm + u * kUnit, u, out[r]);
   }
   const int64_t left = count % kUnit;
   if (left != 0) {
-    typename Stored<dtype>::Type last_w[kUnit] = {};
     float last_norm[kUnit] = {};
-    std::memcpy(last_w, w + units * kUnit, static_cast<size_t>(left) * sizeof(*w));
     std::memcpy(last_norm, norm + units * kUnit, static_cast<size_t>(left) * sizeof(*norm));
-    Lanes::template compare<dtype>(last_w, last_norm, units, out);
+    for (int r = 0; r < rows; ++r) {
+      typename Stored<dtype>::Type last_w[kUnit] = {};
+      std::memcpy(last_w, w[r] + units * kUnit, static_cast<size_t>(left) * sizeof(*w[r]));
+      Lanes::template compare<dtype>(last_w, last_norm, units, out[r]);
+    }
   }
 }
 
@@ -146,6 +89,11 @@ inline uint64_t majority(uint64_t a, uint64_t b, uint64_t c) { return (a & b) | 
 // Lanes 2, 3 from lanes 0, 1: i + 2 comes before i unless i comes before i + 2.
 inline uint64_t complete_across(uint64_t v) { return (v & kLanes01) | (~(v << 2) & ~kLanes01); }
 
+template <int n>
+inline uint64_t nm_at_least_of_3(uint64_t a, uint64_t b, uint64_t c) {
+  return n == 1 ? a | b | c : n == 2 ? majority(a, b, c) : a & b & c;
+}
+
 using NmDecide4 = void (*)(const NmComparisons4&, NmBits&);
 using NmDecide8 = void (*)(const NmComparisons8&, NmBits&);
 
@@ -155,9 +103,7 @@ void nm_decide_4(const NmComparisons4& c, NmBits& out) {
     const uint64_t next = c.next[i];
     const uint64_t before = ~rotate_nibbles_1(next);
     const uint64_t across = complete_across(c.across[i]);
-    out.word[i] = n == 1   ? next | before | across
-                  : n == 2 ? majority(next, before, across)
-                           : next & before & across;
+    out.word[i] = nm_at_least_of_3<n>(next, before, across);
   }
 }
 
@@ -221,211 +167,54 @@ inline NmDecide8 nm_decide_for(int64_t n, const NmComparisons8&) {
 // Steps 1 and 2.
 template <class Lanes, Dtype dtype, int m>
 class NmSelect {
- public:
-  NmSelect(const float* norm, int64_t, int64_t n) : norm_(norm), decide_(nm_decide_for(n, comparisons_)) {}
+  using Comparisons = typename NmComparisonsOf<m>::Type;
 
-  // `count` columns from `column` on, count <= kNmBlock; w points at the first.
-  void operator()(const typename Stored<dtype>::Type* w, int64_t column, int64_t count, NmBits& bits) {
-    nm_compare<Lanes, dtype>(w, norm_ + column, count, comparisons_);
-    decide_(comparisons_, bits);
+ public:
+  static constexpr int kRows = kNmRows;  // that run() takes side by side
+
+  NmSelect(const float* norm, int64_t, int64_t n) : norm_(norm), decide_(nm_decide_for(n, Comparisons{})) {}
+
+  // `count` columns of `rows` rows from `column` on, count <= kNmBlock, rows <= kNmRows; w[r] points at the
+  // first.
+  template <int rows>
+  void run(const typename Stored<dtype>::Type* const* w, int64_t column, int64_t count, NmBits* bits) {
+    nm_compare<Lanes, dtype, rows>(w, norm_ + column, count, comparisons_);
+    for (int r = 0; r < rows; ++r) decide_(comparisons_[r], bits[r]);
   }
 
  private:
-  using Comparisons = typename NmComparisonsOf<m>::Type;
   const float* norm_;
-  Comparisons comparisons_ = {};
+  Comparisons comparisons_[kNmRows] = {};
   void (*decide_)(const Comparisons&, NmBits&);
 };
 
 // ---- Step 3 and the rows.
 
-template <class Lanes, Dtype dtype>
-void nm_apply(const NmParams& p, int64_t row, int64_t column, int64_t count, const NmBits& bits,
-              NmSums& sums) {
-  auto* w = static_cast<typename Stored<dtype>::Type*>(p.weight) + row * p.row_stride + column;
-  if (p.score_sums != nullptr) nm_add_sums<dtype>(w, p.norm + column, column, count, bits, sums);
-  if (p.mask == nullptr) {
-    Lanes::zero_pruned(w, count, bits);
-  } else {
-    Lanes::write_mask(p.mask + row * p.cols + column, count, bits);
+// Rows row .. row + rows - 1.
+template <class Lanes, Dtype dtype, int rows, class Select>
+void nm_fast_rows(const NmParams& p, int64_t row, Select& select, NmBits* bits) {
+  using T = typename Stored<dtype>::Type;
+  NmSums sums[rows];
+  for (int64_t column = 0; column < p.cols; column += kNmBlock) {
+    const int64_t count = p.cols - column < kNmBlock ? p.cols - column : kNmBlock;
+    const T* w[rows];
+    for (int r = 0; r < rows; ++r) w[r] = static_cast<const T*>(p.weight) + (row + r) * p.row_stride + column;
+    select.template run<rows>(w, column, count, bits);
+    for (int r = 0; r < rows; ++r) nm_apply<Lanes, dtype>(p, row + r, column, count, bits[r], sums[r]);
   }
+  for (int r = 0; r < rows && p.score_sums != nullptr; ++r) sums[r].store(p.score_sums + 2 * (row + r));
 }
-
-// What instruction sets without intrinsics use, and the ends of blocks.
-struct NmLanesScalar {
-  static constexpr bool kFast = false;
-  static constexpr int kBytes = 16;  // of a register
-
-  template <class T>
-  static void zero_pruned(T* w, int64_t count, const NmBits& bits) {
-    for (int64_t from = 0; from < count; from += 64) {
-      const int64_t left = count - from;
-      uint64_t word = bits.word[from / 64] & (left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0});
-      for (; word != 0; word &= word - 1) w[from + __builtin_ctzll(word)] = T{0};
-    }
-  }
-  static void write_mask(bool* mask, int64_t count, const NmBits& bits) {
-    for (int64_t j = 0; j < count; ++j) mask[j] = bits.test(j);
-  }
-};
 
 template <class Lanes, Dtype dtype, int m>
 void nm_fast(const NmParams& p, int64_t begin, int64_t end) {
-  const auto* weight = static_cast<const typename Stored<dtype>::Type*>(p.weight);
-  typename Lanes::template Select<dtype, m> select(p.norm, p.cols, p.n);
-  NmBits bits = {};
-  for (int64_t row = begin; row < end; ++row) {
-    NmSums sums;
-    for (int64_t column = 0; column < p.cols; column += kNmBlock) {
-      const int64_t count = p.cols - column < kNmBlock ? p.cols - column : kNmBlock;
-      select(weight + row * p.row_stride + column, column, count, bits);
-      nm_apply<Lanes, dtype>(p, row, column, count, bits, sums);
-    }
-    if (p.score_sums != nullptr) sums.store(p.score_sums + 2 * row);
+  using Select = typename Lanes::template Select<dtype, m>;
+  Select select(p.norm, p.cols, p.n);
+  NmBits bits[Select::kRows] = {};
+  int64_t row = begin;
+  for (; row + Select::kRows <= end; row += Select::kRows) {
+    nm_fast_rows<Lanes, dtype, Select::kRows>(p, row, select, bits);
   }
-}
-
-// ---- The general path.
-
-constexpr int64_t kNmBatch = 16;
-constexpr int64_t kNmRankable = 32;
-
-// As many groups side by side as a register holds: GCC 12 takes wider vectors apart element by element.
-template <int bytes>
-struct NmVector {
-  typedef int32_t Type __attribute__((vector_size(bytes)));
-};
-
-template <Dtype dtype>
-void nm_keys(const typename Stored<dtype>::Type* w, const float* norm, int64_t count, int32_t* keys) {
-  for (int64_t j = 0; j < count; ++j) keys[j] = order_key(score_of(Stored<dtype>::load(w[j]), norm[j]));
-}
-
-// Byte j of `flags` (0 or 1) to bit j. Reads flags up to a multiple of eight.
-inline void nm_pack_flags(const uint8_t* flags, int64_t count, NmBits& bits) {
-  for (int64_t word = 0; word <= count / 64 && word < kNmBlock / 64; ++word) bits.word[word] = 0;
-  for (int64_t j = 0; j < count; j += 8) {
-    uint64_t eight;
-    std::memcpy(&eight, flags + j, sizeof(eight));
-    // Bit 8 i moves to bit 56 + i.
-    bits.word[j / 64] |= (eight * 0x0102040810204080u >> 56) << (j % 64);
-  }
-}
-
-template <class Lanes, Dtype dtype>
-void nm_rank(const typename Stored<dtype>::Type* w, const float* norm, int64_t groups, int m, int prune,
-             NmBits& bits) {
-  alignas(64) int32_t flat[kNmRankable * kNmBatch];
-  alignas(64) int32_t keys[kNmRankable][kNmBatch];
-  uint8_t flags[kNmRankable * kNmBatch + 8];
-  std::memset(flags + groups * m, 0, 8);
-  nm_keys<dtype>(w, norm, groups * m, flat);
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int j = 0; j < m; ++j) keys[j][g] = flat[g * m + j];
-  }
-  for (int64_t g = groups; g < kNmBatch; ++g) {
-    for (int j = 0; j < m; ++j) keys[j][g] = 0;
-  }
-  using Keys = typename NmVector<Lanes::kBytes>::Type;
-  constexpr int64_t kWidth = Lanes::kBytes / 4;
-  for (int64_t from = 0; from < groups; from += kWidth) {
-    const int64_t to = groups - from < kWidth ? groups : from + kWidth;
-    for (int j = 0; j < m; ++j) {
-      Keys key;
-      std::memcpy(&key, keys[j] + from, sizeof(key));
-      Keys rank = {};  // minus the rank: a comparison that holds is -1
-      for (int i = 0; i < m; ++i) {
-        Keys other;
-        std::memcpy(&other, keys[i] + from, sizeof(other));
-        rank += i < j ? other <= key : other < key;
-      }
-      for (int64_t g = from; g < to; ++g) flags[g * m + j] = -rank[g - from] < prune;
-    }
-  }
-  nm_pack_flags(flags, groups * m, bits);
-}
-
-inline int64_t nm_count_below(const int32_t* keys, int64_t count, int32_t bound) {
-  int64_t total = 0;
-  for (int64_t from = 0; from < count; from += 1 << 20) {
-    const int64_t to = count - from < 1 << 20 ? count : from + (1 << 20);
-    int32_t below = 0;
-    for (int64_t j = from; j < to; ++j) below += keys[j] < bound;
-    total += below;
-  }
-  return total;
-}
-
-// The prune-th smallest key, 1 <= prune < m, built bit by bit from the top (offset so that it orders
-// unsigned), and in `below` how many keys are smaller.
-inline int32_t nm_threshold(const int32_t* keys, int64_t m, int64_t prune, int64_t& below) {
-  constexpr uint32_t kOffset = 0x80000000u;
-  uint32_t threshold = 0;
-  below = 0;
-  for (uint32_t bit = kOffset; bit != 0; bit >>= 1) {
-    const int64_t count = nm_count_below(keys, m, static_cast<int32_t>((threshold | bit) ^ kOffset));
-    if (count < prune) {
-      threshold |= bit;
-      below = count;
-    }
-  }
-  return static_cast<int32_t>(threshold ^ kOffset);
-}
-
-// Not std::vector: no standard template may be instantiated behind a target pragma.
-template <class T>
-class NmBuffer {
- public:
-  explicit NmBuffer(int64_t size) : data_(size > 0 ? new T[static_cast<size_t>(size)] : nullptr) {}
-  ~NmBuffer() { delete[] data_; }
-  NmBuffer(const NmBuffer&) = delete;
-  NmBuffer& operator=(const NmBuffer&) = delete;
-  T* data() { return data_; }
-
- private:
-  T* data_;
-};
-
-template <class Lanes, Dtype dtype>
-void nm_general(const NmParams& p, int64_t begin, int64_t end) {
-  const auto* weight = static_cast<const typename Stored<dtype>::Type*>(p.weight);
-  const int64_t prune = p.m - p.n;
-  NmBuffer<int32_t> keys(p.m > kNmRankable ? p.m : 0);
-  NmBits bits = {};
-  for (int64_t row = begin; row < end; ++row) {
-    const auto* w = weight + row * p.row_stride;
-    NmSums sums;
-    if (p.m <= kNmRankable) {
-      for (int64_t column = 0; column < p.cols; column += kNmBatch * p.m) {
-        const int64_t left = (p.cols - column) / p.m;
-        const int64_t groups = left < kNmBatch ? left : kNmBatch;
-        nm_rank<Lanes, dtype>(w + column, p.norm + column, groups, static_cast<int>(p.m),
-                              static_cast<int>(prune), bits);
-        nm_apply<Lanes, dtype>(p, row, column, groups * p.m, bits, sums);
-      }
-    } else {
-      for (int64_t group = 0; group < p.cols; group += p.m) {
-        nm_keys<dtype>(w + group, p.norm + group, p.m, keys.data());
-        int64_t below;
-        const int32_t threshold = nm_threshold(keys.data(), p.m, prune, below);
-        int64_t equals =
-            prune - below;  // still to prune among those equal to the threshold, lowest column first
-        for (int64_t first = 0; first < p.m; first += kNmBlock) {
-          const int64_t count = p.m - first < kNmBlock ? p.m - first : kNmBlock;
-          uint8_t flags[kNmBlock + 8] = {};
-          for (int64_t j = 0; j < count; ++j) {
-            const int32_t key = keys.data()[first + j];
-            const bool equal = key == threshold && equals > 0;
-            equals -= equal;
-            flags[j] = key < threshold || equal;
-          }
-          nm_pack_flags(flags, count, bits);
-          nm_apply<Lanes, dtype>(p, row, group + first, count, bits, sums);
-        }
-      }
-    }
-    if (p.score_sums != nullptr) sums.store(p.score_sums + 2 * row);
-  }
+  for (; row < end; ++row) nm_fast_rows<Lanes, dtype, 1>(p, row, select, bits);
 }
 
 inline bool nm_any_negative(const float* norm, int64_t cols) {

@@ -1,0 +1,176 @@
+// N:M selection: zero (or mark) the M - N smallest |W| * norm of every M columns.
+//
+// Algorithm: all pairs of a group are compared by one subtraction each, and the outcomes counted bit-parallel
+// (group.cuh): 9 SASS instructions an element for 2:4 and 16 for 4:8, bf16.
+//
+// Assumes, nm_kernel: M of 2, 4 or 8; 16-byte aligned rows and norms, whole units. nm_any_kernel: M <= 32.
+// Greater groups go to rows_any.cuh, each as a row of its own.
+//
+// One thread: a unit of max(M, 16 bytes) elements in each of kNmRows rows, then the unit blockDim.x further
+// on. The norms of a unit are loaded once for all of its rows: one byte an element rather than four.
+//
+// Bytes: W in once and out once. A mask is written 8 bytes (16-bit types) or 4 a lane.
+#pragma once
+
+#include "group.cuh"
+#include "nm.h"
+#include "rows_any.cuh"
+
+namespace wanda::cuda {
+
+constexpr int kNmRows = 4;
+
+enum class NmOutput : int { kPrune, kPruneAndSum, kMask };
+
+template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
+struct NmUnit {
+  using Bits = typename Element<kDtype>::Bits;
+  static constexpr int kChunk = Element<kDtype>::kChunk;
+  static constexpr int kWidth = kM > kChunk ? kM : kChunk;
+  static constexpr int kChunks = kWidth / kChunk;
+
+  float4 norms[kWidth / 4];
+  bool any_sign;
+
+  WANDA_DEVICE void load_norms(const float* norm) {
+    uint32_t signs = 0;
+#pragma unroll
+    for (int i = 0; i < kWidth / 4; ++i) {
+      norms[i] = __ldg(reinterpret_cast<const float4*>(norm) + i);
+      signs |= sign_bits(norms[i]);
+    }
+    any_sign = signs >> 31 != 0;
+  }
+
+  WANDA_DEVICE void process(const uint4 (&chunks)[kChunks], Bits* weight, bool* mask, uint32_t kept,
+                            ScoreSums& sums) const {
+    float score[kWidth];
+#pragma unroll
+    for (int q = 0; q < kWidth / 4; ++q) {
+      float four[4];
+      quad_scores<kDtype>(chunks[q * 4 / kChunk], q * 4 % kChunk / 4, norms[q], four);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[4 * q + i] = four[i];
+    }
+    uint32_t flag[kWidth];
+    select_groups<kM, kKept>(score, kept, any_sign, flag);
+    if constexpr (kOutput == NmOutput::kPruneAndSum) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const float square = __fmul_rn(score[i], score[i]);
+        sums.all = __fadd_rn(sums.all, square);
+        sums.pruned = __fadd_rn(sums.pruned, flag[i] >> 31 ? 0.0f : square);
+      }
+    }
+    if constexpr (kOutput == NmOutput::kMask) {
+      write_mask(flag, mask);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) write_chunk(chunks[c], flag + c * kChunk, weight + c * kChunk);
+    }
+  }
+
+  WANDA_DEVICE static void write_chunk(const uint4& chunk, const uint32_t* flag, Bits* weight) {
+    if constexpr (kChunk == 8) {
+      store_16(weight, keep_pair(chunk.x, flag[0], flag[1]), keep_pair(chunk.y, flag[2], flag[3]),
+               keep_pair(chunk.z, flag[4], flag[5]), keep_pair(chunk.w, flag[6], flag[7]));
+    } else {
+      store_16(weight, keep_pair(chunk.x, flag[0], flag[0]), keep_pair(chunk.y, flag[1], flag[1]),
+               keep_pair(chunk.z, flag[2], flag[2]), keep_pair(chunk.w, flag[3], flag[3]));
+    }
+  }
+
+  WANDA_DEVICE static void write_mask(const uint32_t (&flag)[kWidth], bool* mask) {
+    uint32_t words[kWidth / 4];
+#pragma unroll
+    for (int q = 0; q < kWidth / 4; ++q) {
+      const uint32_t low = permute_bytes(flag[4 * q], flag[4 * q + 1], 0x0073);
+      const uint32_t high = permute_bytes(flag[4 * q + 2], flag[4 * q + 3], 0x7300);
+      words[q] = ~permute_bytes(low, high, 0x7610) >> 7 & 0x01010101u;
+    }
+    if constexpr (kWidth == 8) {
+      *reinterpret_cast<uint2*>(mask) = make_uint2(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(mask) = words[0];
+    }
+  }
+};
+
+// Rows blockIdx.x * kNmRows and the next ones, all of their columns: the order of a row's sums is fixed.
+template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
+__global__ void __launch_bounds__(512) nm_kernel(const NmParams params) {
+  using Unit = NmUnit<kDtype, kM, kKept, kOutput>;
+  using Bits = typename Unit::Bits;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kNmRows;
+  ScoreSums sums[kNmRows];
+  for (int64_t col = static_cast<int64_t>(threadIdx.x) * Unit::kWidth; col < params.cols;
+       col += static_cast<int64_t>(blockDim.x) * Unit::kWidth) {
+    Bits* const weight = static_cast<Bits*>(params.weight) + first_row * params.row_stride + col;
+    uint4 chunks[kNmRows][Unit::kChunks];
+#pragma unroll
+    for (int r = 0; r < kNmRows; ++r) {
+      if (first_row + r >= params.rows) break;
+#pragma unroll
+      for (int c = 0; c < Unit::kChunks; ++c) {
+        chunks[r][c] = load_16(weight + r * params.row_stride + c * Unit::kChunk);
+      }
+    }
+    Unit unit;
+    unit.load_norms(params.norm + col);
+#pragma unroll
+    for (int r = 0; r < kNmRows; ++r) {
+      if (first_row + r >= params.rows) break;
+      bool* const mask =
+          kOutput == NmOutput::kMask ? params.mask + (first_row + r) * params.cols + col : nullptr;
+      unit.process(chunks[r], weight + r * params.row_stride, mask, static_cast<uint32_t>(params.n), sums[r]);
+    }
+  }
+  if constexpr (kOutput == NmOutput::kPruneAndSum) {
+    WANDA_DYNAMIC_SHARED(memory);
+    float (*const slots)[kWarp] = reinterpret_cast<float (*)[kWarp]>(memory);
+#pragma unroll
+    for (int r = 0; r < kNmRows; ++r) {
+      if (first_row + r >= params.rows) break;
+      write_sums(sums[r], params.score_sums + 2 * (first_row + r), slots + 2 * r);
+    }
+  }
+}
+
+// Any M up to 32, any alignment, one element a lane: a warp takes 32 / M groups at a time, a block whole
+// rows.
+template <Dtype kDtype>
+__global__ void __launch_bounds__(256) nm_any_kernel(const NmParams params) {
+  using Bits = typename Element<kDtype>::Bits;
+  WANDA_DYNAMIC_SHARED(memory);
+  float (*const slots)[kWarp] = reinterpret_cast<float (*)[kWarp]>(memory);
+  const int m = static_cast<int>(params.m), prunes = m - static_cast<int>(params.n);
+  const int lane = lane_of(threadIdx.x), groups_a_warp = kWarp / m, first_lane = lane / m * m;
+  const int64_t groups = params.cols / m, step = static_cast<int64_t>(blockDim.x) / kWarp * groups_a_warp;
+  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
+    Bits* const weight = static_cast<Bits*>(params.weight) + row * params.row_stride;
+    ScoreSums sums;
+    for (int64_t group = threadIdx.x / kWarp * groups_a_warp; group < groups; group += step) {
+      const bool is_active = lane < groups_a_warp * m && group + lane / m < groups;
+      const int64_t col = group * m + lane;
+      const float score = is_active ? score_of<kDtype>(weight[col], __ldg(params.norm + col)) : 0.0f;
+      const uint32_t key = ordered_key(score);
+      int rank = 0;
+      for (int i = 0; i < m; ++i) {
+        const uint32_t other = __shfl_sync(kFullMask, key, first_lane + i);
+        rank += other < key || (other == key && first_lane + i < lane);
+      }
+      if (!is_active) continue;
+      const float square = __fmul_rn(score, score);
+      sums.all = __fadd_rn(sums.all, square);
+      if (rank < prunes) sums.pruned = __fadd_rn(sums.pruned, square);
+      if (params.mask != nullptr) {
+        params.mask[row * params.cols + col] = rank < prunes;
+      } else if (rank < prunes) {
+        weight[col] = 0;
+      }
+    }
+    if (params.score_sums != nullptr) write_sums(sums, params.score_sums + 2 * row, slots);
+  }
+}
+
+}  // namespace wanda::cuda

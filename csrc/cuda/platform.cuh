@@ -1,0 +1,67 @@
+// What the kernels need of the compiler and of the device, in one place. nvcc takes it from the CUDA toolkit;
+// any other compiler takes `simt.h` from its include path, which runs each CUDA thread as a fiber on the CPU
+// (tests/simt). The kernel headers themselves are the same text for both.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#define WANDA_DEVICE __device__ __forceinline__
+#define WANDA_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace wanda::cuda {
+
+// 16 bytes from global to shared memory without passing through registers.
+WANDA_DEVICE void copy_async_16(void* shared, const void* global) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+WANDA_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's groups are still on their way.
+template <int kPending>
+WANDA_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The same value, about which the compiler knows nothing: what is computed from it is not kept from one loop
+// or phase to the next in registers that the kernel has better uses for.
+WANDA_DEVICE uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Each nibble of the selector picks one of the eight bytes of high:low; with its top bit set, the picked
+// byte's top bit fills the result's byte (__byte_perm cannot do that).
+WANDA_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+// One 128-bit access each. nvcc 13.0 made four stores of an assigned uint4.
+WANDA_DEVICE uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
+WANDA_DEVICE void store_16(void* to /* global */, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+WANDA_DEVICE float half_to_float(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+}  // namespace wanda::cuda
+#else
+#include "simt.h"
+#endif
+
+namespace wanda::cuda {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kFullMask = 0xffffffffu;
+
+}  // namespace wanda::cuda

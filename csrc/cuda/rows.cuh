@@ -1,0 +1,472 @@
+// Row selection: zero (or mark) the k smallest |W| * norm of each row.
+//
+// Algorithm (bracket select). A score's upper 16 bits are its bucket. A block
+//
+//   1. scores the row, keeps the buckets in registers, two to a register, and sums them: a mean log2;
+//   2. guesses log2 of the k-th smallest as that mean plus a distance learnt from the rows before, and counts
+//      the elements below both ends of a bracket of buckets around the guess. A bracket that misses is moved,
+//      after three misses by trisection, until it holds rank k: a bad guess costs time, never exactness;
+//   3. counts the bracket's elements (1-4 % of a row) in 128 bins, each a bucket or a fraction of one;
+//   4. lists the elements of the bin with rank k, a handful, and ranks them by (score, column): the limit;
+//   5. marks the buckets below the limit's, decides its own bucket's elements (0.4 %) one by one, writes.
+//
+// Rows that this does not fit (a norm with its sign bit set, a k-th score that is NaN, more than kListed
+// elements in one bin) go through rows_any.cuh.
+//
+// Assumes: at most 4 * kQuads columns a thread. The staged kernel: 16-byte aligned rows and norms, whole
+// chunks of 16 bytes. The direct kernel: nothing.
+//
+// One thread: kQuads quads of four elements. Chunk c of a row belongs to thread c mod blockDim.x: a warp
+// reads 512 bytes in a row, and a thread's columns ascend with its quads.
+//
+// Bytes: W in once and out once. The row waits in shared memory (cp.async; no thread reads another's part, so
+// that takes no barrier). The norms come from L1 or L2, 4 bytes an element.
+//
+// Why buckets, two to a register: four elements are compared with a threshold, and the outcome kept as bits,
+// in five instructions (two subtractions, a byte permutation, a shift, a LOP3), 1.25 an element against 2
+// with 32-bit scores; and 64 elements fit 32 registers, which spreads barriers and sums over more of them. In
+// all 23 SASS instructions an element of 4096 bf16 columns on sm_90, of 39 that the card's copy speed leaves.
+//
+// Why a mean of logarithms: where 1 % of the channels have 50 times the others' norm, the k-th smallest of a
+// row of 11,008 varies by 0.8 % about the guess, against 2.7 % with a mean of scores (Gaussian weights, one
+// standard deviation). And it takes one dp2a for two elements.
+#pragma once
+
+#include "bracket.cuh"
+#include "rows_any.cuh"
+
+namespace wanda::cuda {
+
+enum class RowsOutput : int { kPrune, kPruneAndSum, kMask };
+
+struct RowsTuning {
+  float distance;          // of log2 of the k-th smallest score from the mean log2, for a block's first row
+  float half_width;        // of the bracket, as a share of the guess
+  float first_half_width;  // of a block's first row
+  float inverse_cols;
+  int stages;  // rows in shared memory: 1, or 2 to load the next row while this one is worked on.
+               // The direct kernel has none
+};
+
+constexpr int kRowsThreads = 896;  // at most: leaves 72 registers a thread
+constexpr int kListed = 512;
+
+struct RowsShared {
+  alignas(16) uint32_t bins[256];
+  uint32_t list[kListed];
+  uint32_t counts[2][2][kWarp];
+  uint32_t sums[2][kWarp];
+  float slots[2][kWarp];
+  uint32_t listed;
+  // What the rows so far taught: here, as registers are short. Written after a row's last barrier but one,
+  // read after the next row's first.
+  float distance, rows_learnt;
+  bool has_ordinary_norms;
+};
+
+template <Dtype kDtype, int kQuads, RowsOutput kOutput, bool kStaged>
+struct RowBlock {
+  using Bits = typename Element<kDtype>::Bits;
+  using Set = ElementSet<kQuads>;
+  static constexpr int kChunk = Element<kDtype>::kChunk;
+  static constexpr int kQuadsPerChunk = kChunk / 4;
+  static constexpr int kChunks = kQuads / kQuadsPerChunk;
+
+  const RowsParams& params;
+  const RowsTuning& tuning;
+  RowsShared& shared;
+  Bits* row;           // in device memory
+  const Bits* staged;  // the row to read: in shared memory, or `row`
+  uint32_t keys[2 * kQuads];
+  uint32_t thread;
+
+  // Forget the addresses of the phase before: held through a row they would spill.
+  WANDA_DEVICE void start_phase() { thread = opaque(threadIdx.x); }
+
+  WANDA_DEVICE uint32_t chunk_column(int chunk) const { return (chunk * blockDim.x + thread) * kChunk; }
+  WANDA_DEVICE bool holds(uint32_t column) const { return column < static_cast<uint32_t>(params.cols); }
+
+  WANDA_DEVICE uint32_t key_at(uint32_t column) const {
+    return __float_as_uint(score_of<kDtype>(staged[column], __ldg(params.norm + column)));
+  }
+
+  // The column of bit `bit` of an ElementSet's word `i`.
+  WANDA_DEVICE uint32_t column_of(int i, int bit) const {
+    const int quad = i * 8 + (bit & 7) - (8 - Set::kPerWord);
+    return chunk_column(quad / kQuadsPerChunk) + quad % kQuadsPerChunk * 4 + bit / 8;
+  }
+
+  // This thread's elements of `set`, one by one: visit(column, word, bit).
+  template <class Visit>
+  WANDA_DEVICE void for_each(const Set& set, Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < Set::kWords; ++i) {
+      for (uint32_t rest = set.word[i]; rest != 0; rest &= rest - 1) {
+        const int bit = __ffs(rest) - 1;
+        visit(column_of(i, bit), i, bit);
+      }
+    }
+  }
+
+  // Past the row's end: zeros. Shared memory holds them; the norms are then those of column 0, which are
+  // finite.
+  WANDA_DEVICE uint4 load_chunk(uint32_t column) const {
+    if constexpr (kStaged) {
+      return load_16(staged + column);
+    } else {
+      uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (!holds(column + i)) break;
+        words[i * sizeof(Bits) / 4] |= static_cast<uint32_t>(staged[column + i])
+                                       << (i * sizeof(Bits) % 4 * 8);
+      }
+      return make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+
+  WANDA_DEVICE float4 load_norms(uint32_t column, int quad) const {
+    if constexpr (kStaged) {
+      return __ldg(reinterpret_cast<const float4*>(params.norm + (holds(column) ? column : 0)) + quad);
+    } else {
+      float value[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t at = column + 4 * quad + i;
+        value[i] = holds(at) ? __ldg(params.norm + at) : 0.0f;
+      }
+      return make_float4(value[0], value[1], value[2], value[3]);
+    }
+  }
+
+  // Once for all rows: whether no norm of this thread has its sign bit set, and column 0's, which stand in
+  // for what lies past the row's end, are finite.
+  WANDA_DEVICE bool has_ordinary_norms() const {
+    uint32_t signs = 0;
+#pragma unroll 4
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int q = 0; q < kQuadsPerChunk; ++q) {
+        const float4 norms = load_norms(chunk_column(c), q);
+        signs |= __float_as_uint(norms.x) | __float_as_uint(norms.y) | __float_as_uint(norms.z) |
+                 __float_as_uint(norms.w);
+      }
+    }
+    bool is_finite = true;
+#pragma unroll
+    for (int q = 0; q < kQuadsPerChunk; ++q) {
+      const float4 norms = load_norms(0, q);
+      is_finite &= fmaxf(fmaxf(norms.x, norms.y), fmaxf(norms.z, norms.w)) <= 3e38f;
+      is_finite &= norms.x + norms.y + norms.z + norms.w == norms.x + norms.y + norms.z + norms.w;  // no NaN
+    }
+    return signs >> 31 == 0 && is_finite;
+  }
+
+  // Zeros a stage, [first_column(0), ...), past the row's end.
+  WANDA_DEVICE void clear_padding(Bits* stage) const {
+#pragma unroll 1
+    for (int c = 0; c < kChunks; ++c) {
+      const uint32_t column = chunk_column(c);
+      if (!holds(column)) *reinterpret_cast<uint4*>(stage + column) = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  // Step 1: fills `keys`, returns the sum of this thread's buckets.
+  WANDA_DEVICE uint32_t score_row() {
+    start_phase();
+    uint32_t sum = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const uint32_t column = chunk_column(c);
+      const uint4 chunk = load_chunk(column);
+#pragma unroll
+      for (int q = 0; q < kQuadsPerChunk; ++q) {
+        float score[4];
+        quad_scores<kDtype>(chunk, q, load_norms(column, q), score);
+        const int quad = c * kQuadsPerChunk + q;
+        keys[2 * quad] = permute_bytes(__float_as_uint(score[0]), __float_as_uint(score[1]), 0x7632);
+        keys[2 * quad + 1] = permute_bytes(__float_as_uint(score[2]), __float_as_uint(score[3]), 0x7632);
+        sum = __dp2a_lo(keys[2 * quad], 0x0101u, sum);  // both halves times 1
+        sum = __dp2a_lo(keys[2 * quad + 1], 0x0101u, sum);
+      }
+    }
+    return sum;
+  }
+
+  // The elements in buckets below `bucket`, at most kTopBucket. A half of 0x8000 + bucket - 1 minus a key
+  // keeps its top bit exactly where key < bucket, and never borrows from its neighbour.
+  WANDA_DEVICE Set below(uint32_t bucket) const {
+    const uint32_t minuend = (0x7fffu + bucket) * 0x10001u;
+    Set set;
+#pragma unroll
+    for (int i = 0; i < Set::kWords; ++i) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int q = i * 8; q < i * 8 + Set::kPerWord; ++q) {
+        const uint32_t four = permute_bytes(minuend - keys[2 * q], minuend - keys[2 * q + 1], 0x7531);
+        word = (word >> 1) | (four & 0x80808080u);
+      }
+      set.word[i] = word;
+    }
+    return set;
+  }
+
+  // What lies past the row's end has score 0, in bucket 0 and in no other: where bucket 0 is looked into, it
+  // goes.
+  WANDA_DEVICE void drop_padding(Set& set) const {
+#pragma unroll
+    for (int i = 0; i < Set::kWords; ++i) {
+#pragma unroll 1
+      for (int bit = 0; bit < 32; ++bit) {
+        if (!holds(column_of(i, bit))) set.word[i] &= ~(1u << bit);
+      }
+    }
+  }
+  WANDA_DEVICE uint32_t padding() const {
+    return blockDim.x * 4 * kQuads - static_cast<uint32_t>(params.cols);
+  }
+
+  // Step 2: a bracket of at most kBins buckets that holds rank k, and this thread's elements in it.
+  WANDA_DEVICE Bracket find_bracket(float guess, float half_width, Set& inside) {
+    const int warp = threadIdx.x / kWarp, lane = lane_of(threadIdx.x);
+    BracketSearch search;
+    search.rank = static_cast<uint32_t>(params.k);
+    search.set_around(guess, guess * half_width);
+    for (int attempt = 0; search.least < kTopBucket; ++attempt) {
+      search.clamp();
+      const Set under_low = below(search.low);
+      inside = below(search.high).without(under_low);
+      if (search.low == 0) drop_padding(inside);
+      const uint32_t warp_low = __reduce_add_sync(kFullMask, under_low.count());
+      const uint32_t warp_inside = __reduce_add_sync(kFullMask, inside.count());
+      uint32_t (*slots)[kWarp] = shared.counts[attempt & 1];  // the other half may still be read
+      if (lane == 0) {
+        slots[0][warp] = warp_low;
+        slots[1][warp] = warp_inside;
+      }
+      __syncthreads();
+      const bool is_warp = lane < static_cast<int>(blockDim.x) / kWarp;
+      uint32_t count_low = __reduce_add_sync(kFullMask, is_warp ? slots[0][lane] : 0);
+      const uint32_t count_inside = __reduce_add_sync(kFullMask, is_warp ? slots[1][lane] : 0);
+      if (search.low != 0) count_low -= padding();
+      const uint32_t width = search.high - search.low;
+      // A sixteenth of the row and more is worth another pass, unless equal scores may be why.
+      const bool is_crowded =
+          count_inside > static_cast<uint32_t>(params.cols) / 16 && width > 2 && attempt < 3;
+      if (search.rank - count_low < count_inside && width <= kBins && !is_crowded) {
+        return {search.low, search.high, count_low, true};
+      }
+      search.move(count_low, count_inside, attempt, tuning.half_width);
+    }
+    return {0, 0, 0, false};
+  }
+
+  // Steps 3 to 5 up to the writing: the elements to prune. False: this row needs rows_any.cuh.
+  WANDA_DEVICE bool select(const Bracket& bracket, const Set& inside, Set& pruned, float& kth) {
+    start_phase();
+    const uint32_t rank = static_cast<uint32_t>(params.k) - bracket.below;
+    const uint32_t first_key = bracket.low << kBucketBits;
+    const uint32_t bin_shift = fine_shift(bracket);
+    for_each(inside, [&](uint32_t column, int, int) {
+      atomicAdd(&shared.bins[(key_at(column) - first_key) >> bin_shift], 1u);
+    });
+    __syncthreads();
+    const Bin bin = find_bin<kBins / kWarp>(shared.bins, rank);
+    const uint32_t bin_key = first_key + (bin.index << bin_shift);
+    const uint32_t bucket = bin_key >> kBucketBits;
+    if (bin.size > kListed) return false;
+
+    pruned = below(bucket);
+    Set same = below(bucket + 1).without(pruned);
+    if (bucket == 0) drop_padding(same);
+    Set open;  // in the bin itself: the limit decides
+#pragma unroll
+    for (int i = 0; i < Set::kWords; ++i) open.word[i] = 0;
+    for_each(same, [&](uint32_t column, int i, int bit) {
+      const uint32_t key = key_at(column);
+      if (key < bin_key) {
+        pruned.word[i] |= 1u << bit;
+      } else if ((key - bin_key) >> bin_shift == 0) {
+        open.word[i] |= 1u << bit;
+        shared.list[atomicAdd(&shared.listed, 1u)] = key << 16 | column;
+      }
+    });
+    __syncthreads();
+    const uint32_t limit = rank_listed(bin.size, rank - bin.below);
+    for_each(open, [&](uint32_t column, int i, int bit) {
+      if ((key_at(column) << 16 | column) < limit) pruned.word[i] |= 1u << bit;
+    });
+    kth = __uint_as_float(bucket << kBucketBits | limit >> 16);
+    return true;
+  }
+
+  // The entry of rank `rank` of the list's first `size`.
+  WANDA_DEVICE uint32_t rank_listed(uint32_t size, uint32_t rank) {
+    if (size > kWarp) {
+      return static_cast<uint32_t>(
+          radix_select([&](int64_t i) { return uint64_t{shared.list[i]}; }, size, rank, 24, shared.bins));
+    }
+    const uint32_t lane = lane_of(threadIdx.x);
+    const uint32_t own = lane < size ? shared.list[lane] : 0xffffffffu;
+    uint32_t smaller = 0;
+#pragma unroll 1
+    for (uint32_t i = 0; i < size; ++i) smaller += __shfl_sync(kFullMask, own, i) < own;
+    const uint32_t owner = __ballot_sync(kFullMask, lane < size && smaller == rank);
+    return __shfl_sync(kFullMask, own, __ffs(owner) - 1);
+  }
+
+  // Chunk `c`, whose quads are the bits of `pruned` from quad `first` on.
+  WANDA_DEVICE void write_chunk(int64_t row_index, int c, uint32_t pruned, int first, ScoreSums& sums) const {
+    const uint32_t column = chunk_column(c);
+    if (!holds(column)) return;
+    if constexpr (kOutput == RowsOutput::kMask) {
+      uint32_t flags[kQuadsPerChunk];
+#pragma unroll
+      for (int q = 0; q < kQuadsPerChunk; ++q) {
+        flags[q] = Set::top_bits(pruned, first + q) >> 7 & 0x01010101u;
+      }
+      bool* const mask = params.mask + row_index * params.cols + column;
+      if constexpr (!kStaged) {
+        for (int i = 0; i < kChunk && holds(column + i); ++i) mask[i] = flags[i / 4] >> (i % 4 * 8) & 1;
+      } else if constexpr (kQuadsPerChunk == 2) {
+        *reinterpret_cast<uint2*>(mask) = make_uint2(flags[0], flags[1]);
+      } else {
+        *reinterpret_cast<uint32_t*>(mask) = flags[0];
+      }
+    } else {
+      const uint4 chunk = load_chunk(column);
+      uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+      for (int q = 0; q < kQuadsPerChunk; ++q) {
+        const uint32_t top = Set::top_bits(pruned, first + q);
+        if constexpr (kOutput == RowsOutput::kPruneAndSum) {
+          float score[4];
+          quad_scores<kDtype>(chunk, q, load_norms(column, q), score);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float square = __fmul_rn(score[i], score[i]);
+            sums.all = __fadd_rn(sums.all, square);
+            sums.pruned = __fadd_rn(sums.pruned, top >> (8 * i + 7) & 1 ? square : 0.0f);
+          }
+        }
+        // The permutation spreads a byte's top bit over the bytes of its element.
+        if constexpr (kQuadsPerChunk == 2) {
+          words[2 * q] &= ~permute_bytes(top, 0, 0x9988);
+          words[2 * q + 1] &= ~permute_bytes(top, 0, 0xbbaa);
+        } else {
+          words[0] &= ~permute_bytes(top, 0, 0x8888);
+          words[1] &= ~permute_bytes(top, 0, 0x9999);
+          words[2] &= ~permute_bytes(top, 0, 0xaaaa);
+          words[3] &= ~permute_bytes(top, 0, 0xbbbb);
+        }
+      }
+      if constexpr (kStaged) {
+        store_16(row + column, words[0], words[1], words[2], words[3]);
+      } else {
+        for (int i = 0; i < kChunk && holds(column + i); ++i) {
+          row[column + i] = static_cast<Bits>(words[i * sizeof(Bits) / 4] >> (i * sizeof(Bits) % 4 * 8));
+        }
+      }
+    }
+  }
+
+  WANDA_DEVICE ScoreSums write_row(int64_t row_index, const Set& pruned) {
+    ScoreSums sums;
+    constexpr int kChunksPerWord = Set::kPerWord / kQuadsPerChunk;
+    // Unrolled with the norms of all chunks on their way, the sums would spill.
+    [[maybe_unused]] constexpr int kUnroll = kOutput == RowsOutput::kPruneAndSum ? 1 : kChunksPerWord;
+    start_phase();
+#pragma unroll
+    for (int i = 0; i < Set::kWords; ++i) {
+#pragma unroll kUnroll
+      for (int c = 0; c < kChunksPerWord; ++c) {
+        write_chunk(row_index, i * kChunksPerWord + c, pruned.word[i], c * kQuadsPerChunk, sums);
+      }
+    }
+    return sums;
+  }
+};
+
+template <Dtype kDtype, int kQuads, RowsOutput kOutput, bool kStaged>
+__global__ void __launch_bounds__(kQuads == 4 ? 128 : kRowsThreads)
+    rows_kernel(const RowsParams params, const RowsTuning tuning) {
+  using Block = RowBlock<kDtype, kQuads, kOutput, kStaged>;
+  using Bits = typename Block::Bits;
+  WANDA_DYNAMIC_SHARED(memory);
+  RowsShared& shared = *reinterpret_cast<RowsShared*>(memory);
+  Bits* const stages = reinterpret_cast<Bits*>(memory + sizeof(RowsShared));
+  Bits* const weight = static_cast<Bits*>(params.weight);
+  Block block{params, tuning, shared, weight, weight, {}, threadIdx.x};
+
+  const uint32_t capacity = blockDim.x * 4 * kQuads;  // the columns of a stage: the row, then zeros
+  const auto stage_of = [&](int step) {
+    return stages + (tuning.stages == 2 && step % 2 != 0 ? capacity : 0);
+  };
+  // Row `row` into the part of shared memory that step `step` uses.
+  const auto load_row = [&](int64_t row, int step) {
+    block.start_phase();
+    const uint32_t first = block.chunk_column(0);
+    const Bits* from = weight + row * params.row_stride + first;
+    Bits* to = stage_of(step) + first;
+#pragma unroll
+    for (int c = 0; c < Block::kChunks; ++c) {
+      if (row < params.rows && block.holds(block.chunk_column(c))) copy_async_16(to, from);
+      to += blockDim.x * Block::kChunk;
+      from += blockDim.x * Block::kChunk;
+    }
+    copy_async_commit();
+  };
+  for (int step = 0; step < tuning.stages; ++step) block.clear_padding(stage_of(step));
+  const uint32_t odd_norms = block_sum(block.has_ordinary_norms() ? 0u : 1u, shared.sums[1]);
+  if (threadIdx.x == 0) {
+    shared.distance = tuning.distance;
+    shared.rows_learnt = 0;
+    shared.has_ordinary_norms = odd_norms == 0;
+  }
+  for (int step = -tuning.stages;; ++step) {  // the steps below 0 only load
+    const int64_t row = blockIdx.x + int64_t{gridDim.x} * step;
+    if (step >= 0) {
+      if (row >= params.rows) break;
+      block.row = weight + row * params.row_stride;
+      block.staged = kStaged ? stage_of(step) : block.row;
+      if (kStaged && tuning.stages == 2) copy_async_wait<1>();
+      if (kStaged && tuning.stages == 1) copy_async_wait<0>();
+
+      // A bucket is 128 * (log2 of its scores + 127), but for a logarithm that runs straight between powers
+      // of two.
+      const float buckets = static_cast<float>(block_sum(block.score_row(), shared.sums[0]));
+      const float mean_log = buckets * tuning.inverse_cols / 128.0f - 127.0f;
+      // Between the barriers of the sum and of the bracket: nobody reads the last row's bins and list any
+      // more.
+      for (int i = threadIdx.x; i < kBins; i += blockDim.x) shared.bins[i] = 0;
+      if (threadIdx.x == 0) shared.listed = 0;
+
+      typename Block::Set inside, pruned;
+      float kth = 0;
+      ScoreSums sums;
+      Bracket bracket{0, 0, 0, false};
+      if (shared.has_ordinary_norms) {
+        const float half_width = shared.rows_learnt == 0 ? tuning.first_half_width : tuning.half_width;
+        bracket = block.find_bracket(exp2f(mean_log + shared.distance), half_width, inside);
+      }
+      if (bracket.found && block.select(bracket, inside, pruned, kth)) {
+        if (threadIdx.x == 0 && kth > 0) {
+          shared.rows_learnt = fminf(shared.rows_learnt + 1, 8.0f);
+          shared.distance += __fdividef(__log2f(kth) - mean_log - shared.distance, shared.rows_learnt);
+        }
+        sums = block.write_row(row, pruned);
+      } else {
+        __syncthreads();  // bins and slots are still being read
+        const Segment<kDtype> segment{
+            block.row, params.norm, kOutput == RowsOutput::kMask ? params.mask + row * params.cols : nullptr,
+            params.cols, params.k};
+        sums = select_segment<kDtype>(segment, shared.bins);
+      }
+      if constexpr (kOutput == RowsOutput::kPruneAndSum)
+        write_sums(sums, params.score_sums + 2 * row, shared.slots);
+    }
+    if constexpr (kStaged) load_row(row + int64_t{gridDim.x} * tuning.stages, step);  // where this row was
+  }
+}
+
+}  // namespace wanda::cuda

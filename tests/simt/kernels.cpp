@@ -1,0 +1,141 @@
+// The shipped kernels behind plain C functions, for tests/test_simt.py. Instrumented: see simt.h.
+#include "../../csrc/cuda/nm.cuh"
+#include "../../csrc/cuda/pack_24.cuh"
+#include "../../csrc/cuda/rows.cuh"
+#include "../../csrc/cuda/sqnorm.cuh"
+
+using namespace wanda;
+using namespace wanda::cuda;
+
+namespace {
+
+template <Dtype kDtype, int kQuads, RowsOutput kOutput, bool kStaged>
+void rows(const RowsParams& params, const RowsTuning& tuning, uint32_t grid) {
+  const int64_t width = kWarp * kQuads * 4, blocks_of_columns = (params.cols + width - 1) / width;
+  const int64_t stage_bytes = blocks_of_columns * width * sizeof(typename Element<kDtype>::Bits);
+  simt::launch({grid, 1, 1}, static_cast<uint32_t>(blocks_of_columns * kWarp),
+               sizeof(RowsShared) + (kStaged ? tuning.stages * stage_bytes : 0),
+               [&] { rows_kernel<kDtype, kQuads, kOutput, kStaged>(params, tuning); });
+}
+
+template <Dtype kDtype, int kQuads, RowsOutput kOutput>
+void rows_source(const RowsParams& params, const RowsTuning& tuning, uint32_t grid) {
+  if (tuning.stages > 0) {
+    rows<kDtype, kQuads, kOutput, true>(params, tuning, grid);
+  } else {
+    rows<kDtype, kQuads, kOutput, false>(params, tuning, grid);
+  }
+}
+
+template <Dtype kDtype, int kQuads>
+void rows_output(const RowsParams& params, const RowsTuning& tuning, uint32_t grid) {
+  if (params.mask != nullptr) {
+    rows_source<kDtype, kQuads, RowsOutput::kMask>(params, tuning, grid);
+  } else if (params.score_sums != nullptr) {
+    rows_source<kDtype, kQuads, RowsOutput::kPruneAndSum>(params, tuning, grid);
+  } else {
+    rows_source<kDtype, kQuads, RowsOutput::kPrune>(params, tuning, grid);
+  }
+}
+
+template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
+void nm(const NmParams& params, uint32_t threads) {
+  simt::launch({static_cast<uint32_t>((params.rows + kNmRows - 1) / kNmRows), 1, 1}, threads,
+               2 * kNmRows * kWarp * sizeof(float), [&] { nm_kernel<kDtype, kM, kKept, kOutput>(params); });
+}
+
+template <Dtype kDtype, int kM, int kKept>
+void nm_output(const NmParams& params, uint32_t threads) {
+  if (params.mask != nullptr) {
+    nm<kDtype, kM, kKept, NmOutput::kMask>(params, threads);
+  } else if (params.score_sums != nullptr) {
+    nm<kDtype, kM, kKept, NmOutput::kPruneAndSum>(params, threads);
+  } else {
+    nm<kDtype, kM, kKept, NmOutput::kPrune>(params, threads);
+  }
+}
+
+template <class F>
+void by_dtype(Dtype dtype, F f) {
+  if (dtype == Dtype::kFloat32) {
+    f(std::integral_constant<Dtype, Dtype::kFloat32>{});
+  } else if (dtype == Dtype::kBFloat16) {
+    f(std::integral_constant<Dtype, Dtype::kBFloat16>{});
+  } else {
+    f(std::integral_constant<Dtype, Dtype::kFloat16>{});
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// `wide`: 16 quads a thread rather than 4. tuning.stages == 0: the direct kernel.
+void simt_rows(const RowsParams* params, const RowsTuning* tuning, int wide, uint32_t grid) {
+  by_dtype(params->dtype, [&](auto dtype) {
+    if (wide) {
+      rows_output<decltype(dtype)::value, 16>(*params, *tuning, grid);
+    } else {
+      rows_output<decltype(dtype)::value, 4>(*params, *tuning, grid);
+    }
+  });
+}
+
+void simt_rows_any(const RowsParams* params, int64_t segment_cols, uint32_t grid, uint32_t threads) {
+  by_dtype(params->dtype, [&](auto dtype) {
+    simt::launch({grid, 1, 1}, threads, sizeof(RowsAnyShared),
+                 [&] { rows_any_kernel<decltype(dtype)::value>(*params, segment_cols); });
+  });
+}
+
+// `kept`: 0 counts at run time.
+void simt_nm(const NmParams* params, uint32_t kept, uint32_t threads) {
+  by_dtype(params->dtype, [&](auto dtype) {
+    constexpr Dtype kDtype = decltype(dtype)::value;
+    if (params->m == 2) return nm_output<kDtype, 2, 0>(*params, threads);
+    if (params->m == 8 && kept == 4) return nm_output<kDtype, 8, 4>(*params, threads);
+    if (params->m == 8) return nm_output<kDtype, 8, 0>(*params, threads);
+    if (kept == 1) return nm_output<kDtype, 4, 1>(*params, threads);
+    if (kept == 2) return nm_output<kDtype, 4, 2>(*params, threads);
+    nm_output<kDtype, 4, 3>(*params, threads);
+  });
+}
+
+void simt_nm_any(const NmParams* params, uint32_t grid, uint32_t threads) {
+  by_dtype(params->dtype, [&](auto dtype) {
+    simt::launch({grid, 1, 1}, threads, 2 * kWarp * sizeof(float),
+                 [&] { nm_any_kernel<decltype(dtype)::value>(*params); });
+  });
+}
+
+void simt_pack_24(const Pack24Params* params) {
+  const uint32_t grid = static_cast<uint32_t>((params->rows / 32 * ((params->cols + 127) / 128) + 7) / 8);
+  simt::launch({grid, 1, 1}, kPackThreads, 0, [&] {
+    if (params->norm == nullptr) return pack_24_kernel<Dtype::kFloat16, false>(*params);
+    if (params->dtype == Dtype::kFloat16) return pack_24_kernel<Dtype::kFloat16, true>(*params);
+    pack_24_kernel<Dtype::kBFloat16, true>(*params);
+  });
+}
+
+void simt_unpack_24(const Unpack24Params* params) {
+  const uint32_t grid = static_cast<uint32_t>((params->rows / 32 * ((params->cols + 127) / 128) + 7) / 8);
+  simt::launch({grid, 1, 1}, kPackThreads, 0, [&] { unpack_24_kernel(*params); });
+}
+
+void simt_sqnorm(const SqnormParams* params, int is_vector) {
+  const int64_t chunks = params->sequences * sqnorm_chunks(params->tokens);
+  by_dtype(params->dtype, [&](auto dtype) {
+    constexpr Dtype kDtype = decltype(dtype)::value;
+    constexpr int kVector = Element<kDtype>::kChunk;
+    const int64_t tile = is_vector ? kWarp * kVector : kWarp;
+    const uint32_t grid = static_cast<uint32_t>((params->cols + tile - 1) / tile * chunks);
+    simt::launch({grid, 1, 1}, kSqnormWarps * kWarp, sqnorm_shared_bytes(is_vector ? kVector : 1), [&] {
+      is_vector ? sqnorm_partial_kernel<kDtype, kVector>(*params) : sqnorm_partial_kernel<kDtype, 1>(*params);
+    });
+  });
+  const int64_t columns = params->cols * (params->is_shared ? 1 : params->sequences);
+  simt::launch({static_cast<uint32_t>((columns + 255) / 256), 1, 1}, 256, 0,
+               [&] { sqnorm_total_kernel(*params); });
+}
+
+}  // extern "C"

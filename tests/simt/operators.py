@@ -1,0 +1,133 @@
+"""The CUDA kernels under SIMT, one function a launcher: tensors in, tensors out. What a launcher decides from the
+device and from pointers (the kernel, its block shape) is an argument here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from .machine import Buffer, Machine
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _struct(pointers: str, integers: str, *rest: tuple[str, type]) -> type[ctypes.Structure]:
+    fields = [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields += [(name, ctypes.c_int64) for name in integers.split()]
+    return type("Params", (ctypes.Structure,), {"_fields_": [*fields, *rest]})
+
+
+_DTYPE = ("dtype", ctypes.c_int)
+RowsParams = _struct("weight norm mask score_sums", "rows cols row_stride k", _DTYPE)
+NmParams = _struct("weight norm mask score_sums", "rows cols row_stride n m", _DTYPE)
+Pack24Params = _struct("weight norm values metadata overfull", "rows cols row_stride", _DTYPE)
+Unpack24Params = _struct("values metadata weight", "rows cols")
+SqnormParams = _struct(
+    "sqnorm x token_mask workspace",
+    "sequences tokens cols sequence_stride token_stride",
+    ("is_shared", ctypes.c_bool),
+    _DTYPE,
+)
+_FLOATS = ("distance", "half_width", "first_half_width", "inverse_cols")
+RowsTuning = _struct("", "", *((name, ctypes.c_float) for name in _FLOATS), ("stages", ctypes.c_int))
+
+
+class _Selection:
+    """The buffers of a selection that prunes ("prune"), also sums ("sums") or writes a mask ("mask")."""
+
+    def __init__(self, weight: Tensor, norm: Tensor, output: str, offset: int, gap: int) -> None:
+        self.output, self.gap = output, gap
+        self.weight = Buffer(weight, "weight", output != "mask", offset, gap)
+        self.norm = Buffer(norm, "norm", writable=False)
+        self.mask = Buffer(torch.full(weight.shape, 7, dtype=torch.uint8), "mask")
+        self.sums = Buffer(torch.full((weight.shape[0], 2), math.nan), "score_sums")
+        self.buffers = [self.weight, self.norm, self.mask, self.sums]
+        self.arguments = (
+            self.weight.pointer, self.norm.pointer, self.mask.pointer if output == "mask" else None,
+            self.sums.pointer if output == "sums" else None, *weight.shape, weight.shape[1] + gap,
+        )  # fmt: skip
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(weight, and the mask, the sums or nothing of interest)"""
+        return self.weight.tensor(), self.mask.tensor() if self.output == "mask" else self.sums.tensor()
+
+
+def rows(
+    machine: Machine, weight: Tensor, norm: Tensor, k: int, *, output: str = "prune", path: str = "staged",
+    grid: int = 1, stages: int = 1, offset: int = 0, gap: int = 0, distance: float = 0.4, threads: int = 64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`path`: "staged" or "direct" (rows_kernel), or "any" (rows_any_kernel)."""
+    selection = _Selection(weight, norm, output, offset, gap)
+    params = RowsParams(*selection.arguments, k, DTYPES[weight.dtype])
+    cols = weight.shape[1]
+    if path == "any":
+        machine.run("simt_rows_any", selection.buffers, ctypes.byref(params), ctypes.c_int64(cols), grid, threads)
+    else:
+        width = 2.56 / math.sqrt(cols)
+        tuning = RowsTuning(distance, width, max(width, 0.15), 1 / cols, stages if path == "staged" else 0)
+        machine.run("simt_rows", selection.buffers, ctypes.byref(params), ctypes.byref(tuning), int(cols > 2048), grid)
+    return selection.result()
+
+
+def nm(
+    machine: Machine, weight: Tensor, norm: Tensor, n: int, m: int, *, output: str = "prune", path: str = "vector",
+    grid: int = 1, offset: int = 0, gap: int = 0, threads: int = 64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`path`: "vector" (nm_kernel), "any" (nm_any_kernel) or "segments" (rows_any_kernel)."""
+    selection = _Selection(weight, norm, output, offset, gap)
+    if path == "segments":
+        params = RowsParams(*selection.arguments, m - n, DTYPES[weight.dtype])
+        machine.run("simt_rows_any", selection.buffers, ctypes.byref(params), ctypes.c_int64(m), grid, threads)
+        return selection.result()
+    params = NmParams(*selection.arguments, n, m, DTYPES[weight.dtype])
+    if path == "any":
+        machine.run("simt_nm_any", selection.buffers, ctypes.byref(params), grid, threads)
+    else:
+        kept = n if m == 4 or (n, m) == (4, 8) else 0
+        machine.run("simt_nm", selection.buffers, ctypes.byref(params), kept, threads)
+    return selection.result()
+
+
+def pack_24(machine: Machine, weight: Tensor, norm: Tensor | None, gap: int = 0) -> tuple[Tensor, Tensor, int]:
+    """(values, metadata, how many groups had more than two non-zeros)"""
+    rows, cols = weight.shape
+    dense = Buffer(weight, "weight", writable=False, gap=gap)
+    norms = Buffer(torch.ones(cols) if norm is None else norm, "norm", writable=False)
+    values = Buffer(torch.full((rows, cols // 2), math.nan, dtype=weight.dtype), "values")
+    metadata = Buffer(torch.full((rows, cols // 16), -1, dtype=torch.int16), "metadata")
+    overfull = Buffer(torch.zeros(1, dtype=torch.int32), "overfull")
+    params = Pack24Params(
+        dense.pointer, None if norm is None else norms.pointer, values.pointer, metadata.pointer,
+        overfull.pointer if norm is None else None, rows, cols, cols + gap, DTYPES[weight.dtype],
+    )  # fmt: skip
+    machine.run("simt_pack_24", [dense, norms, values, metadata, overfull], ctypes.byref(params))
+    return values.tensor(), metadata.tensor(), int(overfull.tensor())
+
+
+def unpack_24(machine: Machine, values: Tensor, metadata: Tensor) -> Tensor:
+    rows, cols = values.shape[0], values.shape[1] * 2
+    packed = [Buffer(values, "values", writable=False), Buffer(metadata, "metadata", writable=False)]
+    dense = Buffer(torch.full((rows, cols), math.nan, dtype=values.dtype), "weight")
+    params = Unpack24Params(packed[0].pointer, packed[1].pointer, dense.pointer, rows, cols)
+    machine.run("simt_unpack_24", [*packed, dense], ctypes.byref(params))
+    return dense.tensor()
+
+
+def add_sqnorm(
+    machine: Machine, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None, *, is_vector: bool, offset: int = 0
+) -> Tensor:
+    """What add_sqnorm_ leaves in `sqnorm`, for x [sequences, tokens, C_in]."""
+    sequences, tokens, cols = x.shape
+    target, inputs = Buffer(sqnorm, "sqnorm"), Buffer(x, "x", writable=False, offset=offset)
+    counts = Buffer(torch.ones(1, dtype=torch.bool) if token_mask is None else token_mask, "token_mask", writable=False)
+    workspace = Buffer(torch.full((sequences * -(-tokens // 128), cols), math.nan), "workspace")
+    params = SqnormParams(
+        target.pointer, inputs.pointer, None if token_mask is None else counts.pointer, workspace.pointer, sequences,
+        tokens, cols, tokens * cols, cols, sqnorm.dim() == 1, DTYPES[x.dtype],
+    )  # fmt: skip
+    machine.run("simt_sqnorm", [target, inputs, counts, workspace], ctypes.byref(params), int(is_vector))
+    return target.tensor()

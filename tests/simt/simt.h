@@ -1,0 +1,188 @@
+// CUDA C++ on the CPU, for tests: the compiler sees this in place of the CUDA toolkit and every CUDA thread
+// runs as a fiber (simt.cpp). Kernel headers compile unchanged. What is here is what they use; a kernel that
+// needs more fails to compile.
+//
+// Blocks run one after the other on one OS thread. A thread runs until it waits for others, so a test chooses
+// the order (simt::Options). Barriers, warp-wide operations and their masks are checked by source line; each
+// such place is a site that a test can disable, to see that something notices. Kernels are compiled with
+// -fsanitize=thread, whose hooks simt.cpp defines: every access to shared or global memory is checked for
+// races, bounds and, in shared memory, for having been written.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+namespace simt {
+
+struct Index3 {
+  uint32_t x = 0, y = 0, z = 0;
+};
+struct Dim3 {
+  uint32_t x = 1, y = 1, z = 1;
+};
+
+enum Order { kForward, kReverse, kRandom, kWarpAhead };
+enum SiteKind { kBarrier, kMask, kCopyWait };
+
+extern Index3 thread_index, block_index;
+extern Dim3 block_dim, grid_dim;
+
+void launch(Dim3 grid, uint32_t threads, size_t shared_bytes, const std::function<void()>& kernel);
+int register_site(const char* file, int line, int counter, SiteKind kind);
+
+unsigned char* dynamic_shared();
+void block_barrier(int site);
+// The mask to use at `site`: `mask`, or one lane less where the test has taken one out.
+uint32_t mask_at(int site, uint32_t mask);
+// Deposits `value`, waits for the lanes of `mask`; what lane i deposited is then in lanes[i].
+void exchange(int site, uint32_t mask, uint64_t value, uint64_t (&lanes)[32]);
+void warp_barrier(int site, uint32_t mask);
+uint32_t lane();
+uint32_t atomic_add(uint32_t* address, uint32_t value);
+void copy_async(void* to, const void* from);
+void copy_commit();
+void copy_wait(int site, int pending);
+float half_to_float(uint16_t bits);
+
+template <class T>
+uint64_t pack(T value) {
+  static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <class T>
+T unpack(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+template <class T>
+T shuffle(int site, uint32_t mask, T value, uint32_t source) {
+  uint64_t lanes[32];
+  exchange(site, mask, pack(value), lanes);
+  return source < 32 ? unpack<T>(lanes[source]) : value;
+}
+inline uint32_t ballot(int site, uint32_t mask, bool predicate) {
+  uint64_t lanes[32];
+  exchange(site, mask, predicate, lanes);
+  uint32_t votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= static_cast<uint32_t>(mask >> i & 1 && lanes[i] != 0) << i;
+  return votes;
+}
+inline uint32_t reduce_add(int site, uint32_t mask, uint32_t value) {
+  uint64_t lanes[32];
+  exchange(site, mask, value, lanes);
+  uint32_t total = 0;
+  for (int i = 0; i < 32; ++i) total += mask >> i & 1 ? static_cast<uint32_t>(lanes[i]) : 0;
+  return total;
+}
+inline float canonical(float value) {  // the device's only NaN
+  return value == value ? value : unpack<float>(0x7fffffffu);
+}
+
+}  // namespace simt
+
+// One number for each place in the source text.
+#define SIMT_SITE(kind)                                                                           \
+  ([] {                                                                                           \
+    static const int site = ::simt::register_site(__FILE__, __LINE__, __COUNTER__, ::simt::kind); \
+    return site;                                                                                  \
+  }())
+#define SIMT_MASKED(call, mask, ...)                             \
+  ([&](int simt_site) {                                          \
+    const uint32_t simt_mask = ::simt::mask_at(simt_site, mask); \
+    return ::simt::call(simt_site, simt_mask, __VA_ARGS__);      \
+  }(SIMT_SITE(kMask)))
+
+#define __global__
+#define __device__
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define WANDA_DEVICE inline
+#define WANDA_DYNAMIC_SHARED(name) unsigned char* const name = ::simt::dynamic_shared()
+
+#define threadIdx (::simt::thread_index)
+#define blockIdx (::simt::block_index)
+#define blockDim (::simt::block_dim)
+#define gridDim (::simt::grid_dim)
+
+#define __log2f(x) std::log2(x)  // the C library declares a function of that name
+#define __syncthreads() ::simt::block_barrier(SIMT_SITE(kBarrier))
+#define __shfl_sync(mask, value, source) SIMT_MASKED(shuffle, mask, value, (source) & 31)
+#define __shfl_xor_sync(mask, value, step) SIMT_MASKED(shuffle, mask, value, ::simt::lane() ^ (step))
+#define __shfl_up_sync(mask, value, step) SIMT_MASKED(shuffle, mask, value, ::simt::lane() - (step))
+#define __ballot_sync(mask, predicate) SIMT_MASKED(ballot, mask, predicate)
+#define __reduce_add_sync(mask, value) SIMT_MASKED(reduce_add, mask, value)
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+using std::max;
+using std::min;
+
+inline uint32_t __float_as_uint(float value) { return simt::unpack<uint32_t>(simt::pack(value)); }
+inline float __uint_as_float(uint32_t bits) { return simt::unpack<float>(bits); }
+inline float __fmul_rn(float a, float b) { return simt::canonical(a * b); }
+inline float __fadd_rn(float a, float b) { return simt::canonical(a + b); }
+inline float __fmaf_rn(float a, float b, float c) { return simt::canonical(std::fma(a, b, c)); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline uint32_t __dp2a_lo(uint32_t halves, uint32_t bytes, uint32_t sum) {
+  return sum + (halves & 0xffff) * (bytes & 255) + (halves >> 16) * (bytes >> 8 & 255);
+}
+inline int __popc(uint32_t value) { return __builtin_popcount(value); }
+inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value)); }
+inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value); }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32 | low) << (shift & 31)) >> 32);
+}
+template <class T>
+inline T __ldg(const T* address) {
+  return *address;
+}
+inline uint32_t atomicAdd(uint32_t* address, uint32_t value) { return simt::atomic_add(address, value); }
+
+namespace wanda::cuda {
+
+inline void copy_async_16(void* shared, const void* global) { simt::copy_async(shared, global); }
+inline void copy_async_commit() { simt::copy_commit(); }
+#define copy_async_wait SIMT_COPY_WAIT{SIMT_SITE(kCopyWait)}.wait
+struct SIMT_COPY_WAIT {
+  int site;
+  template <int kPending>
+  void wait() const {
+    simt::copy_wait(site, kPending);
+  }
+};
+inline uint32_t opaque(uint32_t value) { return value; }
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> (4 * i) & 15;
+    const uint32_t byte = bytes >> (8 * (nibble & 7)) & 255;
+    result |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);
+  }
+  return result;
+}
+inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
+inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  *static_cast<uint4*>(to) = {a, b, c, d};
+}
+inline float half_to_float(uint16_t bits) { return simt::half_to_float(bits); }
+
+}  // namespace wanda::cuda

@@ -1,0 +1,257 @@
+"""The CUDA kernels, compiled unchanged by g++ and run on the CPU, against the PyTorch reference.
+
+Every launch runs in one of four thread orders with the race, bounds and barrier checks of tests/simt on, and
+everything else about it is drawn from a seed as well: which kernel, block shape, alignment, how many blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from simt import operators as simt
+from simt.machine import ORDERS, Machine, SimtError, build, compiler
+from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
+from torch import Tensor
+
+from wanda_kernels import reference
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the kernels with")
+
+CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture
+def machine(library: ctypes.CDLL) -> Machine:
+    return Machine(library)
+
+
+def draw_matrix(draw: random.Random, rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of different kinds: a block's next row starts from what this one taught it."""
+    generator = np.random.default_rng(draw.getrandbits(32))
+    with np.errstate(all="ignore"):
+        kinds = [draw.choice([*KINDS, "normal", "two humps"]) for _ in range(rows)]
+        weight = np.stack([
+            generator.choice([1e-3, 1e3], cols) * (1 + generator.random(cols) / 10) if kind == "two humps"
+            else weight_of(kind, 1, cols, generator)[0]
+            for kind in kinds
+        ])  # fmt: skip
+        norm = norm_of(draw.choice([*NORMS, "usual", "usual"]), cols, generator)
+    return torch.from_numpy(weight.astype(np.float32)).to(dtype), torch.from_numpy(norm.astype(np.float32))
+
+
+def check(weight: Tensor, norm: Tensor, want: Tensor, output: str, got: tuple[Tensor, Tensor]) -> None:
+    if output == "mask":
+        assert torch.equal(got[1].bool(), want)
+        assert int(got[1].max()) <= 1
+        assert same_bits(got[0], weight)
+        return
+    assert same_bits(got[0], weight.masked_fill(want, 0))
+    if output == "sums":
+        score = (weight.abs().float() * norm).square()
+        expected = torch.stack([score.masked_fill(~want, 0).double().sum(1), score.double().sum(1)], 1).float()
+        assert torch.allclose(got[1], expected, rtol=2e-5, atol=0, equal_nan=True)
+
+
+def row_mask(weight: Tensor, norm: Tensor, k: int) -> Tensor:
+    order = torch.sort(weight.abs().float() * norm, dim=1, stable=True).indices
+    return torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, order[:, :k], True)
+
+
+def draw_rows(machine: Machine, seed: int) -> int:
+    """Returns how many rows it checked."""
+    draw = random.Random(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    dtype = draw.choice(DTYPES)
+    path = draw.choice(["staged", "staged", "staged", "direct", "any"])
+    cols = draw.choice([draw.randint(1, 70), draw.randint(1, 700), draw.randint(500, 2600), draw.choice([2048, 4096])])
+    chunk = 16 // dtype.itemsize
+    if path == "staged":
+        cols = -(-cols // chunk) * chunk
+    weight, norm = draw_matrix(draw, draw.randint(1, 6), cols, dtype)
+    k = int(cols * draw.choice([0.0, 0.01, 0.3, 0.5, 0.5, 0.5, 0.7, 0.99]))
+    if path == "any" and draw.random() < 0.1:
+        k = cols
+    output = draw.choice(["prune", "sums", "mask"])
+    got = simt.rows(
+        machine, weight, norm, k, output=output, path=path, grid=draw.randint(1, 3), stages=draw.randint(1, 2),
+        offset=dtype.itemsize * draw.randint(0, 3) * (path != "staged"),
+        gap=draw.choice([0, 0, 1, 3, 8]) * (chunk if path == "staged" else 1),
+        distance=draw.choice([0.4, 0.4, -3.0, 6.0]), threads=draw.choice([32, 64, 256]),
+    )  # fmt: skip
+    check(weight, norm, row_mask(weight, norm, k), output, got)
+    return weight.shape[0]
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_thousand_rows(machine: Machine, part: int) -> None:
+    assert sum(draw_rows(machine, seed) for seed in range(part * 80, part * 80 + 80)) >= 250
+
+
+@pytest.mark.slow
+def test_ten_thousand_rows(machine: Machine) -> None:
+    assert sum(draw_rows(machine, seed) for seed in range(1000, 4000)) >= 10_000
+
+
+@pytest.mark.parametrize(("cols", "dtype"), [(11008, torch.bfloat16), (57344, torch.float16), (70001, torch.float32)])
+def test_wide_rows(machine: Machine, cols: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(cols)
+    weight = torch.randn(2, cols, generator=generator).to(dtype)
+    weight[1] = weight[1].mul(4).round()  # ties by the thousand
+    norm = torch.rand(cols, generator=generator) + 0.1
+    path = "any" if cols > 57344 else "staged"
+    got = simt.rows(machine, weight, norm, cols // 2, path=path, threads=256)
+    check(weight, norm, row_mask(weight, norm, cols // 2), "prune", got)
+
+
+def draw_nm(machine: Machine, seed: int) -> None:
+    draw = random.Random(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    dtype = draw.choice(DTYPES)
+    path = draw.choice(["vector", "vector", "vector", "any", "segments"])
+    if path == "vector":
+        n, m = draw.choice([(1, 2), (1, 4), (2, 4), (2, 4), (3, 4), (4, 8), (4, 8), (2, 8), (7, 8)])
+        cols, offset, gap = draw.randint(1, 60) * 8, 0, draw.choice([0, 8])
+    else:
+        m = draw.randint(2, 32) if path == "any" else draw.choice([33, 48, 100])
+        n = draw.randint(1, m - 1)
+        cols, gap = m * draw.randint(1, 20 if path == "any" else 3), draw.randint(0, 3)
+        offset = dtype.itemsize * draw.randint(0, 3)
+    weight, norm = draw_matrix(draw, draw.randint(1, 6), cols, dtype)
+    output = draw.choice(["prune", "sums", "mask"])
+    got = simt.nm(
+        machine, weight, norm, n, m, output=output, path=path, grid=draw.randint(1, 3), offset=offset, gap=gap,
+        threads=draw.choice([32, 64, 128]),
+    )  # fmt: skip
+    check(weight, norm, reference.nm_mask(weight, norm, n, m), output, got)
+
+
+def test_nm(machine: Machine) -> None:
+    for seed in range(300):
+        draw_nm(machine, seed)
+
+
+def draw_pack_24(machine: Machine, seed: int) -> None:
+    draw = random.Random(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    rows, cols = 32 * draw.randint(1, 3), 64 * draw.randint(1, 5)
+    weight, norm = draw_matrix(draw, rows, cols, draw.choice([torch.bfloat16, torch.float16]))
+    gap = draw.choice([0, 8])
+    if draw.random() < 0.6:
+        values, metadata, _ = simt.pack_24(machine, weight, norm, gap)
+        want = reference.prune_pack_24(weight, norm)
+    else:
+        weight = weight.masked_fill(reference.nm_mask(weight, norm, 2, 4), 0)
+        if draw.random() < 0.3:
+            weight.view(-1)[torch.randperm(weight.numel())[:40]] = 1.0
+        values, metadata, overfull = simt.pack_24(machine, weight, None, gap)
+        assert overfull == int((weight.reshape(-1, 4).ne(0).sum(dim=1) > 2).sum())
+        if overfull:
+            return
+        want = reference.pack_24(weight)
+    assert same_bits(values, want[0])
+    assert same_bits(metadata, want[1])
+    assert same_bits(simt.unpack_24(machine, values, metadata), reference.unpack_24(*want))
+
+
+def test_pack_24(machine: Machine) -> None:
+    for seed in range(60):
+        draw_pack_24(machine, seed)
+
+
+def draw_sqnorm(machine: Machine, seed: int) -> None:
+    draw = random.Random(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    dtype = draw.choice(DTYPES)
+    is_vector, is_shared = draw.random() < 0.6, draw.random() < 0.4
+    sequences, tokens = draw.randint(1, 3), draw.choice([1, 5, 127, 128, 129, 300])
+    cols = draw.randint(1, 40) * 8 if is_vector else draw.randint(1, 90)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sequences, tokens, cols, generator=generator).to(dtype)
+    token_mask = torch.rand(sequences, tokens, generator=generator) < 0.7 if draw.random() < 0.5 else None
+    if token_mask is not None:
+        x[~token_mask] = torch.nan
+    sqnorm = torch.rand(cols, generator=generator) if is_shared else torch.rand(sequences, cols, generator=generator)
+    where = {"is_vector": is_vector, "offset": 0 if is_vector else dtype.itemsize}
+    got = simt.add_sqnorm(machine, sqnorm, x, token_mask, **where)
+    want = sqnorm.clone()
+    reference.add_sqnorm_(want, x, token_mask)
+    # Both round a float64 total of float32 chunks; the chunks' own orders of additions differ.
+    assert torch.allclose(got, want, rtol=1e-6, atol=0)
+
+    again = sqnorm.clone()  # one call for each sequence: the same bits
+    for i in range(sequences):
+        rows = again if is_shared else again[i : i + 1]
+        mask = None if token_mask is None else token_mask[i : i + 1]
+        rows.copy_(simt.add_sqnorm(machine, rows, x[i : i + 1], mask, **where))
+    assert same_bits(got, again)
+
+
+def test_sqnorm(machine: Machine) -> None:
+    for seed in range(40):
+        draw_sqnorm(machine, seed)
+
+
+# The tests of the tests: what a kernel needs is taken away, and something must notice.
+
+SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (draw_rows, draw_nm, draw_pack_24, draw_sqnorm)
+SITES = {"barrier": r"__syncthreads\(\)", "mask": r"\bkFullMask,", "copy wait": r"copy_async_wait<\d>\(\);"}
+
+
+def notices(machine: Machine, seeds: range) -> int:
+    """In how many launches something fails."""
+    failures = 0
+    for draw, seed in itertools.product(SCENARIOS, seeds):
+        try:
+            draw(machine, seed)
+        except AssertionError:
+            failures += 1
+    return failures
+
+
+def test_every_barrier_and_mask_is_reached(machine: Machine) -> None:
+    assert notices(machine, range(30)) == 0
+    reached = {kind: {(site.file, site.line) for site in machine.sites() if site.kind == kind} for kind in SITES}
+    for kind, pattern in SITES.items():
+        written = {
+            (path.name, number)
+            for path in CUDA_SOURCES.glob("*.cuh")
+            for number, line in enumerate(path.read_text().splitlines(), 1)
+            if re.search(pattern, line) and path.name != "platform.cuh"
+        }
+        assert written, kind
+        assert reached[kind] == written, kind
+
+
+@pytest.mark.slow
+def test_every_barrier_mask_and_wait_is_needed(machine: Machine) -> None:
+    assert notices(machine, range(40)) == 0
+    for number, site in enumerate(machine.sites()):
+        machine.disabled = number
+        for machine.removed_lane in (0, 31) if site.kind == "mask" else (31,):
+            assert notices(machine, range(40)) > 0, f"nothing notices {site} without it, lane {machine.removed_lane}"
+
+
+def test_a_broken_kernel_is_reported(machine: Machine) -> None:
+    draw_rows(machine, 3)
+    barrier = next(i for i, site in enumerate(machine.sites()) if site.kind == "barrier")
+    mask = next(i for i, site in enumerate(machine.sites()) if site.kind == "mask")
+    weight, norm = torch.randn(2, 512), torch.rand(512)
+    machine.disabled = barrier
+    with pytest.raises(SimtError, match=r"race|unwritten"):
+        simt.rows(machine, weight, norm, 256)
+    machine.disabled = mask
+    with pytest.raises(SimtError, match="lacks the calling lane"):
+        simt.rows(machine, weight, norm, 256)
