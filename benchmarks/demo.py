@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="also write the table to benchmarks/results")
     options = parser.parse_args()
     screen = Console()
+    screen.width = max(screen.width, 110)  # not folded in a log
     result = run(options.out, screen)
     screen.print(draw(result))
     write_result("demo", result, options.out)

@@ -13,10 +13,7 @@ from wanda_kernels import ops, reference
 BACKENDS = backends.names()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=250)
-@given(matrix=matrices(), sparsity=sparsities())
-def test_mask_and_weights_equal_the_reference(backend, matrix, sparsity):
+def check_against_the_reference(backend, matrix, sparsity):
     weight, norm = matrix
     expected = reference.row_mask(weight, norm, sparsity)
     assert torch.equal(backends.implementation(backend, "row_mask")(weight, norm, sparsity), expected)
@@ -27,14 +24,19 @@ def test_mask_and_weights_equal_the_reference(backend, matrix, sparsity):
     assert same_bits(pruned, weight.masked_fill(expected, 0))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=250)
+@given(matrix=matrices(), sparsity=sparsities())
+def test_mask_and_weights_equal_the_reference(backend, matrix, sparsity):
+    check_against_the_reference(backend, matrix, sparsity)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=1500)
+@settings(max_examples=3000)
 @given(matrix=matrices(), sparsity=sparsities())
 def test_ten_thousand_rows(backend, matrix, sparsity):
-    weight, norm = matrix
-    expected = reference.row_mask(weight, norm, sparsity)
-    assert torch.equal(backends.implementation(backend, "row_mask")(weight, norm, sparsity), expected)
+    check_against_the_reference(backend, matrix, sparsity)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,8 +27,9 @@ Packed run(const char* op, const at::Tensor& weight, const float* norm) {
                             rows,        cols, plain.stride(0), dtype_of(op, "weight", weight)};
   const auto kernel = WANDA_BY_ISA(pack_24);
   std::atomic<int64_t> overfull{0};
-  at::parallel_for(0, rows, grain_rows(cols),
-                   [&](int64_t begin, int64_t end) { overfull += kernel(params, begin, end); });
+  // Whole blocks of 32 rows: torch's order of the metadata is local to them.
+  at::parallel_for(0, rows / 32, grain_rows(32 * cols),
+                   [&](int64_t begin, int64_t end) { overfull += kernel(params, 32 * begin, 32 * end); });
   TORCH_CHECK_VALUE(overfull == 0, "wanda::", op, ": weight must be 2:4 sparse, ", overfull.load(),
                     " of its groups of four have more than two non-zeros");
   return {values, metadata};

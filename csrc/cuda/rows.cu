@@ -35,7 +35,8 @@ cudaError_t launch(const RowsParams& params, const Device& device, cudaStream_t 
   const int threads = static_cast<int>((params.cols + 32 * kElements - 1) / (32 * kElements) * 32);
   const float half_width = 2.56f / std::sqrt(static_cast<float>(params.cols));
   RowsTuning tuning{gaussian_distance(static_cast<double>(params.k) / static_cast<double>(params.cols)),
-                    half_width, std::max(half_width, 0.15f), 1.0f / static_cast<float>(params.cols), kStaged ? 1 : 0};
+                    half_width, std::max(half_width, 0.15f), 1.0f / static_cast<float>(params.cols),
+                    kStaged ? 1 : 0};
   int64_t bytes = sizeof(RowsShared);
   if (kStaged) {
     // Two blocks and more on a processor hide each other's loads; a block alone loads its next row ahead.
