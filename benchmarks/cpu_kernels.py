@@ -5,7 +5,7 @@ python -m benchmarks.cpu_kernels [--record] [--shapes 4096x4096] [--repeats 15]
 Each kernel's result is checked against the PyTorch reference first; a red check gives no figure. Repetitions are
 interleaved with memcpy of the same matrix; every repetition works on a fresh copy, which is not timed. The peers
 (torch.sort + scatter, topk, kthvalue, numpy.partition, the official N:M loop) take minutes on the large shapes: they
-and the kernel beside them run on the first 128 rows there. Memory that the process frees stays with it (mallopt), so
+and the kernel beside them run on the first 1,024 rows there. Memory that the process frees stays with it (mallopt), so
 that packing, which returns new tensors, is timed and not the page faults of new memory (4 to 5 x memcpy with them).
 """
 
@@ -31,7 +31,7 @@ from wanda_kernels import _backend, ops, reference
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 CHECKED_ROWS = 64
-PEER_ROWS = 128
+PEER_ROWS = 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
@@ -66,7 +66,7 @@ class Kernel:
 
 
 def _sort_scatter(weight: Tensor, norm: Tensor) -> None:
-    score = weight.abs() * norm.to(weight.dtype)
+    score = weight.abs() * norm  # float32, as in the official code
     order = torch.sort(score, dim=-1, stable=True)[1][:, : weight.shape[1] // 2]
     weight.scatter_(1, order, 0)
 
@@ -90,10 +90,10 @@ def _partition(weight: Tensor, norm: Tensor) -> None:
 
 def _official_nm(n: int, m: int) -> Callable[[Tensor, Tensor], None]:
     def run(weight: Tensor, norm: Tensor) -> None:
-        score = weight.abs() * norm.to(weight.dtype)
+        score = weight.abs() * norm
         mask = torch.zeros_like(score, dtype=torch.bool)
         for column in range(0, score.shape[1], m):
-            lowest = torch.topk(score[:, column : column + m].float(), m - n, dim=1, largest=False)[1]
+            lowest = torch.topk(score[:, column : column + m], m - n, dim=1, largest=False)[1]
             mask.scatter_(1, column + lowest, True)
         weight[mask] = 0
 
