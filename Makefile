@@ -23,7 +23,9 @@ help:
 
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
-	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(if $(SYSTEM_TORCH),$(PYTHON) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)" \
+	  > $$(echo $(VENV)/lib/python*/site-packages)/system_torch.pth)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" $(BUILD_TOOLS)
 	$(if $(SYSTEM_TORCH),,$(BIN)/python -m pip install --quiet "$(TORCH)")
 	@$(BIN)/python -c "import torch; v = tuple(map(int, torch.__version__.split('.')[:2])); \

@@ -1,13 +1,18 @@
 """Builds wanda_kernels._C against the torch that is installed: pip install --no-build-isolation .
 
+With a CUDA torch and nvcc (CUDA_HOME) the CUDA kernels are built too; that takes no GPU. WANDA_KERNELS_NO_CUDA=1
+leaves them out, TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX") says for which architectures.
 Without a C++ compiler the package installs all the same and runs on its PyTorch reference (`wanda-kernels info`
 says so). WANDA_KERNELS_NO_EXTENSION=1 asks for that. A compiler that fails is an error, never a silent fallback.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 COMPILE_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden"]
 
 
 def why_not_built() -> str | None:
@@ -27,21 +33,66 @@ def why_not_built() -> str | None:
     return None
 
 
+def why_no_cuda() -> str | None:
+    """The reason not to build the CUDA kernels, or None. Whether a GPU is here does not matter."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if os.environ.get("WANDA_KERNELS_NO_CUDA") == "1":
+        return "WANDA_KERNELS_NO_CUDA=1 is set"
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.exists():
+        return f"no nvcc for the CUDA {torch.version.cuda} of this torch was found (CUDA_HOME)"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.\d+", said)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"this torch was built with CUDA {torch.version.cuda}, {nvcc} is {release[0] if release else 'unknown'}"
+    return None
+
+
+def cusparse_flags() -> list[str]:
+    """torch's headers include cusparse.h; where the toolkit lacks it, the wheels that torch requires have it."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if (Path(CUDA_HOME or "") / "include" / "cusparse.h").exists():
+        return []
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in (wheels.submodule_search_locations or []) if wheels else []:
+        for header in sorted(Path(folder).glob("*/include/cusparse.h")):
+            return ["-isystem", str(header.parent)]
+    return []
+
+
+def files(folder: str, *patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / folder).glob(pattern))
+
+
 def extension_arguments() -> dict:
     reason = why_not_built()
     if reason:
         print(f"wanda_kernels: {reason}; installing with the PyTorch reference only", file=sys.stderr)
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
-    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
-    extension = CppExtension(
+    sources = files("csrc", "*.cpp", "cpu/*.cpp")
+    flags = {"cxx": COMPILE_FLAGS}
+    no_cuda = why_no_cuda()
+    if no_cuda:
+        print(f"wanda_kernels: {no_cuda}; building the CPU kernels only", file=sys.stderr)
+    else:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        sources += files("csrc/cuda", "*.cpp", "*.cu")
+        flags = {
+            "cxx": [*COMPILE_FLAGS, "-DWANDA_WITH_CUDA", *cusparse_flags()],
+            "nvcc": [*NVCC_FLAGS, *cusparse_flags()],
+        }
+    extension = (CppExtension if no_cuda else CUDAExtension)(
         "wanda_kernels._C",
         sources=sources,
-        depends=[*headers, "wanda_kernels/schemas.def"],
-        extra_compile_args={"cxx": COMPILE_FLAGS},
+        depends=[*files("csrc", "**/*.h", "**/*.cuh"), "wanda_kernels/schemas.def"],
+        extra_compile_args=flags,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -7,6 +7,10 @@
 #include <string>
 #include <vector>
 
+#if defined(WANDA_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -43,6 +47,9 @@ std::vector<std::string> available_isas() {
 
 std::map<std::string, std::string> build_info() {
   return {{"torch", TORCH_VERSION},
+#if defined(WANDA_WITH_CUDA)
+          {"cuda", std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10)},
+#endif
 #if defined(__clang__)
           {"compiler", "clang " __clang_version__},
 #else

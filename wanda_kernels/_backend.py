@@ -1,7 +1,7 @@
 """Which implementation serves the ``wanda::`` operators, and why.
 
-CPU tensors run the C++ kernels of ``wanda_kernels._C``. Where the extension is not built, and for CUDA tensors
-as long as this build has no CUDA kernels, the PyTorch reference serves them; ``wanda-kernels info`` says so.
+CPU tensors run the C++ kernels of ``wanda_kernels._C``, CUDA tensors its CUDA kernels. Where the extension is not
+built, or built without CUDA, the PyTorch reference serves them; ``wanda-kernels info`` says so.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def schemas() -> dict[str, str]:
 
 
 extension, cpu_status = _load_extension()
-cuda_status = "PyTorch reference: this build has no CUDA kernels"
+_built_cuda = extension.build_info().get("cuda") if extension else None
+if _built_cuda:
+    cuda_status = f"CUDA kernels, built with CUDA {_built_cuda}"
+else:
+    cuda_status = "PyTorch reference: this build has no CUDA kernels"
 if not torch.cuda.is_available():
     cuda_status += "; torch sees no CUDA device"
 
@@ -58,4 +62,5 @@ for _name, _schema in schemas().items():
     if extension is None:
         _library.define(_schema)
         _library.impl(_name, getattr(reference, _name), "CPU")
-    _library.impl(_name, getattr(reference, _name), "CUDA")
+    if not _built_cuda:
+        _library.impl(_name, getattr(reference, _name), "CUDA")
