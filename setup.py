@@ -33,6 +33,16 @@ def why_not_built() -> str | None:
     return None
 
 
+def find_toolkit() -> None:
+    """Sets CUDA_HOME to a folder with compiler and headers. torch would take the folder above the nvcc on PATH, which
+    may be a link or a wrapper far from the headers."""
+    nvcc = shutil.which("nvcc")
+    guesses = [Path(nvcc).parent.parent, Path(nvcc).resolve().parent.parent] if nvcc else []
+    for home in [*guesses, Path("/usr/local/cuda")]:
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
+            os.environ.setdefault("CUDA_HOME", str(home))
+
+
 def why_no_cuda() -> str | None:
     """The reason not to build the CUDA kernels, or None. Whether a GPU is here does not matter."""
     import torch
@@ -43,8 +53,8 @@ def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    if CUDA_HOME is None or not nvcc.exists():
-        return f"no nvcc for the CUDA {torch.version.cuda} of this torch was found (CUDA_HOME)"
+    if CUDA_HOME is None or not nvcc.exists() or not (Path(CUDA_HOME) / "include" / "cuda_runtime_api.h").exists():
+        return f"no CUDA toolkit for the CUDA {torch.version.cuda} of this torch was found (CUDA_HOME is {CUDA_HOME})"
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+)\.\d+", said)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
@@ -74,6 +84,7 @@ def extension_arguments() -> dict:
     if reason:
         print(f"wanda_kernels: {reason}; installing with the PyTorch reference only", file=sys.stderr)
         return {}
+    find_toolkit()  # before the import: torch reads CUDA_HOME there
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     sources = files("csrc", "*.cpp", "cpu/*.cpp")

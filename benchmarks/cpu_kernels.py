@@ -32,6 +32,7 @@ from wanda_kernels import _backend, ops, reference
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 CHECKED_ROWS = 64
 PEER_ROWS = 1024
+CACHE_BYTES = 256 << 20  # several times the last-level cache
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
@@ -198,17 +199,21 @@ def measure(kernel: Kernel, dtype: torch.dtype, isa: str, shape: tuple[int, int]
     norm = torch.rand(shape[1]) + 0.2
     if not kernel.check(source[:CHECKED_ROWS], norm):
         raise RuntimeError(f"{kernel.name} {dtype} {isa} {shape}: the result is wrong, no figure is given")
-    work = source.clone()
-    kernel.run(work, norm)  # touches the memory of the results
+    # Copies enough to push one another out of the cache; each is worked on long after it was written.
+    copies = [source.clone() for _ in range(max(2, CACHE_BYTES // source.nbytes))]
+    kernel.run(copies[0], norm)  # touches the memory of the results
     times: list[float] = []
     floors: list[float] = []
-    for _ in range(repeats):
-        if kernel.floor == "memcpy":
-            floors.append(seconds_of(lambda: memcpy(work, source)))
-        else:
-            floors.append(seconds_of(lambda: plain_read(source)))
-            work.copy_(source)
-        times.append(seconds_of(partial(kernel.run, work, norm)))
+    for step in range(-len(copies), repeats):
+        fresh, old = copies[step % len(copies)], copies[(step + 1) % len(copies)]
+        copied = seconds_of(partial(memcpy, fresh, source))
+        floor = (
+            copied if kernel.floor == "memcpy" else seconds_of(partial(plain_read, copies[(step + 2) % len(copies)]))
+        )
+        time_taken = seconds_of(partial(kernel.run, old, norm))
+        if step >= 0:
+            floors.append(floor)
+            times.append(time_taken)
     few = source[:PEER_ROWS]
     peers = {}
     if isa == "avx512":
