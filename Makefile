@@ -15,6 +15,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.wanda
 SOURCES := pyproject.toml setup.py wanda_kernels/schemas.def $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
+ifdef SYSTEM_TORCH
+PROVIDE_TORCH = $(PYTHON) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)" \
+  > $$(echo $(VENV)/lib/python*/site-packages)/system_torch.pth
+else
+PROVIDE_TORCH = $(BIN)/python -m pip install --quiet "$(TORCH)"
+endif
+
 .PHONY: demo test test-fast lint format bench install clean help
 .DELETE_ON_ERROR:
 
@@ -24,10 +31,8 @@ help:
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
 	$(PYTHON) -m venv $(VENV)
-	$(if $(SYSTEM_TORCH),$(PYTHON) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)" \
-	  > $$(echo $(VENV)/lib/python*/site-packages)/system_torch.pth)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" $(BUILD_TOOLS)
-	$(if $(SYSTEM_TORCH),,$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(PROVIDE_TORCH)
 	@$(BIN)/python -c "import torch; v = tuple(map(int, torch.__version__.split('.')[:2])); \
 	  assert v >= (2, 11), f'torch >= 2.11 is required, {torch.__version__} is installed'; print('torch', torch.__version__)"
 	@mkdir -p $(STAMP) && touch $@
