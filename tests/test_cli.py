@@ -166,6 +166,18 @@ def test_info(capsys):
     assert "backends" in stdout
 
 
+def test_the_reference_says_that_it_runs(work, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "wanda_kernels", "prune", str(work / "model"), "--out", str(tmp_path / "out")]
+        + ["--method", "magnitude", "--pattern", "2:4"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"WANDA_KERNELS_REFERENCE": "1"},
+    )
+    assert "note: running on the PyTorch reference: WANDA_KERNELS_REFERENCE=1 is set" in done.stderr
+
+
 def test_a_file_that_cannot_grow_leaves_nothing(work, tmp_path):
     """A real failure to write, in a process whose files may not pass 64 KiB."""
     out = tmp_path / "out"

@@ -52,15 +52,21 @@ _built_cuda = extension.build_info().get("cuda") if extension else None
 if _built_cuda:
     cuda_status = f"CUDA kernels, built with CUDA {_built_cuda}"
 else:
-    cuda_status = "PyTorch reference: this build has no CUDA kernels"
+    cuda_status = "this build has no CUDA kernels: the PyTorch reference serves CUDA tensors"
 if not torch.cuda.is_available():
     cuda_status += "; torch sees no CUDA device"
+
+
+def serves_reference(device_type: str) -> bool:
+    """Whether tensors on ``cpu`` or ``cuda`` run the PyTorch reference."""
+    return extension is None or (device_type == "cuda" and not _built_cuda)
+
 
 # Kept for the life of the process: a Library that is collected takes its registrations with it.
 _library = torch.library.Library(NAMESPACE, "IMPL" if extension else "DEF")
 for _name, _schema in schemas().items():
-    if extension is None:
+    if serves_reference("cpu"):
         _library.define(_schema)
         _library.impl(_name, getattr(reference, _name), "CPU")
-    if not _built_cuda:
+    if serves_reference("cuda"):
         _library.impl(_name, getattr(reference, _name), "CUDA")

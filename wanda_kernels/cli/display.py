@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from .. import _backend
 from ..pruning.progress import Progress
 from ..pruning.report import LayerReport, sparsity_of
 
@@ -48,6 +50,13 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def tell_reference(device: torch.device) -> None:
+    """A line where the slow PyTorch reference serves the operators on ``device``, and why."""
+    status = _backend.cpu_status if device.type == "cpu" else _backend.cuda_status
+    if _backend.serves_reference(device.type):
+        console.print(f"note: running on the PyTorch reference: {status}", highlight=False, soft_wrap=True)
 
 
 class PruningDisplay(Progress):

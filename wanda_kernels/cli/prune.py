@@ -65,7 +65,7 @@ def prune_command(
     from ..pruning.selection import Target
     from ..pruning.stopwatch import Stopwatch
     from ..text import load_calibration
-    from .display import PruningDisplay, bar, quiet_libraries, working
+    from .display import PruningDisplay, bar, quiet_libraries, tell_reference, working
 
     Target.resolve(method, sparsity, pattern)
     check_output(out, overwrite)
@@ -83,6 +83,7 @@ def prune_command(
     if input_ids is not None:
         check_length(input_ids.shape[1], loaded.config)
     check_space(out, loaded)
+    tell_reference(next(loaded.parameters()).device)
     with bar() as shown:
         report = prune(
             loaded,
