@@ -1,5 +1,5 @@
-// Argument checks of the launchers. An error names the operator, the argument, what is required and what came.
-// wanda_kernels/ops/_checks.py says the same for the PyTorch reference and the fake implementations.
+// Argument checks of the launchers. An error names the operator, the argument, what is required and what
+// came. wanda_kernels/ops/_checks.py says the same for the PyTorch reference and the fake implementations.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -41,16 +41,16 @@ inline void check_norm(const char* op, const at::Tensor& norm, const at::Tensor&
                     " elements, weight has ", weight.size(1), " columns");
 }
 
-inline void check_score_sums(const char* op, const std::optional<at::Tensor>& sums, const at::Tensor& weight) {
+inline void check_score_sums(const char* op, const std::optional<at::Tensor>& sums,
+                             const at::Tensor& weight) {
   if (!sums.has_value()) return;
   TORCH_CHECK_TYPE(sums->scalar_type() == at::kFloat, "wanda::", op, ": score_sums must be float32, got ",
                    sums->scalar_type());
   TORCH_CHECK_VALUE(sums->device() == weight.device(), "wanda::", op, ": score_sums is on ", sums->device(),
                     ", weight is on ", weight.device());
-  TORCH_CHECK_VALUE(sums->dim() == 2 && sums->size(0) == weight.size(0) && sums->size(1) == 2 &&
-                        sums->is_contiguous(),
-                    "wanda::", op, ": score_sums must be contiguous [", weight.size(0), ", 2], got ",
-                    sums->sizes());
+  TORCH_CHECK_VALUE(
+      sums->dim() == 2 && sums->size(0) == weight.size(0) && sums->size(1) == 2 && sums->is_contiguous(),
+      "wanda::", op, ": score_sums must be contiguous [", weight.size(0), ", 2], got ", sums->sizes());
 }
 
 inline void check_sparsity(const char* op, double sparsity) {
@@ -80,14 +80,13 @@ inline void check_packed(const char* op, const at::Tensor& values, const at::Ten
                    metadata.scalar_type());
   TORCH_CHECK_VALUE(metadata.device() == values.device(), "wanda::", op, ": metadata is on ",
                     metadata.device(), ", values are on ", values.device());
-  TORCH_CHECK_VALUE(values.dim() == 2 && values.size(0) % 32 == 0 && values.size(1) % 32 == 0 &&
-                        values.numel() > 0,
-                    "wanda::", op, ": values must be [C_out, C_in / 2] with multiples of 32, got ",
-                    values.sizes());
-  TORCH_CHECK_VALUE(metadata.dim() == 2 && metadata.size(0) == values.size(0) &&
-                        metadata.size(1) * 8 == values.size(1),
-                    "wanda::", op, ": metadata must be [", values.size(0), ", ", values.size(1) / 8,
-                    "], got ", metadata.sizes());
+  TORCH_CHECK_VALUE(
+      values.dim() == 2 && values.size(0) % 32 == 0 && values.size(1) % 32 == 0 && values.numel() > 0,
+      "wanda::", op, ": values must be [C_out, C_in / 2] with multiples of 32, got ", values.sizes());
+  TORCH_CHECK_VALUE(
+      metadata.dim() == 2 && metadata.size(0) == values.size(0) && metadata.size(1) * 8 == values.size(1),
+      "wanda::", op, ": metadata must be [", values.size(0), ", ", values.size(1) / 8, "], got ",
+      metadata.sizes());
 }
 
 struct SqnormShape {
@@ -122,11 +121,11 @@ inline SqnormShape check_sqnorm(const char* op, const at::Tensor& sqnorm, const 
                      token_mask->scalar_type());
     TORCH_CHECK_VALUE(token_mask->device() == x.device(), "wanda::", op, ": token_mask is on ",
                       token_mask->device(), ", x is on ", x.device());
-    TORCH_CHECK_VALUE(token_mask->numel() == sequences * tokens &&
-                          (token_mask->dim() == 1 ||
-                           (token_mask->dim() == 2 && token_mask->size(0) == sequences)),
-                      "wanda::", op, ": token_mask must be [", sequences, ", ", tokens, "] or flattened, got ",
-                      token_mask->sizes());
+    TORCH_CHECK_VALUE(
+        token_mask->numel() == sequences * tokens &&
+            (token_mask->dim() == 1 || (token_mask->dim() == 2 && token_mask->size(0) == sequences)),
+        "wanda::", op, ": token_mask must be [", sequences, ", ", tokens, "] or flattened, got ",
+        token_mask->sizes());
   }
   return {sequences, tokens, cols};
 }

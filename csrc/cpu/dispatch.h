@@ -8,9 +8,9 @@
 #include "isa.h"
 
 // WANDA_BY_ISA(rows)(params, begin, end) calls rows_avx512, rows_avx2 or rows_scalar.
-#define WANDA_BY_ISA(kernel)                                                           \
-  (::wanda::cpu::active_isa() == ::wanda::cpu::Isa::kAvx512 ? &kernel##_avx512         \
-   : ::wanda::cpu::active_isa() == ::wanda::cpu::Isa::kAvx2 ? &kernel##_avx2           \
+#define WANDA_BY_ISA(kernel)                                                   \
+  (::wanda::cpu::active_isa() == ::wanda::cpu::Isa::kAvx512 ? &kernel##_avx512 \
+   : ::wanda::cpu::active_isa() == ::wanda::cpu::Isa::kAvx2 ? &kernel##_avx2   \
                                                             : &kernel##_scalar)
 
 namespace wanda::cpu {

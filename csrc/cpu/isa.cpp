@@ -11,8 +11,9 @@ Isa parse(const std::string& name) {
   for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
     if (name != name_of(isa)) continue;
     if (isa > best_isa()) {
-      throw std::invalid_argument("instruction set " + name + " is not there: this processor and build have " +
-                                  name_of(best_isa()) + " at most");
+      throw std::invalid_argument("instruction set " + name +
+                                  " is not there: this processor and build have " + name_of(best_isa()) +
+                                  " at most");
     }
     return isa;
   }

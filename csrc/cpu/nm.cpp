@@ -10,12 +10,20 @@
 namespace wanda::cpu {
 namespace {
 
-void run(const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m, bool* mask, float* score_sums) {
+void run(const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m, bool* mask,
+         float* score_sums) {
   const int64_t cols = weight.size(1);
   if (weight.numel() == 0) return;
   const at::Tensor norms = norm.contiguous();
-  const NmParams params{weight.data_ptr(), norms.const_data_ptr<float>(), mask, score_sums, cols,
-                        weight.stride(0),  n,                             m,    dtype_of("nm", "weight", weight)};
+  const NmParams params{weight.data_ptr(),
+                        norms.const_data_ptr<float>(),
+                        mask,
+                        score_sums,
+                        cols,
+                        weight.stride(0),
+                        n,
+                        m,
+                        dtype_of("nm", "weight", weight)};
   const auto kernel = WANDA_BY_ISA(nm);
   at::parallel_for(0, weight.size(0), grain_rows(cols),
                    [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
