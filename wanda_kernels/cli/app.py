@@ -8,7 +8,7 @@ import traceback
 import typer
 
 from . import eval as evaluate
-from . import info, prune
+from . import info, interrupt, prune
 from .options import debug_wanted
 
 INTERRUPTED = 130
@@ -29,7 +29,8 @@ app.command("info")(info.info_command)
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits: 0 on success only, 2 for wrong usage, 130 for Ctrl-C, 1 for everything else."""
     try:
-        code = app(args=arguments, prog_name="wanda-kernels", standalone_mode=False)
+        with interrupt.remembered():
+            code = app(args=arguments, prog_name="wanda-kernels", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)

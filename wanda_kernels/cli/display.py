@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from .. import _backend
 from ..pruning.progress import Progress
 from ..pruning.report import LayerReport, sparsity_of
+from . import interrupt
 
 console = Console(stderr=True)
 
@@ -35,6 +36,7 @@ def bar() -> Iterator[Bar]:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner for a step whose end cannot be told; a plain line where stderr is no terminal."""
+    interrupt.check()
     if console.is_terminal:
         with console.status(f"{what} ..."):
             yield
@@ -70,6 +72,7 @@ class PruningDisplay(Progress):
         self._bar.update(self._task, total=steps)
 
     def advance(self) -> None:
+        interrupt.check()
         self._bar.advance(self._task)
 
     def block(self, name: str, layers: list[LayerReport]) -> None:
