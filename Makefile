@@ -1,6 +1,7 @@
 # make demo   prune a real model and see what it costs and what it keeps
 # make test   the test suite                make lint   ruff, clang-format, mypy
 # make bench  the CPU kernels and the whole run, measured side by side here
+# make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
 #
 # PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs.
 # SYSTEM_TORCH=1 uses the interpreter's own torch (>= 2.11) instead.
@@ -22,11 +23,11 @@ else
 PROVIDE_TORCH = $(BIN)/python -m pip install --quiet "$(TORCH)"
 endif
 
-.PHONY: demo test test-fast lint format bench install clean help
+.PHONY: demo test test-fast lint format bench sass install clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
@@ -80,6 +81,9 @@ format: $(STAMP)/linters
 bench: $(STAMP)/gguf $(STAMP)/model
 	$(BIN)/python -m benchmarks.cpu_kernels
 	$(BIN)/python -m benchmarks.end_to_end
+
+sass: $(STAMP)/torch
+	$(BIN)/python -m benchmarks.sass
 
 clean:
 	rm -rf build *.egg-info wanda_kernels/_C*.so demo-output

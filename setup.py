@@ -1,7 +1,7 @@
 """Builds wanda_kernels._C against the torch that is installed: pip install --no-build-isolation .
 
 With a CUDA torch and nvcc (CUDA_HOME) the CUDA kernels are built too; that takes no GPU. WANDA_KERNELS_NO_CUDA=1
-leaves them out, TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX") says for which architectures.
+leaves them out, TORCH_CUDA_ARCH_LIST says for which architectures (default "8.0;9.0+PTX", and 10.0 where nvcc has it).
 Without a C++ compiler the package installs all the same and runs on its PyTorch reference (`wanda-kernels info`
 says so). WANDA_KERNELS_NO_EXTENSION=1 asks for that. A compiler that fails is an error, never a silent fallback.
 """
@@ -62,6 +62,15 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def architectures() -> str:
+    """The default: A100, H100 (its PTX serves later cards) and, where nvcc compiles for it, B200."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return "8.0;9.0+PTX;10.0" if "sm_100" in known else "8.0;9.0+PTX"
+
+
 def cusparse_flags() -> list[str]:
     """torch's headers include cusparse.h; where the toolkit lacks it, the wheels that torch requires have it."""
     from torch.utils.cpp_extension import CUDA_HOME
@@ -93,7 +102,7 @@ def extension_arguments() -> dict:
     if no_cuda:
         print(f"wanda_kernels: {no_cuda}; building the CPU kernels only", file=sys.stderr)
     else:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
         sources += files("csrc/cuda", "*.cpp", "*.cu")
         flags = {
             "cxx": [*COMPILE_FLAGS, "-DWANDA_WITH_CUDA", *cusparse_flags()],

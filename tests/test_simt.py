@@ -90,6 +90,7 @@ def draw_rows(machine: Machine, seed: int) -> int:
         offset=dtype.itemsize * draw.randint(0, 3) * (path != "staged"),
         gap=draw.choice([0, 0, 1, 3, 8]) * (chunk if path == "staged" else 1),
         distance=draw.choice([0.4, 0.4, -3.0, 6.0]), threads=draw.choice([32, 64, 256]),
+        quads=draw.choice([4, 16, 22] if cols <= 2048 else [16, 22]),
     )  # fmt: skip
     check(weight, norm, row_mask(weight, norm, k), output, got)
     return weight.shape[0]
@@ -105,14 +106,17 @@ def test_ten_thousand_rows(machine: Machine) -> None:
     assert sum(draw_rows(machine, seed) for seed in range(1000, 4000)) >= 10_000
 
 
-@pytest.mark.parametrize(("cols", "dtype"), [(11008, torch.bfloat16), (57344, torch.float16), (70001, torch.float32)])
-def test_wide_rows(machine: Machine, cols: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("cols", "dtype", "quads"),
+    [(11008, torch.bfloat16, 22), (11008, torch.float32, 22), (57344, torch.float16, 16), (70001, torch.float32, 16)],
+)
+def test_wide_rows(machine: Machine, cols: int, dtype: torch.dtype, quads: int) -> None:
     generator = torch.Generator().manual_seed(cols)
     weight = torch.randn(2, cols, generator=generator).to(dtype)
     weight[1] = weight[1].mul(4).round()  # ties by the thousand
     norm = torch.rand(cols, generator=generator) + 0.1
     path = "any" if cols > 57344 else "staged"
-    got = simt.rows(machine, weight, norm, cols // 2, path=path, threads=256)
+    got = simt.rows(machine, weight, norm, cols // 2, path=path, threads=256, quads=quads)
     check(weight, norm, row_mask(weight, norm, cols // 2), "prune", got)
 
 
@@ -122,8 +126,9 @@ def draw_nm(machine: Machine, seed: int) -> None:
     dtype = draw.choice(DTYPES)
     path = draw.choice(["vector", "vector", "vector", "any", "segments"])
     if path == "vector":
-        n, m = draw.choice([(1, 2), (1, 4), (2, 4), (2, 4), (3, 4), (4, 8), (4, 8), (2, 8), (7, 8)])
-        cols, offset, gap = draw.randint(1, 60) * 8, 0, draw.choice([0, 8])
+        n, m = draw.choice([(1, 2), (1, 4), (2, 4), (2, 4), (3, 4), (4, 8), (4, 8), (2, 8), (7, 8),
+                            (5, 16), (8, 16), (16, 32)])  # fmt: skip
+        cols, offset, gap = draw.randint(1, 60) * max(m, 8), 0, draw.choice([0, 8])
     else:
         m = draw.randint(2, 32) if path == "any" else draw.choice([33, 48, 100])
         n = draw.randint(1, m - 1)

@@ -10,11 +10,12 @@ constexpr int kBins = 128;
 constexpr uint32_t kBucketBits = 16;
 constexpr uint32_t kTopBucket = 0x7fff;  // NaN's
 
-// A set of a thread's elements: element e of quad q is bit 8 - kPerWord + q % 8 of byte e of word q / 8.
+// A set of a thread's elements: word i holds quads(i) quads, eight but for the last word; element e of its quad
+// q is bit 8 - quads(i) + q of byte e.
 template <int kQuads>
 struct ElementSet {
-  static constexpr int kPerWord = kQuads < 8 ? kQuads : 8;
-  static constexpr int kWords = kQuads / kPerWord;
+  static constexpr int kWords = (kQuads + 7) / 8;
+  WANDA_DEVICE static constexpr int quads(int i) { return i < kQuads / 8 ? 8 : kQuads % 8; }
   uint32_t word[kWords];
 
   WANDA_DEVICE uint32_t count() const {
@@ -31,8 +32,8 @@ struct ElementSet {
     return rest;
   }
 
-  // The four elements of a word's quad, `quad` in 0 .. kPerWord - 1, as the top bits of four bytes.
-  WANDA_DEVICE static uint32_t top_bits(uint32_t word, int quad) { return word << (kPerWord - 1 - quad); }
+  // The four elements of quad `quad` of word `i`, as the top bits of four bytes.
+  WANDA_DEVICE uint32_t top_bits(int i, int quad) const { return word[i] << (quads(i) - 1 - quad); }
 };
 
 struct Bracket {

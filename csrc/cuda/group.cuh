@@ -1,4 +1,4 @@
-// Which elements of a group of 2, 4 or 8 to prune, for nm.cuh and pack_24.cuh.
+// Which elements of a group of 2, 4, 8, 16 or 32 to prune, for nm.cuh and pack_24.cuh.
 #pragma once
 
 #include "score.cuh"
@@ -65,6 +65,27 @@ WANDA_DEVICE void keep_flags_any(const float (&score)[kM], uint32_t kept, uint32
   }
 }
 
+// Groups of 16 and 32, as keep_flags. A funnel shift collects the outcomes of an element in a word; those of
+// the pairs in which it is the second, the first of them on top, are told the wrong way round.
+template <int kM>
+WANDA_DEVICE void keep_flags_wide(const float (&score)[kM], uint32_t kept, uint32_t (&flag)[kM]) {
+  uint32_t smaller[kM] = {};
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = i + 1; j < kM; ++j) {
+      const uint32_t is_smaller = __float_as_uint(score[j]) - __float_as_uint(score[i]);
+      smaller[i] = __funnelshift_l(is_smaller, smaller[i], 1);
+      smaller[j] = __funnelshift_l(is_smaller, smaller[j], 1);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+    const uint32_t as_second = ((1u << i) - 1) << (kM - 1 - i);
+    flag[i] = kM - kept - 1 - __popc(smaller[i] ^ as_second);
+  }
+}
+
 // kWidth / kM groups side by side; `any_sign` where a norm has its sign bit set.
 template <int kM, int kKept, int kWidth>
 WANDA_DEVICE void select_groups(const float (&score)[kWidth], uint32_t kept, bool any_sign,
@@ -86,8 +107,13 @@ WANDA_DEVICE void select_groups(const float (&score)[kWidth], uint32_t kept, boo
       keep_flags_any<kM>(group, kKept == 0 ? kept : kKept, flags);
     });
   } else {
-    each_group(
-        [&](const float (&group)[kM], uint32_t (&flags)[kM]) { keep_flags<kM, kKept>(group, kept, flags); });
+    each_group([&](const float (&group)[kM], uint32_t (&flags)[kM]) {
+      if constexpr (kM > 8) {
+        keep_flags_wide<kM>(group, kept, flags);
+      } else {
+        keep_flags<kM, kKept>(group, kept, flags);
+      }
+    });
   }
 }
 

@@ -14,8 +14,8 @@ cudaError_t launch(const NmParams& params, cudaStream_t stream) {
   const int64_t units = params.cols / NmUnit<kDtype, kM, kKept, kOutput>::kWidth;
   const int64_t passes = (units + 255) / 256;
   const int threads = static_cast<int>(((units + passes - 1) / passes + kWarp - 1) / kWarp * kWarp);
-  const int bytes = kOutput == NmOutput::kPruneAndSum ? 2 * kNmRows * kWarp * sizeof(float) : 0;
-  const int64_t grid = (params.rows + kNmRows - 1) / kNmRows;
+  const int bytes = kOutput == NmOutput::kPruneAndSum ? 2 * kNmRows<kM> * kWarp * sizeof(float) : 0;
+  const int64_t grid = (params.rows + kNmRows<kM> - 1) / kNmRows<kM>;
   nm_kernel<kDtype, kM, kKept, kOutput><<<grid, threads, bytes, stream>>>(params);
   return cudaGetLastError();
 }
@@ -57,6 +57,8 @@ cudaError_t launch_dtype(const NmParams& params, cudaStream_t stream) {
   if (is_vector && params.m == 4 && params.n == 3) return launch_output<kDtype, 4, 3>(params, stream);
   if (is_vector && params.m == 8 && params.n == 4) return launch_output<kDtype, 8, 4>(params, stream);
   if (is_vector && params.m == 8) return launch_output<kDtype, 8, 0>(params, stream);
+  if (is_vector && params.m == 16) return launch_output<kDtype, 16, 0>(params, stream);
+  if (is_vector && params.m == 32) return launch_output<kDtype, 32, 0>(params, stream);
   return launch_any<kDtype>(params, stream);
 }
 

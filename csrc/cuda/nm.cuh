@@ -3,13 +3,14 @@
 // Algorithm: all pairs of a group are compared by one subtraction each, and the outcomes counted bit-parallel
 // (group.cuh): 9 SASS instructions an element for 2:4 and 16 for 4:8, bf16.
 //
-// Assumes, nm_kernel: M of 2, 4 or 8; 16-byte aligned rows and norms, whole units. nm_any_kernel: M <= 32.
-// Greater groups go to rows_any.cuh, each as a row of its own.
+// Assumes, nm_kernel: M of 2, 4, 8, 16 or 32; 16-byte aligned rows and norms, whole units. nm_any_kernel:
+// M <= 32. Greater groups go to rows_any.cuh, each as a row of its own.
 //
-// One thread: a unit of max(M, 16 bytes) elements in each of kNmRows rows, then the unit blockDim.x further
+// One thread: a unit of max(M, 16 bytes) elements in each of kNmRows<M> rows, then the unit blockDim.x further
 // on. The norms of a unit are loaded once for all of its rows: one byte an element rather than four.
 //
-// Bytes: W in once and out once. A mask is written 8 bytes (16-bit types) or 4 a lane.
+// Bytes: W in once and out once. A mask is written 16 bytes a lane for M of 16 and 32, else 8 (16-bit types)
+// or 4: whole sectors all the same.
 #pragma once
 
 #include "group.cuh"
@@ -18,7 +19,9 @@
 
 namespace wanda::cuda {
 
-constexpr int kNmRows = 4;
+// That a block works on side by side. A group of 16 or 32 fills a thread's registers by itself.
+template <int kM>
+constexpr int kNmRows = kM <= 8 ? 4 : 1;
 
 enum class NmOutput : int { kPrune, kPruneAndSum, kMask };
 
@@ -88,27 +91,33 @@ struct NmUnit {
       const uint32_t high = permute_bytes(flag[4 * q + 2], flag[4 * q + 3], 0x7300);
       words[q] = ~permute_bytes(low, high, 0x7610) >> 7 & 0x01010101u;
     }
-    if constexpr (kWidth == 8) {
+    if constexpr (kWidth == 4) {
+      *reinterpret_cast<uint32_t*>(mask) = words[0];
+    } else if constexpr (kWidth == 8) {
       *reinterpret_cast<uint2*>(mask) = make_uint2(words[0], words[1]);
     } else {
-      *reinterpret_cast<uint32_t*>(mask) = words[0];
+#pragma unroll
+      for (int q = 0; q < kWidth / 4; q += 4) {
+        store_16(mask + 4 * q, words[q], words[q + 1], words[q + 2], words[q + 3]);
+      }
     }
   }
 };
 
-// Rows blockIdx.x * kNmRows and the next ones, all of their columns: the order of a row's sums is fixed.
+// Rows blockIdx.x * kNmRows<kM> and the next ones, all of their columns: the order of a row's sums is fixed.
 template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
-__global__ void __launch_bounds__(512) nm_kernel(const NmParams params) {
+__global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams params) {
   using Unit = NmUnit<kDtype, kM, kKept, kOutput>;
   using Bits = typename Unit::Bits;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kNmRows;
-  ScoreSums sums[kNmRows];
+  constexpr int kRows = kNmRows<kM>;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+  ScoreSums sums[kRows];
   for (int64_t col = static_cast<int64_t>(threadIdx.x) * Unit::kWidth; col < params.cols;
        col += static_cast<int64_t>(blockDim.x) * Unit::kWidth) {
     Bits* const weight = static_cast<Bits*>(params.weight) + first_row * params.row_stride + col;
-    uint4 chunks[kNmRows][Unit::kChunks];
+    uint4 chunks[kRows][Unit::kChunks];
 #pragma unroll
-    for (int r = 0; r < kNmRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       if (first_row + r >= params.rows) break;
 #pragma unroll
       for (int c = 0; c < Unit::kChunks; ++c) {
@@ -118,7 +127,7 @@ __global__ void __launch_bounds__(512) nm_kernel(const NmParams params) {
     Unit unit;
     unit.load_norms(params.norm + col);
 #pragma unroll
-    for (int r = 0; r < kNmRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       if (first_row + r >= params.rows) break;
       bool* const mask =
           kOutput == NmOutput::kMask ? params.mask + (first_row + r) * params.cols + col : nullptr;
@@ -129,7 +138,7 @@ __global__ void __launch_bounds__(512) nm_kernel(const NmParams params) {
     WANDA_DYNAMIC_SHARED(memory);
     float (*const slots)[kWarp] = reinterpret_cast<float (*)[kWarp]>(memory);
 #pragma unroll
-    for (int r = 0; r < kNmRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       if (first_row + r >= params.rows) break;
       write_sums(sums[r], params.score_sums + 2 * (first_row + r), slots + 2 * r);
     }

@@ -48,7 +48,8 @@ struct RowsTuning {
                // The direct kernel has none
 };
 
-constexpr int kRowsThreads = 896;  // at most: leaves 72 registers a thread
+// At most, for kQuads quads a thread: 896 leaves 72 registers a thread, 256 as many as there are.
+constexpr int rows_threads(int quads) { return quads == 4 ? 128 : quads == 16 ? 896 : 256; }
 constexpr int kListed = 512;
 
 struct RowsShared {
@@ -92,7 +93,7 @@ struct RowBlock {
 
   // The column of bit `bit` of an ElementSet's word `i`.
   WANDA_DEVICE uint32_t column_of(int i, int bit) const {
-    const int quad = i * 8 + (bit & 7) - (8 - Set::kPerWord);
+    const int quad = i * 8 + (bit & 7) - (8 - Set::quads(i));
     return chunk_column(quad / kQuadsPerChunk) + quad % kQuadsPerChunk * 4 + bit / 8;
   }
 
@@ -202,7 +203,7 @@ struct RowBlock {
     for (int i = 0; i < Set::kWords; ++i) {
       uint32_t word = 0;
 #pragma unroll
-      for (int q = i * 8; q < i * 8 + Set::kPerWord; ++q) {
+      for (int q = i * 8; q < i * 8 + Set::quads(i); ++q) {
         const uint32_t four = permute_bytes(minuend - keys[2 * q], minuend - keys[2 * q + 1], 0x7531);
         word = (word >> 1) | (four & 0x80808080u);
       }
@@ -315,15 +316,16 @@ struct RowBlock {
     return __shfl_sync(kFullMask, own, __ffs(owner) - 1);
   }
 
-  // Chunk `c`, whose quads are the bits of `pruned` from quad `first` on.
-  WANDA_DEVICE void write_chunk(int64_t row_index, int c, uint32_t pruned, int first, ScoreSums& sums) const {
+  // Chunk `c`, whose quads are those of word `i` of `pruned` from quad `first` on.
+  WANDA_DEVICE void write_chunk(int64_t row_index, int c, const Set& pruned, int i, int first,
+                                ScoreSums& sums) const {
     const uint32_t column = chunk_column(c);
     if (!holds(column)) return;
     if constexpr (kOutput == RowsOutput::kMask) {
       uint32_t flags[kQuadsPerChunk];
 #pragma unroll
       for (int q = 0; q < kQuadsPerChunk; ++q) {
-        flags[q] = Set::top_bits(pruned, first + q) >> 7 & 0x01010101u;
+        flags[q] = pruned.top_bits(i, first + q) >> 7 & 0x01010101u;
       }
       bool* const mask = params.mask + row_index * params.cols + column;
       if constexpr (!kStaged) {
@@ -338,7 +340,7 @@ struct RowBlock {
       uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
       for (int q = 0; q < kQuadsPerChunk; ++q) {
-        const uint32_t top = Set::top_bits(pruned, first + q);
+        const uint32_t top = pruned.top_bits(i, first + q);
         if constexpr (kOutput == RowsOutput::kPruneAndSum) {
           float score[4];
           quad_scores<kDtype>(chunk, q, load_norms(column, q), score);
@@ -372,15 +374,14 @@ struct RowBlock {
 
   WANDA_DEVICE ScoreSums write_row(int64_t row_index, const Set& pruned) {
     ScoreSums sums;
-    constexpr int kChunksPerWord = Set::kPerWord / kQuadsPerChunk;
     // Unrolled with the norms of all chunks on their way, the sums would spill.
-    [[maybe_unused]] constexpr int kUnroll = kOutput == RowsOutput::kPruneAndSum ? 1 : kChunksPerWord;
+    [[maybe_unused]] constexpr int kUnroll = kOutput == RowsOutput::kPruneAndSum ? 1 : 8;
     start_phase();
 #pragma unroll
     for (int i = 0; i < Set::kWords; ++i) {
 #pragma unroll kUnroll
-      for (int c = 0; c < kChunksPerWord; ++c) {
-        write_chunk(row_index, i * kChunksPerWord + c, pruned.word[i], c * kQuadsPerChunk, sums);
+      for (int c = 0; c < Set::quads(i) / kQuadsPerChunk; ++c) {
+        write_chunk(row_index, i * 8 / kQuadsPerChunk + c, pruned, i, c * kQuadsPerChunk, sums);
       }
     }
     return sums;
@@ -388,7 +389,7 @@ struct RowBlock {
 };
 
 template <Dtype kDtype, int kQuads, RowsOutput kOutput, bool kStaged>
-__global__ void __launch_bounds__(kQuads == 4 ? 128 : kRowsThreads)
+__global__ void __launch_bounds__(rows_threads(kQuads))
     rows_kernel(const RowsParams params, const RowsTuning tuning) {
   using Block = RowBlock<kDtype, kQuads, kOutput, kStaged>;
   using Bits = typename Block::Bits;

@@ -40,8 +40,9 @@ void rows_output(const RowsParams& params, const RowsTuning& tuning, uint32_t gr
 
 template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
 void nm(const NmParams& params, uint32_t threads) {
-  simt::launch({static_cast<uint32_t>((params.rows + kNmRows - 1) / kNmRows), 1, 1}, threads,
-               2 * kNmRows * kWarp * sizeof(float), [&] { nm_kernel<kDtype, kM, kKept, kOutput>(params); });
+  constexpr int kRows = kNmRows<kM>;
+  simt::launch({static_cast<uint32_t>((params.rows + kRows - 1) / kRows), 1, 1}, threads,
+               2 * kRows * kWarp * sizeof(float), [&] { nm_kernel<kDtype, kM, kKept, kOutput>(params); });
 }
 
 template <Dtype kDtype, int kM, int kKept>
@@ -70,14 +71,13 @@ void by_dtype(Dtype dtype, F f) {
 
 extern "C" {
 
-// `wide`: 16 quads a thread rather than 4. tuning.stages == 0: the direct kernel.
-void simt_rows(const RowsParams* params, const RowsTuning* tuning, int wide, uint32_t grid) {
+// `quads` a thread: 4, 16 or (staged) 22. tuning.stages == 0: the direct kernel.
+void simt_rows(const RowsParams* params, const RowsTuning* tuning, int quads, uint32_t grid) {
   by_dtype(params->dtype, [&](auto dtype) {
-    if (wide) {
-      rows_output<decltype(dtype)::value, 16>(*params, *tuning, grid);
-    } else {
-      rows_output<decltype(dtype)::value, 4>(*params, *tuning, grid);
-    }
+    constexpr Dtype kDtype = decltype(dtype)::value;
+    if (quads == 4) return rows_output<kDtype, 4>(*params, *tuning, grid);
+    if (quads == 16) return rows_output<kDtype, 16>(*params, *tuning, grid);
+    rows_output<kDtype, 22>(*params, *tuning, grid);
   });
 }
 
@@ -95,6 +95,8 @@ void simt_nm(const NmParams* params, uint32_t kept, uint32_t threads) {
     if (params->m == 2) return nm_output<kDtype, 2, 0>(*params, threads);
     if (params->m == 8 && kept == 4) return nm_output<kDtype, 8, 4>(*params, threads);
     if (params->m == 8) return nm_output<kDtype, 8, 0>(*params, threads);
+    if (params->m == 16) return nm_output<kDtype, 16, 0>(*params, threads);
+    if (params->m == 32) return nm_output<kDtype, 32, 0>(*params, threads);
     if (kept == 1) return nm_output<kDtype, 4, 1>(*params, threads);
     if (kept == 2) return nm_output<kDtype, 4, 2>(*params, threads);
     nm_output<kDtype, 4, 3>(*params, threads);

@@ -59,8 +59,9 @@ class _Selection:
 def rows(
     machine: Machine, weight: Tensor, norm: Tensor, k: int, *, output: str = "prune", path: str = "staged",
     grid: int = 1, stages: int = 1, offset: int = 0, gap: int = 0, distance: float = 0.4, threads: int = 64,
+    quads: int = 16,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`path`: "staged" or "direct" (rows_kernel), or "any" (rows_any_kernel)."""
+    """`path`: "staged" or "direct" (rows_kernel, `quads` a thread), or "any" (rows_any_kernel, `threads`)."""
     selection = _Selection(weight, norm, output, offset, gap)
     params = RowsParams(*selection.arguments, k, DTYPES[weight.dtype])
     cols = weight.shape[1]
@@ -69,7 +70,7 @@ def rows(
     else:
         width = 2.56 / math.sqrt(cols)
         tuning = RowsTuning(distance, width, max(width, 0.15), 1 / cols, stages if path == "staged" else 0)
-        machine.run("simt_rows", selection.buffers, ctypes.byref(params), ctypes.byref(tuning), int(cols > 2048), grid)
+        machine.run("simt_rows", selection.buffers, ctypes.byref(params), ctypes.byref(tuning), quads, grid)
     return selection.result()
 
 

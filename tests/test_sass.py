@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from benchmarks import cuda_static
+from benchmarks import sass
 
 HOT = ("prune, staged>", "prune>", "pack_24")  # kernels whose whole traffic is W, norms and packed values
 
@@ -32,22 +32,22 @@ def check_bars(table: list[dict[str, str]]) -> None:
         ("pack_24_kernel<float16, select>", 12),
     ):
         assert float(by_name[kernel, "90"]["per_element"]) <= bar, by_name[kernel, "90"]
-    # At copy speed a card has 39 issue slots an element. 11,008 columns leave a block of 192 threads 10 % idle.
-    common = int(by_name["rows_kernel<bfloat16, 16, prune, staged>", "90"]["common"])
-    assert common * 192 / 11008 <= 27
+    # 11,008 columns take four warps of 22 quads a thread, and leave 2 % of them idle.
+    common = int(by_name["rows_kernel<bfloat16, 22, prune, staged>", "90"]["common"])
+    assert common * 4 * 32 / 11008 <= 25
 
 
 def test_the_checked_in_table_meets_the_bars() -> None:
-    check_bars(rows(cuda_static.RESULT.read_text()))
+    check_bars(rows(sass.RESULT.read_text()))
 
 
 @pytest.mark.slow
 def test_the_table_is_what_the_compiler_makes() -> None:
-    if cuda_static.nvcc() is None:
+    if sass.nvcc() is None:
         pytest.skip("no nvcc: the CUDA kernels cannot be compiled here")
-    if cuda_static.nvdisasm() is None:
+    if sass.nvdisasm() is None:
         pytest.skip("no nvdisasm, in the toolkit or in Triton's wheel")
-    old, new = cuda_static.RESULT.read_text(), cuda_static.table(cuda_static.measure())
+    old, new = sass.RESULT.read_text(), sass.table(sass.measure())
     check_bars(rows(new))
-    if rows(old)[0]["nvcc"] == cuda_static.nvcc_version():
-        assert old == new, "run: python -m benchmarks.cuda_static"
+    if rows(old)[0]["nvcc"] == sass.nvcc_version():
+        assert old == new, "run: make sass"

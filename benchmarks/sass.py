@@ -1,7 +1,7 @@
 """What the compiler made of each CUDA kernel, without a GPU: registers, spills, 128-bit accesses, instructions.
 
-    python -m benchmarks.cuda_static            writes benchmarks/results/static/cuda.csv
-    python -m benchmarks.cuda_static --check    says where that file differs from what the compiler makes now
+    python -m benchmarks.sass            writes benchmarks/results/sass.csv (make sass)
+    python -m benchmarks.sass --check    says where that file differs from what the compiler makes now
 
 Needs nvcc (CUDA_HOME or PATH) and nvdisasm (the toolkit's, or the one in Triton's wheel).
 
@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
-RESULT = ROOT / "benchmarks" / "results" / "static" / "cuda.csv"
+RESULT = ROOT / "benchmarks" / "results" / "sass.csv"
 ARCHITECTURES = (80, 90)
 COLUMNS = (
     "kernel", "arch", "nvcc", "registers", "shared_bytes", "spill_bytes", "global_128", "global_all", "common", "rare",
@@ -95,7 +95,8 @@ def _elements(kernel: str) -> int | None:
     if match := re.match(r"rows_kernel<\w+, (\d+),", kernel):
         return 4 * int(match[1])
     if match := re.match(r"nm_kernel<(\w+), (\d+),", kernel):
-        return 4 * max(int(match[2]), 4 if match[1] == "float32" else 8)
+        rows = 4 if int(match[2]) <= 8 else 1
+        return rows * max(int(match[2]), 4 if match[1] == "float32" else 8)
     return 128 if "pack_24" in kernel else None
 
 
