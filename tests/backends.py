@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from simt import backend as simt
+from simt.machine import compiler
 
 import wanda_kernels._backend as backend
 from wanda_kernels import ops, reference
@@ -39,9 +41,11 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
 
 def names() -> list[str]:
-    """``reference`` aside: every compiled CPU instruction set, or the operators as they are without them; CUDA."""
+    """``reference`` aside: every compiled CPU instruction set, or the operators as they are without them; the CUDA
+    kernels on the CPU, where g++ is there to compile them; CUDA, skipped where no GPU is (conftest.py)."""
     found = [f"cpu-{isa}" for isa in backend.extension.available_isas()] if backend.extension else ["cpu-reference"]
-    return [*found, "cuda"] if torch.cuda.is_available() else found
+    found += ["cuda-simt"] if compiler() else []
+    return [*found, "cuda"]
 
 
 @functools.cache
@@ -50,6 +54,8 @@ def implementation(backend_name: str, operator: str) -> Callable[..., Any]:
         return getattr(reference, operator)
     if backend_name == "cpu-reference":
         return getattr(ops, operator)
+    if backend_name == "cuda-simt":
+        return getattr(simt, operator)
     if backend_name == "cuda":
         return _on_cuda(operator)
     return _on_cpu(backend_name.removeprefix("cpu-"), operator)

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once
@@ -13,3 +15,14 @@ settings.register_profile(
     "tests", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=True
 )
 settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the backend "cuda" are tests for a GPU; those are skipped where there is none."""
+    skip = pytest.mark.skip(reason="torch sees no CUDA device")
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("backend") == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(skip)

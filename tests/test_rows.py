@@ -32,7 +32,7 @@ def test_mask_and_weights_equal_the_reference(backend, matrix, sparsity):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda-simt"])  # test_simt.py has its own
 @settings(max_examples=3000)
 @given(matrix=matrices(), sparsity=sparsities())
 def test_ten_thousand_rows(backend, matrix, sparsity):

@@ -10,8 +10,8 @@ constexpr int kBins = 128;
 constexpr uint32_t kBucketBits = 16;
 constexpr uint32_t kTopBucket = 0x7fff;  // NaN's
 
-// A set of a thread's elements: word i holds quads(i) quads, eight but for the last word; element e of its quad
-// q is bit 8 - quads(i) + q of byte e.
+// A set of a thread's elements: word i holds quads(i) quads, eight but for the last word; element e of its
+// quad q is bit 8 - quads(i) + q of byte e.
 template <int kQuads>
 struct ElementSet {
   static constexpr int kWords = (kQuads + 7) / 8;

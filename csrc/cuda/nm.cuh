@@ -6,8 +6,8 @@
 // Assumes, nm_kernel: M of 2, 4, 8, 16 or 32; 16-byte aligned rows and norms, whole units. nm_any_kernel:
 // M <= 32. Greater groups go to rows_any.cuh, each as a row of its own.
 //
-// One thread: a unit of max(M, 16 bytes) elements in each of kNmRows<M> rows, then the unit blockDim.x further
-// on. The norms of a unit are loaded once for all of its rows: one byte an element rather than four.
+// One thread: a unit of max(M, 16 bytes) elements in each of kNmRows<M> rows, then the unit blockDim.x
+// further on. The norms of a unit are loaded once for all of its rows: one byte an element rather than four.
 //
 // Bytes: W in once and out once. A mask is written 16 bytes a lane for M of 16 and 32, else 8 (16-bit types)
 // or 4: whole sectors all the same.

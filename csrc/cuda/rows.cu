@@ -10,7 +10,7 @@ namespace wanda::cuda {
 namespace {
 
 constexpr int64_t kWidest = rows_threads(16) * 64;  // columns that a block holds in registers: 57,344
-constexpr int64_t kNarrow = 2048;                     // up to here a thread holds 16 elements
+constexpr int64_t kNarrow = 2048;                   // up to here a thread holds 16 elements
 
 // How far log2 of |normal|'s `share`-quantile lies above the mean of its buckets (-0.973): the k-th score of
 // a plain Gaussian row. Winitzki's approximation of erf^-1, 0.2 % off: the kernel only starts from it.
@@ -22,8 +22,9 @@ float gaussian_distance(double share) {
 
 constexpr int64_t warp_columns(int quads) { return int64_t{kWarp} * 4 * quads; }
 
-// What a row of `cols` columns costs: SASS instructions of one thread (bf16, sm_90: 461 and 16 an element) times
-// warps. 22 quads rather than 16 leave 11,008 columns 2 % idle instead of 10 %, and 5,120 8 % instead of 17 %.
+// What a row of `cols` columns costs: SASS instructions of one thread (bf16, sm_90: 461 and 16 an element)
+// times warps. 22 quads rather than 16 leave 11,008 columns 2 % idle instead of 10 %, and 5,120 8 % instead
+// of 17 %.
 constexpr int64_t warp_instructions(int quads, int64_t cols) {
   return (cols + warp_columns(quads) - 1) / warp_columns(quads) * (461 + 16 * 4 * quads);
 }

@@ -1,0 +1,103 @@
+"""The operators on the CUDA kernels under SIMT, with the choices that the launchers (csrc/cuda/*.cu) make: a backend
+for the tests that every backend has to pass. Each call takes the next of the thread orders.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .machine import ORDERS, Machine, build
+
+_orders = itertools.cycle(ORDERS)
+
+
+@functools.cache
+def _machine() -> Machine:
+    with tempfile.TemporaryDirectory() as directory:
+        return Machine(build(Path(directory)))
+
+
+def _next_machine() -> Machine:
+    machine = _machine()
+    machine.order = next(_orders)
+    machine.seed += 1
+    return machine
+
+
+def _plain(weight: Tensor) -> tuple[Tensor, int]:
+    """(the rows, the elements between them)"""
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
+        return weight.contiguous(), 0
+    return weight, max(weight.stride(0) - weight.shape[1], 0) if weight.shape[0] > 1 else 0
+
+
+def _select_rows(weight: Tensor, norm: Tensor, sparsity: float, output: str) -> tuple[Tensor, Tensor]:
+    cols, (rows, gap) = weight.shape[1], _plain(weight)
+    if rows.numel() == 0:
+        return rows, torch.empty(rows.shape if output == "mask" else (rows.shape[0], 2))
+    k = int(cols * sparsity)
+    is_aligned = (cols + gap) * weight.itemsize % 16 == 0 and cols * weight.itemsize % 16 == 0
+    path = "any" if cols > 57344 or k == cols else "staged" if is_aligned else "direct"
+    quads = 4 if cols <= 2048 else 22 if path == "staged" and 2048 < cols <= 22528 else 16
+    return operators.rows(_next_machine(), rows, norm, k, output=output, path=path, gap=gap, quads=quads, threads=256)
+
+
+def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
+    pruned, sums = _select_rows(weight, norm, sparsity, "prune" if score_sums is None else "sums")
+    weight.copy_(pruned)
+    if score_sums is not None:
+        score_sums.copy_(sums)
+
+
+def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
+    return _select_rows(weight, norm, sparsity, "mask")[1].bool()
+
+
+def _select_nm(weight: Tensor, norm: Tensor, n: int, m: int, output: str) -> tuple[Tensor, Tensor]:
+    rows, gap = _plain(weight)
+    cols, chunk = weight.shape[1], 16 // weight.itemsize
+    is_vector = (cols + gap) % chunk == 0 and cols % max(m, chunk) == 0 and m in (2, 4, 8, 16, 32)
+    path = "vector" if is_vector else "any" if m <= 32 else "segments"
+    return operators.nm(_next_machine(), rows, norm, n, m, output=output, path=path, gap=gap)
+
+
+def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
+    pruned, sums = _select_nm(weight, norm, n, m, "prune" if score_sums is None else "sums")
+    weight.copy_(pruned)
+    if score_sums is not None:
+        score_sums.copy_(sums)
+
+
+def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
+    return _select_nm(weight, norm, n, m, "mask")[1].bool()
+
+
+def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
+    values, metadata, overfull = operators.pack_24(_next_machine(), weight, None)
+    assert overfull == 0
+    return values, metadata
+
+
+def prune_pack_24(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    values, metadata, _ = operators.pack_24(_next_machine(), weight, norm)
+    return values, metadata
+
+
+def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
+    return operators.unpack_24(_next_machine(), values, metadata)
+
+
+def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
+    if x.dim() == 2:
+        x = x.reshape(1 if sqnorm.dim() == 1 else sqnorm.shape[0], -1, x.shape[1])
+    if x.numel() == 0:
+        return
+    is_vector = x.shape[2] * x.itemsize % 16 == 0
+    sqnorm.copy_(operators.add_sqnorm(_next_machine(), sqnorm, x.contiguous(), token_mask, is_vector=is_vector))

@@ -1,0 +1,223 @@
+"""What needs a card: streams, devices, graphs, repeated bits, exhausted memory, tensors in the wrong place. That the
+operators compute what the reference does is checked by the tests of every backend (``pytest -m gpu`` runs those of
+the backend "cuda" too).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import tiny
+import torch
+from strategies import same_bits
+from torch import Tensor
+
+import wanda_kernels
+from wanda_kernels import ops, reference
+
+pytestmark = pytest.mark.gpu
+
+Arguments = tuple[object, ...]
+
+
+def matrix(
+    rows: int = 96, cols: int = 4096, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, cols, generator=generator).to(dtype), torch.rand(cols, generator=generator) + 0.1
+
+
+@functools.cache
+def packed(seed: int) -> tuple[Tensor, Tensor]:
+    return reference.prune_pack_24(*matrix(seed=seed))
+
+
+def arguments(name: str, seed: int = 0) -> Arguments:
+    """On the CPU; other values, of the same shapes, for another seed."""
+    weight, norm = matrix(seed=seed)
+    return {
+        "prune_rows_": (weight, norm, 0.5, torch.zeros(96, 2)),
+        "row_mask": (weight, norm, 0.5),
+        "prune_nm_": (weight, norm, 2, 4, torch.zeros(96, 2)),
+        "nm_mask": (weight, norm, 4, 8),
+        "pack_24": (reference.unpack_24(*packed(seed)),),
+        "prune_pack_24": (weight, norm),
+        "unpack_24": packed(seed),
+        "add_sqnorm_": (torch.zeros(3, 4096), weight, torch.arange(96) % 7 != 0),
+    }[name]
+
+
+def on(device: str, args: Arguments) -> Arguments:
+    return tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+def call(name: str, args: Arguments, implementation=ops) -> tuple[Tensor, ...]:
+    """What the operator returns, or what it wrote in place."""
+    result = getattr(implementation, name)(*args)
+    if result is None:
+        return tuple(arg for arg in args if isinstance(arg, Tensor))
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check(name: str, got: tuple[Tensor, ...], seed: int = 0) -> None:
+    for ours, theirs in zip(got, call(name, arguments(name, seed), reference), strict=True):
+        if ours.dtype == torch.float32 and ours.shape != (4096,):  # sums, in another order
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-5, atol=0)
+        else:
+            assert same_bits(ours.cpu(), theirs)
+
+
+NAMES = sorted(ops.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_current_stream_is_used(name):
+    """The operands arrive late on a side stream: a launch on any other stream would see zeros."""
+    source = on("cuda", arguments(name))
+    operands = tuple(arg.zero_().clone() if isinstance(arg, Tensor) else arg for arg in on("cuda", arguments(name)))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for target, value in zip(operands, source, strict=True):
+            if isinstance(target, Tensor):
+                target.copy_(value)
+        got = call(name, operands)
+    stream.synchronize()
+    check(name, got)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_second_device(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    got = call(name, on("cuda:1", arguments(name)))
+    assert all(tensor.device == torch.device("cuda:1") for tensor in got)
+    assert torch.cuda.current_device() == 0
+    check(name, got)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_capture_and_replay(name):
+    operands = on("cuda", arguments(name))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call(name, operands)
+    for seed in (1, 2):
+        for target, value in zip(operands, arguments(name, seed), strict=True):
+            if isinstance(target, Tensor):
+                target.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        check(name, got, seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_hundred_repetitions_give_the_same_bits(name):
+    start = on("cuda", arguments(name))
+    expected = None
+    for _ in range(200):
+        got = call(name, tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in start))
+        expected = got if expected is None else expected
+        assert all(same_bits(left, right) for left, right in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pack_24"])
+def test_nothing_waits_for_the_device(name):
+    operands = on("cuda", arguments(name))
+    call(name, operands)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(name, operands)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_a_graph_break(name):
+    compiled = torch.compile(lambda *args: call(name, args), fullgraph=True)
+    check(name, compiled(*on("cuda", arguments(name))))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_apart_and_unaligned(dtype, offset):
+    """Views whose rows start anywhere: their neighbours are not touched."""
+    weight, norm = matrix(40, 1000, dtype)
+    for prune, mask in (
+        (lambda w: ops.prune_rows_(w, norm.cuda(), 0.5), reference.row_mask(weight, norm, 0.5)),
+        (lambda w: ops.prune_nm_(w, norm.cuda(), 2, 4), reference.nm_mask(weight, norm, 2, 4)),
+        (lambda w: ops.prune_nm_(w, norm.cuda(), 3, 5), reference.nm_mask(weight, norm, 3, 5)),
+    ):
+        storage = torch.full((40, 1017), 7.0, dtype=dtype, device="cuda")
+        view = storage[:, offset : offset + 1000]
+        view.copy_(weight)
+        prune(view)
+        expected = torch.full((40, 1017), 7.0, dtype=dtype)
+        expected[:, offset : offset + 1000] = weight.masked_fill(mask, 0)
+        assert same_bits(storage.cpu(), expected)
+
+
+def test_offsets_beyond_32_bits():
+    """53248 x 43008 in bfloat16: 2.3 G elements, past what an int32 counts."""
+    rows, cols = 43008, 53248
+    if torch.cuda.get_device_properties(0).total_memory < 12 << 30:
+        pytest.skip("needs 12 GB of device memory")
+    weight = torch.empty(rows, cols, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(8, cols).to(torch.bfloat16)
+    norm = torch.rand(cols) + 0.1
+    weight.fill_(1.0)
+    weight[-8:] = tail.cuda()
+    ops.prune_rows_(weight, norm.cuda(), 0.5)
+    assert same_bits(weight[-8:].cpu(), tail.masked_fill(reference.row_mask(tail, norm, 0.5), 0))
+    weight[-8:] = tail.cuda()
+    ops.prune_nm_(weight, norm.cuda(), 2, 4)
+    assert same_bits(weight[-8:].cpu(), tail.masked_fill(reference.nm_mask(tail, norm, 2, 4), 0))
+
+
+def test_exhausted_memory_is_an_error_and_the_next_call_works():
+    weight, norm = (tensor.cuda() for tensor in matrix(1, 4096))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-3)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            ops.row_mask(weight.expand(1 << 22, 4096), norm, 0.5)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    check_row = reference.row_mask(weight.cpu(), norm.cpu(), 0.5)
+    assert torch.equal(ops.row_mask(weight, norm, 0.5).cpu(), check_row)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("prune_rows_", {1: Tensor.cpu}, "norm is on cpu, weight is on cuda:0"),
+        ("prune_rows_", {3: Tensor.cpu}, "score_sums is on cpu, weight is on cuda:0"),
+        ("prune_rows_", {1: lambda norm: norm[:-1]}, "norm has 4095 elements, weight has 4096 columns"),
+        ("nm_mask", {1: Tensor.cpu}, "norm is on cpu, weight is on cuda:0"),
+        ("prune_nm_", {3: lambda m: 5}, "weight has 4096 columns, not a multiple of m = 5"),
+        ("pack_24", {0: torch.ones_like}, "98304 of its groups of four have more than two non-zeros"),
+        ("pack_24", {0: lambda weight: weight[:31]}, "multiple of 32 rows and of 64 columns"),
+        ("unpack_24", {1: Tensor.cpu}, "metadata is on cpu, values are on cuda:0"),
+        ("add_sqnorm_", {2: Tensor.cpu}, "token_mask is on cpu, x is on cuda:0"),
+        ("add_sqnorm_", {0: Tensor.cpu}, "sqnorm is on cpu, x is on cuda:0"),
+    ],
+)
+def test_illegal_inputs_name_the_argument(name, change, message):
+    operands = [change.get(i, lambda arg: arg)(arg) for i, arg in enumerate(on("cuda", arguments(name)))]
+    before = [operand.clone() for operand in operands if isinstance(operand, Tensor)]
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, name)(*operands)
+    after = [operand for operand in operands if isinstance(operand, Tensor)]
+    assert all(same_bits(left, right) for left, right in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_pruned(target, dtype):
+    model = tiny.model("llama", dtype).cuda()
+    report = wanda_kernels.prune(model, tiny.ids().cuda(), **target)
+    assert report.achieved_sparsity == 0.5
+    assert torch.isfinite(model(tiny.ids().cuda()).logits).all()
