@@ -1,0 +1,10 @@
+"""Triton kernels for CUDA tensors: channel statistics, alone or added up by the operation that makes the input.
+
+Imported by ``_backend.py`` where Triton is installed. Each launcher has the signature of its operator.
+"""
+
+from .act_mul_sqnorm import gelu_tanh_mul_sqnorm, silu_mul_sqnorm
+from .rms_norm_sqnorm import rms_norm_sqnorm
+from .sqnorm import add_sqnorm_
+
+__all__ = ["add_sqnorm_", "gelu_tanh_mul_sqnorm", "rms_norm_sqnorm", "silu_mul_sqnorm"]

@@ -1,0 +1,119 @@
+"""RMSNorm as transformers computes it, and the column sums of squares of what it returns."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._checks import check_rms_norm_sqnorm
+from .partials import Partials, Tokens, counted_tokens, on_device_of
+
+CHUNK = 16  # tokens a program: 2,048 tokens make 128 programs, about as many as a card has processors
+WIDEST = 16384  # columns of a row that a program holds in registers
+WIDE_BLOCK = 2048  # columns at a time beyond
+
+
+@triton.jit
+def scale_and_weigh(value, scale, weight, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
+    """x * scale * weight, rounded where transformers rounds: LLaMA before the weight and after, Gemma at the end."""
+    if UNIT_OFFSET:
+        return (value * scale * (1.0 + weight)).to(dtype)
+    return ((value * scale).to(dtype).to(tl.float32) * weight).to(dtype)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def rms_norm_sqnorm_kernel(
+    x, weight, y, partial, token_mask, tokens, chunks, cols, sequence_stride, token_stride, eps,
+    UNIT_OFFSET: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of tokens, whole rows of at most BLOCK columns in registers."""
+    row = tl.program_id(0)  # of the partial sums
+    sequence = (row // chunks).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    valid = columns < cols
+    x += sequence * sequence_stride
+    y += sequence * tokens * cols
+    dtype: tl.constexpr = y.dtype.element_ty
+    weights = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for step in range(0, CHUNK, ROWS):
+        token = row % chunks * CHUNK + step + tl.arange(0, ROWS)
+        inside = (token < tokens)[:, None] & valid[None, :]
+        at = token.to(tl.int64)[:, None]
+        value = tl.load(x + at * token_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(value * value, axis=1) / cols + eps)
+        out = scale_and_weigh(value, scale[:, None], weights[None, :], dtype, UNIT_OFFSET)
+        tl.store(y + at * cols + columns[None, :], out, mask=inside)
+        rounded = out.to(tl.float32)
+        counts = counted_tokens(token_mask, sequence, token, tokens, MASKED)[:, None]
+        sums += tl.sum(tl.where(counts, rounded * rounded, 0.0), axis=0)
+    tl.store(partial + row.to(tl.int64) * cols + columns, sums, mask=valid)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def rms_norm_sqnorm_wide_kernel(
+    x, weight, y, partial, token_mask, tokens, chunks, cols, sequence_stride, token_stride, eps,
+    UNIT_OFFSET: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of tokens in two passes over its columns; the second reads x from cache."""
+    row = tl.program_id(0)  # of the partial sums
+    sequence = (row // chunks).to(tl.int64)
+    x += sequence * sequence_stride
+    y += sequence * tokens * cols
+    dtype: tl.constexpr = y.dtype.element_ty
+    token = row % chunks * CHUNK + tl.arange(0, CHUNK)
+    inside = (token < tokens)[:, None]
+    at = token.to(tl.int64)[:, None]
+    squares = tl.zeros([CHUNK], tl.float32)
+    for begin in range(0, cols, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        mask = inside & (columns < cols)[None, :]
+        value = tl.load(x + at * token_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        squares += tl.sum(value * value, axis=1)
+    scale = tl.rsqrt(squares / cols + eps)[:, None]
+    counts = counted_tokens(token_mask, sequence, token, tokens, MASKED)[:, None]
+    for begin in range(0, cols, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        valid = columns < cols
+        mask = inside & valid[None, :]
+        value = tl.load(x + at * token_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        weights = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+        out = scale_and_weigh(value, scale, weights[None, :], dtype, UNIT_OFFSET)
+        tl.store(y + at * cols + columns[None, :], out, mask=mask)
+        rounded = out.to(tl.float32)
+        sums = tl.sum(tl.where(counts, rounded * rounded, 0.0), axis=0)
+        tl.store(partial + row.to(tl.int64) * cols + columns, sums, mask=valid)
+
+
+def block_shape(block: int) -> dict[str, int]:
+    """Tokens at a time and warps for rows of at most ``block`` columns: 16 bytes of a bf16 row a lane, four tokens on
+    their way, as long as the registers hold them."""
+    warps = min(max(block // 256, 1), 16)
+    return {"BLOCK": block, "ROWS": max(min(4, 16384 // block), 1), "num_warps": warps}
+
+
+def rms_norm_sqnorm(
+    x: Tensor, weight: Tensor, eps: float, sqnorm: Tensor, token_mask: Tensor | None = None, unit_offset: bool = False
+) -> Tensor:
+    check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, sqnorm, token_mask)
+    sums = Partials("rms_norm_sqnorm", sqnorm, x, token_mask, CHUNK)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if sums.is_empty:
+        return y
+    inputs = Tokens(x, sums.sequences, sums.tokens)
+    arguments = (
+        inputs.x, weight.contiguous(), y, sums.partial, sums.token_mask, sums.tokens, sums.chunks, sums.cols,
+        *inputs.strides, eps,
+    )  # fmt: skip
+    options = {"UNIT_OFFSET": unit_offset, "MASKED": sums.is_masked, "CHUNK": CHUNK}
+    grid = (sums.sequences * sums.chunks,)
+    with on_device_of(x):
+        if sums.cols <= WIDEST:
+            block = triton.next_power_of_2(sums.cols)
+            rms_norm_sqnorm_kernel[grid](*arguments, **options, **block_shape(block))
+        else:
+            rms_norm_sqnorm_wide_kernel[grid](*arguments, **options, BLOCK=WIDE_BLOCK, num_warps=16)
+        sums.add_totals()
+    return y
