@@ -130,6 +130,30 @@ inline SqnormShape check_sqnorm(const char* op, const at::Tensor& sqnorm, const 
   return {sequences, tokens, cols};
 }
 
+inline void check_rms_weight(const char* op, const at::Tensor& weight, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "wanda::", op, ": weight must be ",
+                   x.scalar_type(), ", as x is, got ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.device() == x.device(), "wanda::", op, ": weight is on ", weight.device(),
+                    ", x is on ", x.device());
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(-1), "wanda::", op, ": weight must be [",
+                    x.size(-1), "], got ", weight.sizes());
+}
+
+inline void check_up(const char* op, const at::Tensor& up, const at::Tensor& gate) {
+  TORCH_CHECK_TYPE(up.scalar_type() == gate.scalar_type(), "wanda::", op, ": up must be ", gate.scalar_type(),
+                   ", as gate is, got ", up.scalar_type());
+  TORCH_CHECK_VALUE(up.device() == gate.device(), "wanda::", op, ": up is on ", up.device(), ", gate is on ",
+                    gate.device());
+  TORCH_CHECK_VALUE(up.sizes() == gate.sizes(), "wanda::", op, ": up must be ", gate.sizes(),
+                    ", as gate is, got ", up.sizes());
+}
+
+// x as [sequences, tokens, C_in] with unit column stride; a copy only where columns are not adjacent.
+inline at::Tensor tokens_of(const at::Tensor& x, const SqnormShape& shape) {
+  const at::Tensor plain = shape.cols > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
+  return plain.dim() == 3 ? plain : plain.unflatten(0, {shape.sequences, shape.tokens});
+}
+
 // Rows that a kernel can walk: unit column stride, rows that do not overlap.
 inline bool has_plain_rows(const at::Tensor& matrix) {
   return (matrix.size(1) <= 1 || matrix.stride(1) == 1) &&

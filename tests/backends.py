@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,13 @@ def names() -> list[str]:
     return [*found, "cuda"]
 
 
+def statistics_names() -> list[str]:
+    """As names(), for the operators that add up statistics on the way: Triton on the CPU by its interpreter, where no
+    GPU is (conftest.py switches it on)."""
+    has_triton = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+    return [*(name for name in names() if name != "cuda-simt"), *(["triton-interpreter"] if has_triton else [])]
+
+
 @functools.cache
 def implementation(backend_name: str, operator: str) -> Callable[..., Any]:
     if backend_name == "reference":
@@ -56,6 +64,10 @@ def implementation(backend_name: str, operator: str) -> Callable[..., Any]:
         return getattr(ops, operator)
     if backend_name == "cuda-simt":
         return getattr(simt, operator)
+    if backend_name == "triton-interpreter":
+        from wanda_kernels import triton
+
+        return getattr(triton, operator)
     if backend_name == "cuda":
         return _on_cuda(operator)
     return _on_cpu(backend_name.removeprefix("cpu-"), operator)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the Triton kernels on the CPU; read where Triton is first imported
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is not installed
 
 settings.register_profile(

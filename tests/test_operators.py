@@ -25,6 +25,9 @@ CALLS = {
     "prune_pack_24": lambda: (HALF, NORM),
     "unpack_24": packed,
     "add_sqnorm_": lambda: (torch.zeros(4, 64), WEIGHT, torch.ones(32, dtype=torch.bool)),
+    "rms_norm_sqnorm": lambda: (WEIGHT, NORM, 1e-6, torch.zeros(4, 64), torch.ones(32, dtype=torch.bool), True),
+    "silu_mul_sqnorm": lambda: (WEIGHT, WEIGHT.flip(0), torch.zeros(64), None),
+    "gelu_tanh_mul_sqnorm": lambda: (HALF, HALF.flip(0), torch.zeros(4, 64), None),
 }
 
 
@@ -41,11 +44,13 @@ def test_opcheck(name):
 def test_compiles_without_a_graph_break(name):
     def call(*args):
         result = getattr(ops, name)(*args)
-        return args[0] if result is None else result
+        written = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        return written if result is None else [result, *written] if isinstance(result, torch.Tensor) else result
 
+    torch.compiler.reset()  # each operator is a recompilation of call(), of which Dynamo makes eight
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     got, expected = compiled(*CALLS[name]()), call(*CALLS[name]())
-    for left, right in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
+    for left, right in zip(got, expected, strict=True):
         assert torch.equal(left, right)
 
 
@@ -81,6 +86,17 @@ BAD = [
     ("add_sqnorm_", (torch.zeros(2, 64), WEIGHT[None]), ValueError, "x has 1 sequences, sqnorm has 2"),
     ("add_sqnorm_", (NORM.double(), WEIGHT), TypeError, "sqnorm must be float32"),
     ("add_sqnorm_", (NORM.clone(), WEIGHT, torch.ones(32)), TypeError, "token_mask must be bool"),
+    (
+        "rms_norm_sqnorm",
+        (WEIGHT, NORM.bfloat16(), 1e-6, NORM.clone()),
+        TypeError,
+        "weight must be .*[Ff]loat.* as x is",
+    ),
+    ("rms_norm_sqnorm", (WEIGHT, NORM[:63], 1e-6, NORM.clone()), ValueError, r"weight must be \[64\], got \[63\]"),
+    ("rms_norm_sqnorm", (WEIGHT, NORM, 1e-6, NORM[:63]), ValueError, "x has 64 columns, sqnorm has 63"),
+    ("silu_mul_sqnorm", (WEIGHT, WEIGHT[:31], NORM.clone()), ValueError, r"up must be \[32, 64\], .* got \[31, 64\]"),
+    ("silu_mul_sqnorm", (WEIGHT, HALF, NORM.clone()), TypeError, "up must be .*, as gate is, got .*[Bb][Ff]loat16"),
+    ("gelu_tanh_mul_sqnorm", (WEIGHT, WEIGHT.double(), NORM.clone()), TypeError, "up must be .*, as gate is"),
     (
         "add_sqnorm_",
         (NORM.clone(), WEIGHT, torch.ones(31, dtype=torch.bool)),

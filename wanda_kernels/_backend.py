@@ -1,7 +1,8 @@
 """Which implementation serves the ``wanda::`` operators, and why.
 
-CPU tensors run the C++ kernels of ``wanda_kernels._C``, CUDA tensors its CUDA kernels. Where the extension is not
-built, or built without CUDA, the PyTorch reference serves them; ``wanda-kernels info`` says so.
+CPU tensors run the C++ kernels of ``wanda_kernels._C``, CUDA tensors its CUDA kernels and, for fused statistics, the
+Triton kernels of ``wanda_kernels.triton``. Where the extension is not built, or built without CUDA, the PyTorch
+reference serves them (statistics: Triton, where it is installed); ``wanda-kernels info`` says so.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from importlib import resources
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -19,6 +22,12 @@ from . import reference
 
 NAMESPACE = "wanda"
 _REFERENCE_ONLY = "WANDA_KERNELS_REFERENCE"
+
+
+def schemas() -> dict[str, str]:
+    """Operator name -> schema, from the one list of them (``schemas.def``)."""
+    text = resources.files("wanda_kernels").joinpath("schemas.def").read_text()
+    return {schema.split("(")[0]: schema for schema in re.findall(r'^SCHEMA\("(.*)"\)$', text, re.MULTILINE)}
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -38,29 +47,54 @@ def _load_extension() -> tuple[ModuleType | None, str]:
             "torch or Python; reinstall the package (pip install --no-build-isolation --force-reinstall "
             f"--no-deps .), or set {_REFERENCE_ONLY}=1 to run on the PyTorch reference."
         ) from error
+    missing = [name for name in schemas() if not hasattr(getattr(torch.ops, NAMESPACE), name)]
+    if missing:
+        raise ImportError(
+            f"wanda_kernels._C is older than the package's Python files (it lacks {', '.join(missing)}); reinstall the "
+            "package (pip install --no-build-isolation --force-reinstall --no-deps .)"
+        )
     return module, f"C++ kernels, {module.isa()}"
-
-
-def schemas() -> dict[str, str]:
-    """Operator name -> schema, from the one list of them (``schemas.def``)."""
-    text = resources.files("wanda_kernels").joinpath("schemas.def").read_text()
-    return {schema.split("(")[0]: schema for schema in re.findall(r'^SCHEMA\("(.*)"\)$', text, re.MULTILINE)}
 
 
 extension, cpu_status = _load_extension()
 _built_cuda = extension.build_info().get("cuda") if extension else None
-if _built_cuda:
-    cuda_status = f"CUDA kernels, built with CUDA {_built_cuda}"
-else:
-    cuda_status = "this build has no CUDA kernels: the PyTorch reference serves CUDA tensors"
-if not torch.cuda.is_available():
-    cuda_status += "; torch sees no CUDA device"
+_has_triton = importlib.util.find_spec("triton") is not None
+_FUSED = ("rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm")
+
+
+def cuda_kernels(name: str) -> str:
+    """What runs an operator on CUDA tensors: ``cuda``, ``triton`` or ``reference``."""
+    if _built_cuda and name not in _FUSED:
+        return "cuda"
+    return "triton" if _has_triton and name in (*_FUSED, "add_sqnorm_") else "reference"
 
 
 def serves_reference(device_type: str) -> bool:
-    """Whether tensors on ``cpu`` or ``cuda`` run the PyTorch reference."""
+    """Whether selection on ``cpu`` or ``cuda`` runs the PyTorch reference."""
     return extension is None or (device_type == "cuda" and not _built_cuda)
 
+
+def _describe_cuda() -> str:
+    triton = "Triton" if _has_triton else "the PyTorch reference (no Triton)"
+    if _built_cuda:
+        status = f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}"
+    else:
+        status = (
+            f"this build has no CUDA kernels: the PyTorch reference serves CUDA tensors, and {triton} their statistics"
+        )
+    return status if torch.cuda.is_available() else f"{status}; torch sees no CUDA device"
+
+
+def _in_triton(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from . import triton  # takes a moment, and only CUDA tensors need it
+
+        return getattr(triton, name)(*args)
+
+    return call
+
+
+cuda_status = _describe_cuda()
 
 # Kept for the life of the process: a Library that is collected takes its registrations with it.
 _library = torch.library.Library(NAMESPACE, "IMPL" if extension else "DEF")
@@ -68,5 +102,7 @@ for _name, _schema in schemas().items():
     if serves_reference("cpu"):
         _library.define(_schema)
         _library.impl(_name, getattr(reference, _name), "CPU")
-    if serves_reference("cuda"):
-        _library.impl(_name, getattr(reference, _name), "CUDA")
+    if cuda_kernels(_name) != "cuda":
+        _library.impl(
+            _name, _in_triton(_name) if cuda_kernels(_name) == "triton" else getattr(reference, _name), "CUDA"
+        )

@@ -123,3 +123,21 @@ def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None) 
                 f"wanda::{op}: token_mask must be [{sequences}, {tokens}] or flattened, got {list(token_mask.shape)}"
             )
     return sequences, tokens, cols
+
+
+def check_rms_norm_sqnorm(op: str, x: Tensor, weight: Tensor, sqnorm: Tensor, token_mask: Tensor | None) -> None:
+    _, _, cols = check_sqnorm(op, sqnorm, x, token_mask)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"wanda::{op}: weight must be {x.dtype}, as x is, got {weight.dtype}")
+    _same_device(op, "weight", weight, "x", x)
+    if tuple(weight.shape) != (cols,):
+        raise ValueError(f"wanda::{op}: weight must be [{cols}], got {list(weight.shape)}")
+
+
+def check_act_mul_sqnorm(op: str, gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None) -> None:
+    check_sqnorm(op, sqnorm, gate, token_mask)
+    if up.dtype != gate.dtype:
+        raise TypeError(f"wanda::{op}: up must be {gate.dtype}, as gate is, got {up.dtype}")
+    _same_device(op, "up", up, "gate", gate)
+    if up.shape != gate.shape:
+        raise ValueError(f"wanda::{op}: up must be {list(gate.shape)}, as gate is, got {list(up.shape)}")

@@ -41,7 +41,31 @@ inline float float_of_fp16(uint16_t half) {
   return float_of_bits((denormal & denormal_mask) | (normal & ~denormal_mask) | (half & 0x8000u) << 16);
 }
 
-// Stored<dtype>::Type is the storage of one element, Stored<dtype>::load its float32 value.
+// To nearest even, as ATen rounds; NaN becomes 0x7fc0.
+inline uint16_t bf16_of_float(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t nan_mask = 0u - static_cast<uint32_t>((bits & 0x7fffffffu) > 0x7f800000u);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return static_cast<uint16_t>((rounded & ~nan_mask) | (0x7fc0u & nan_mask));
+}
+
+// To nearest even, as ATen rounds; NaN becomes 0x7e00 with its sign.
+inline uint16_t fp16_of_float(float value) {
+  const uint32_t sign = bits_of_float(value) >> 16 & 0x8000u;
+  const uint32_t magnitude = bits_of_float(value) & 0x7fffffffu;
+  const uint32_t denormal_mask = 0u - static_cast<uint32_t>(magnitude < 0x38800000u);   // below 2^-14
+  const uint32_t infinity_mask = 0u - static_cast<uint32_t>(magnitude >= 0x477ff000u);  // 65,520 and up
+  const uint32_t nan_mask = 0u - static_cast<uint32_t>(magnitude > 0x7f800000u);
+  // A float32 beside 0.5 has steps of 2^-24, which are those of a fp16 denormal: the addition rounds.
+  const uint32_t denormal = bits_of_float(float_of_bits(magnitude & denormal_mask) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = ((magnitude + 0xfffu + (magnitude >> 13 & 1u)) >> 13) - (112u << 10);
+  const uint32_t finite = (denormal & denormal_mask) | (normal & ~denormal_mask);
+  const uint32_t special = 0x7c00u | (0x0200u & nan_mask);
+  return static_cast<uint16_t>(sign | (finite & ~infinity_mask) | (special & infinity_mask));
+}
+
+// Stored<dtype>::Type is the storage of one element, Stored<dtype>::load its float32 value,
+// Stored<dtype>::round the element nearest to a float32.
 template <Dtype dtype>
 struct Stored;
 
@@ -49,18 +73,21 @@ template <>
 struct Stored<Dtype::kFloat32> {
   using Type = float;
   static float load(float value) { return value; }
+  static float round(float value) { return value; }
 };
 
 template <>
 struct Stored<Dtype::kBFloat16> {
   using Type = uint16_t;
   static float load(uint16_t value) { return float_of_bf16(value); }
+  static uint16_t round(float value) { return bf16_of_float(value); }
 };
 
 template <>
 struct Stored<Dtype::kFloat16> {
   using Type = uint16_t;
   static float load(uint16_t value) { return float_of_fp16(value); }
+  static uint16_t round(float value) { return fp16_of_float(value); }
 };
 
 // |w| * norm with one rounding. The sign of w cannot change the bits below the sign, so it is cleared first.

@@ -39,8 +39,7 @@ void run(const SqnormParams& params, int64_t sequences, bool shared_row) {
 void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const std::optional<at::Tensor>& token_mask) {
   const SqnormShape shape = check_sqnorm("add_sqnorm_", sqnorm, x, token_mask);
   if (shape.sequences == 0 || shape.tokens == 0 || shape.cols == 0) return;
-  at::Tensor inputs = x.dim() == 3 ? x : x.view_symint({shape.sequences, shape.tokens, shape.cols});
-  if (shape.cols > 1 && inputs.stride(2) != 1) inputs = inputs.contiguous();
+  const at::Tensor inputs = tokens_of(x, shape);
   const at::Tensor mask = token_mask ? token_mask->contiguous() : at::Tensor();
   const SqnormParams params{sqnorm.mutable_data_ptr<float>(),
                             inputs.const_data_ptr(),

@@ -55,6 +55,13 @@ def prune_command(
     exact_error: Annotated[
         bool, typer.Option("--exact-error", help="Also measure each layer's output error (a pass more).")
     ] = False,
+    fuse: Annotated[
+        bool,
+        typer.Option(
+            "--fuse/--no-fuse",
+            help="Let RMSNorm and MLP add up the statistics of what they make, or a pass of its own.",
+        ),
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -94,6 +101,7 @@ def prune_command(
             propagate=propagate,
             batch_size=batch_size,
             exact_error=exact_error,
+            fuse_statistics=fuse,
             progress=PruningDisplay(shown),
         )
     # Without the seconds, so that the same command gives the same bytes.

@@ -13,7 +13,8 @@ def silu_mul_sqnorm(gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor
     """``silu(gate) * up``; the squares of the rounded products are added to ``sqnorm``, in place.
 
     Equivalent to ``y = silu(gate) * up`` and ``add_sqnorm_(sqnorm, y, token_mask)``, in one pass. On the CPU the
-    activation comes from ATen and ``y`` and ``sqnorm`` have the bits of those two calls; on CUDA they agree to rounding.
+    activation comes from ATen, and ``y`` and ``sqnorm`` have the bits of those two calls; on CUDA they agree to
+    rounding.
 
     Args:
         gate, up: [sequences, tokens, C_in], or flattened as in :func:`add_sqnorm_`, of one dtype: float32, bfloat16 or

@@ -14,8 +14,9 @@ def rms_norm_sqnorm(
 ) -> Tensor:
     """RMSNorm as transformers computes it; the squares of its rounded output are added to ``sqnorm``, in place.
 
-    Equivalent to ``y = rms_norm(x, weight, eps)`` and ``add_sqnorm_(sqnorm, y, token_mask)``, in one pass. On the CPU the
-    variance comes from ATen and ``y`` and ``sqnorm`` have the bits of those two calls; on CUDA they agree to rounding.
+    Equivalent to ``y = rms_norm(x, weight, eps)`` and ``add_sqnorm_(sqnorm, y, token_mask)``, in one pass. On the CPU
+    the variance comes from ATen, and ``y`` and ``sqnorm`` have the bits of those two calls; on CUDA they agree to
+    rounding.
 
     Args:
         x: [sequences, tokens, C_in], or flattened as in :func:`add_sqnorm_`; float32, bfloat16 or float16.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .blocks import Block, find_blocks, refuse_non_finite
 from .exact_error import exact_errors
+from .fusion import Plan, kind_of, observe
 from .progress import Progress
 from .recording import Call, Recording, record_calls, run_block
 from .report import LayerReport, PruningReport, relative_error
@@ -38,6 +39,7 @@ def prune(
     propagate: str = "pruned",
     batch_size: int | None = None,
     exact_error: bool = False,
+    fuse_statistics: bool = True,
     progress: Progress | None = None,
 ) -> PruningReport:
     """Prune the linear layers of a transformers decoder in place.
@@ -56,6 +58,9 @@ def prune(
         batch_size: sequences per forward pass; None chooses by device. It does not change the masks where it
             does not change the activations.
         exact_error: also measure each layer's relative output error on the calibration data (a pass more).
+        fuse_statistics: let RMSNorm and gated MLPs add up the statistics of what they make, where a fused operator
+            gives what they give (on the CPU the same bits; on CUDA to rounding). False: a pass of its own for each
+            distinct input.
         progress: told about each step and block.
 
     Returns:
@@ -85,7 +90,7 @@ def prune(
             input_ids = _check_input_ids(model, input_ids)
             samples, length = input_ids.shape
             size = batch_size or max(1, BATCH_TOKENS.get(device.type, 1024) // length)
-            run.with_calibration(model, blocks, input_ids.to(device), size, propagate, exact_error)
+            run.with_calibration(model, blocks, input_ids.to(device), size, propagate, exact_error, fuse_statistics)
     return PruningReport(
         method=method,
         sparsity=target.sparsity,
@@ -138,7 +143,7 @@ class _Run:
     def without_calibration(self, blocks: list[Block]) -> None:
         self.progress.start(len(blocks))
         for block in blocks:
-            self.prune_block(block, None, {})
+            self.prune_block(block, None, None)
             self.progress.advance()
 
     def with_calibration(
@@ -149,22 +154,25 @@ class _Run:
         batch_size: int,
         propagate: str,
         exact_error: bool,
+        fuse_statistics: bool,
     ) -> None:
         batches = list(input_ids.split(batch_size))
         passes = len(blocks) * (2 if propagate == "pruned" else 1) - (propagate == "pruned")
         self.progress.start(len(batches) * (passes + exact_error * len(blocks)))
         with self.stopwatch.measure("forward"):
             recording = record_calls(model, blocks, batches)
-        orders: dict[tuple[str, ...], list[str]] = {}
+        plans: dict[tuple, Plan] = {}
         for index, block in enumerate(blocks):
             calls = recording.calls[index]
             last = index == len(blocks) - 1
-            kind = tuple(block.linears)
-            statistics = BlockStatistics(block, len(input_ids), orders.get(kind), self.stopwatch)
+            kind = kind_of(block)
+            if kind not in plans:
+                with self.stopwatch.measure("forward"):
+                    plans[kind] = observe(block, recording.hidden[0], calls[0], fuse_statistics)
+            statistics = BlockStatistics(block, len(input_ids), plans[kind], self.stopwatch)
             dense_outputs = self.collect(statistics, recording, calls, whole=propagate == "dense" and not last)
-            orders[kind] = statistics.order
             dense = {n: linear.weight.clone() for n, linear in block.linears.items()} if exact_error else {}
-            self.prune_block(block, statistics.norms(), statistics.source)
+            self.prune_block(block, statistics.norms(), statistics)
             if exact_error:
                 self.measure_errors(block, recording.hidden, calls, dense)
             if dense_outputs:
@@ -199,7 +207,7 @@ class _Run:
         for layer in self.layers[-len(errors) :]:
             layer.exact_error = errors[layer.name.removeprefix(f"{block.name}.")]
 
-    def prune_block(self, block: Block, norms: dict[str, Tensor] | None, source: dict[str, str]) -> None:
+    def prune_block(self, block: Block, norms: dict[str, Tensor] | None, statistics: BlockStatistics | None) -> None:
         reports = []
         for name, linear in block.linears.items():
             weight = linear.weight.data
@@ -214,7 +222,8 @@ class _Run:
                     sparsity=zeros / max(1, weight.numel()),
                     seconds=time.perf_counter() - start,
                     estimated_error=relative_error(pruned, total),
-                    input_of=f"{block.name}.{source[name]}" if name in source else None,
+                    input_of=None if statistics is None else f"{block.name}.{statistics.source[name]}",
+                    statistics=None if statistics is None else statistics.path(name),
                 )
             )
         self.layers += reports

@@ -23,6 +23,8 @@ class LayerReport:
             inputs were uncorrelated.
         exact_error: ||X (W - W')^T||_F / ||X W^T||_F on the calibration inputs, where it was asked for.
         input_of: the layer whose input statistics it shares, None where the method uses none.
+        statistics: what added them up: ``rms_norm``, ``silu_mul`` or ``gelu_tanh_mul`` while making that input, or
+            ``standalone``; None where the method uses none.
     """
 
     name: str
@@ -32,6 +34,7 @@ class LayerReport:
     estimated_error: float
     exact_error: float | None = None
     input_of: str | None = None
+    statistics: str | None = None
 
     @property
     def numel(self) -> int:
@@ -98,8 +101,8 @@ class PruningReport:
         for layer in self.layers:
             kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
         table = Table(title=f"{self.method} {target}: {len(self.layers)} layers", title_justify="left")
-        for heading in ("layer", "layers", "shape", "sparsity", "estimated error"):
-            table.add_column(heading, justify="left" if heading == "layer" else "right")
+        for heading in ("layer", "layers", "shape", "statistics", "sparsity", "estimated error"):
+            table.add_column(heading, justify="left" if heading in ("layer", "statistics") else "right")
         exact = any(layer.exact_error is not None for layer in self.layers)
         if exact:
             table.add_column("exact error", justify="right")
@@ -107,7 +110,8 @@ class PruningReport:
             shapes = sorted({layer.shape for layer in layers})
             shape = " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
             mean = sum(layer.estimated_error for layer in layers) / len(layers)
-            row = [kind, str(len(layers)), shape, f"{sparsity_of(layers):.2%}", f"{mean:.3f}"]
+            paths = "/".join(sorted({layer.statistics or "-" for layer in layers}))
+            row = [kind, str(len(layers)), shape, paths, f"{sparsity_of(layers):.2%}", f"{mean:.3f}"]
             if exact:
                 row.append(f"{sum(layer.exact_error or 0.0 for layer in layers) / len(layers):.3f}")
             table.add_row(*row)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import add_sqnorm_
 from .blocks import Block
+from .fusion import Plan
 from .recording import Call, run_block
 from .stopwatch import Stopwatch
 
@@ -23,20 +24,19 @@ class BlockStatistics:
 
     Layers that receive the same tensor object share a sum ({q, k, v} and {gate, up} in LLaMA). The objects are
     held while the block runs on a batch, so that identity means what it says: ids and pointers of freed tensors
-    come back for others.
+    come back for others. An input that a fused operator made comes with its sum.
 
     Args:
         block: the block to watch.
         samples: the number of calibration sequences, over all batches.
-        order: the names of the linear layers in calling order if a block of the same kind has shown it. The pass
-            then ends at the last one's input.
+        plan: what a run of a block of this kind has shown.
     """
 
-    def __init__(self, block: Block, samples: int, order: list[str] | None, stopwatch: Stopwatch) -> None:
+    def __init__(self, block: Block, samples: int, plan: Plan, stopwatch: Stopwatch) -> None:
         self._block = block
         self._samples = samples
+        self._plan = plan
         self._stopwatch = stopwatch
-        self._order = order
         self._may_stop = False
         self._called: list[str] = []
         self._held: list[tuple[str, Tensor, int]] = []
@@ -44,10 +44,9 @@ class BlockStatistics:
         self._sqnorm: dict[str, Tensor] = {}
         self.source: dict[str, str] = {}  # layer -> the layer whose input it shares
 
-    @property
-    def order(self) -> list[str]:
-        """The linear layers in calling order, known after the first batch."""
-        return self._order if self._order is not None else self._called
+    def path(self, layer: str) -> str:
+        """How the sums behind a layer's norm were added up: by a fused operator, or ``standalone``."""
+        return self._plan.path(self.source[layer])
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -67,15 +66,14 @@ class BlockStatistics:
     def run(self, hidden: Tensor, call: Call, first_sample: int, whole: bool) -> Tensor | None:
         """Run the block on one batch and add its inputs up.
 
-        Returns the block's output if ``whole``; otherwise None, and the last product is skipped once the order of
-        calls is known.
+        Returns the block's output if ``whole``; otherwise None, and the last product is skipped.
         """
         self._rows = slice(first_sample, first_sample + hidden.shape[0])
         self._called = []
         output: Tensor | None = None
-        with self._hooks():
+        self._may_stop = not whole
+        with self._hooks(), self._plan.installed(self._block, self._sequence_rows, self._hold):
             try:
-                self._may_stop = self._order is not None and not whole
                 output = run_block(self._block, hidden, call)
             except _LastInputSeenError:
                 pass
@@ -85,26 +83,21 @@ class BlockStatistics:
         return output if whole else None
 
     def _check_order(self) -> None:
-        silent = self._block.linears.keys() - set(self._called)
-        if silent:
-            raise ValueError(
-                f"{self._block.name}.{min(silent)} received no input during calibration (its weight is used "
-                "outside its forward, or no token was routed to it): it cannot be pruned"
-            )
-        if self._order is None:
-            self._order = self._called
-        elif self._called != self._order:
+        if tuple(self._called) != self._plan.order:
             raise ValueError(
                 f"{self._block.name} calls its linear layers in an order that changes from batch to batch: it "
                 "cannot be pruned block by block"
             )
+
+    def _hold(self, source: str, x: Tensor) -> None:
+        self._held.append((source, x, x._version))
 
     def _add(self, name: str, x: Tensor) -> None:
         self._called.append(name)
         source = next((held for held, t, version in self._held if t is x and t._version == version), None)
         if source is None:
             source = name
-            self._held.append((name, x, x._version))
+            self._hold(name, x)
             with self._stopwatch.measure("statistics"):
                 add_sqnorm_(self._sequence_rows(name, x), x if x.dim() in (2, 3) else x.flatten(1, -2))
         if self.source.setdefault(name, source) != source:
@@ -112,7 +105,7 @@ class BlockStatistics:
                 f"{self._block.name}.{name} shares its input with other layers in one batch and not in the next: "
                 "it cannot be pruned block by block"
             )
-        if self._may_stop and len(self._called) == len(self.order):
+        if self._may_stop and len(self._called) == len(self._plan.order):
             raise _LastInputSeenError
 
     def _sequence_rows(self, name: str, x: Tensor) -> Tensor:

@@ -73,9 +73,7 @@ class Partials:
         self.is_empty = 0 in (self.sequences, self.tokens, self.cols)
         self.sqnorm = sqnorm
         self.chunks = triton.cdiv(self.tokens, chunk)
-        self.partial = torch.empty(
-            self.sequences * self.chunks, self.cols, dtype=torch.float32, device=sqnorm.device
-        )
+        self.partial = torch.empty(self.sequences * self.chunks, self.cols, dtype=torch.float32, device=sqnorm.device)
         self.is_masked = token_mask is not None
         # The kernels read bytes; a mask that is not there is never read.
         self.token_mask = self.partial if token_mask is None else token_mask.contiguous().view(torch.uint8)
