@@ -1,15 +1,16 @@
-"""What the compiler made of each CUDA kernel, without a GPU: registers, spills, 128-bit accesses, instructions.
+"""What the compilers made of each GPU kernel, without a GPU: registers, spills, 128-bit accesses, instructions.
 
     python -m benchmarks.sass            writes benchmarks/results/sass.csv (make sass)
     python -m benchmarks.sass --check    says where that file differs from what the compiler makes now
 
-Needs nvcc (CUDA_HOME or PATH) and nvdisasm (the toolkit's, or the one in Triton's wheel).
+Needs nvcc (CUDA_HOME or PATH), nvdisasm (the toolkit's, or the one in Triton's wheel) and Triton, whose kernels
+benchmarks/triton_ptx.py compiles.
 
-Columns: `registers`, `shared_bytes` (static), `spill_bytes` (stores + loads); `global_128`/`global_all`: the global
-memory instructions that move 16 bytes a lane (LDG, STG, LDGSTS) among all of them on the common path, but for FEW;
-`common`/`rare` split the SASS instructions by source line, see RARE; `elements` a thread handles in one pass of
-the kernel's code, and `per_element` = common / elements. Unrolled code counts as often as it stands there, a loop
-that was not unrolled once.
+Columns: `compiler` and its version; `registers`, `shared_bytes` (static), `spill_bytes` (stores + loads);
+`global_128`/`global_all`: the global memory instructions that move 16 bytes a lane (LDG, STG, LDGSTS) among all of them
+on the common path, but for FEW; `common`/`rare` split the SASS instructions by source line, see RARE; `elements` a
+thread handles in one pass of the kernel's code, and `per_element` = common / elements. Unrolled code counts as often as
+it stands there, a loop that was not unrolled once. Triton's kernels are loops: no `rare`, no `per_element`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import importlib.metadata
 import importlib.util
 import io
 import os
@@ -26,15 +28,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 RESULT = ROOT / "benchmarks" / "results" / "sass.csv"
 ARCHITECTURES = (80, 90)
 COLUMNS = (
-    "kernel", "arch", "nvcc", "registers", "shared_bytes", "spill_bytes", "global_128", "global_all", "common", "rare",
-    "elements", "per_element",
+    "kernel", "arch", "compiler", "registers", "shared_bytes", "spill_bytes", "global_128", "global_all", "common",
+    "rare", "elements", "per_element",
 )  # fmt: skip
 
 # Functions whose instructions run for few rows or few elements only (norms with a sign bit, brackets that miss,
@@ -63,18 +64,32 @@ def nvcc() -> str | None:
     return _toolkit("nvcc")
 
 
-def nvdisasm() -> str | None:
+def _in_triton(name: str) -> str | None:
     triton = importlib.util.find_spec("triton")
-    if _toolkit("nvdisasm") is None and triton is not None and triton.origin is not None:
-        wheel = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        return str(wheel) if wheel.exists() else None
-    return _toolkit("nvdisasm")
+    if triton is None or triton.origin is None:
+        return None
+    wheel = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+    return str(wheel) if wheel.exists() else None
+
+
+def nvdisasm() -> str | None:
+    return _toolkit("nvdisasm") or _in_triton("nvdisasm")
+
+
+def missing() -> str | None:
+    """What this machine lacks to make the table."""
+    found = {"nvcc": nvcc(), "nvdisasm": nvdisasm(), "Triton": _in_triton("ptxas")}
+    return next((name for name, path in found.items() if path is None), None)
 
 
 @functools.cache
 def nvcc_version() -> str:
     text = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r", V([\d.]+)", text)[1]  # type: ignore[index]
+    return "nvcc " + re.search(r", V([\d.]+)", text)[1]  # type: ignore[index]
+
+
+def triton_version() -> str:
+    return f"triton {importlib.metadata.version('triton')}"
 
 
 def _lines_of(functions: dict[str, tuple[str, ...]]) -> dict[str, set[int]]:
@@ -152,32 +167,61 @@ def _instructions(cubin: Path) -> dict[str, list[tuple[str, bool, bool]]]:
     return functions
 
 
-def measure() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _row(
+    name: str, arch: int, compiler: str, resources: tuple[int, int, int], code: list[tuple[str, bool, bool]]
+) -> dict:
+    """One line of the table; `code` as _instructions() gives it."""
+    code = [(re.sub(r"^@!?\w+ ", "", text), rare, few) for text, rare, few in code]
+    code = [line for line in code if not re.match(r"NOP|BRA `\(\.L_x_\d+\)$", line[0])]
+    common = [(text, few) for text, rare, few in code if not rare or name.startswith(GENERAL_PATHS)]
+    bulk = [text for text, few in common if re.match(r"LDG|STG", text) and not few]
+    elements = _elements(name)
+    return {
+        "kernel": name, "arch": arch, "compiler": compiler,
+        "registers": resources[0], "shared_bytes": resources[1], "spill_bytes": resources[2],
+        "global_128": sum(".128" in text for text in bulk), "global_all": len(bulk),
+        "common": len(common), "rare": len(code) - len(common), "elements": elements or "",
+        "per_element": round(len(common) / elements, 1) if elements else "",
+    }  # fmt: skip
+
+
+def _measure_cuda(arch: int, directory: Path) -> list[dict]:
+    rows = []
     for source in sorted(CUDA_SOURCES.glob("*.cu")):
-        for arch in ARCHITECTURES:
-            with tempfile.TemporaryDirectory() as directory:
-                cubin = Path(directory) / "kernels.cubin"
-                resources = _resources(_compile(source, arch, cubin))
-                functions = _instructions(cubin)
-            for mangled, (registers, shared, spills) in resources.items():
-                name = _short(mangled)
-                code = [(re.sub(r"^@!?\w+ ", "", text), rare, few) for text, rare, few in functions[mangled]]
-                code = [line for line in code if not re.match(r"NOP|BRA `\(\.L_x_\d+\)$", line[0])]
-                common = [(text, few) for text, rare, few in code if not rare or name.startswith(GENERAL_PATHS)]
-                bulk = [text for text, few in common if re.match(r"LDG|STG", text) and not few]
-                elements = _elements(name)
-                rows.append({
-                    "kernel": name, "arch": arch, "nvcc": nvcc_version(),
-                    "registers": registers, "shared_bytes": shared, "spill_bytes": spills,
-                    "global_128": sum(".128" in text for text in bulk), "global_all": len(bulk),
-                    "common": len(common), "rare": len(code) - len(common), "elements": elements or "",
-                    "per_element": round(len(common) / elements, 1) if elements else "",
-                })  # fmt: skip
+        cubin = directory / "kernels.cubin"
+        resources = _resources(_compile(source, arch, cubin))
+        functions = _instructions(cubin)
+        rows += [_row(_short(name), arch, nvcc_version(), found, functions[name]) for name, found in resources.items()]
+    return rows
+
+
+def _measure_triton(arch: int, directory: Path) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.triton_ptx", str(directory), str(arch)]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    rows = []
+    for ptx in sorted(directory.glob("*.ptx")):
+        cubin = directory / "kernel.cubin"
+        target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
+        assert target
+        command = [str(_in_triton("ptxas")), "-v", f"-arch={target[1]}", str(ptx), "-o", str(cubin)]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        ((name, resources),) = _resources(log).items()
+        code = [(text, False, False) for text, _, _ in _instructions(cubin)[name]]
+        rows.append(_row(ptx.stem, arch, triton_version(), resources, code))
+    return rows
+
+
+def measure() -> list[dict]:
+    rows: list[dict] = []
+    for arch in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as directory:
+            rows += _measure_cuda(arch, Path(directory))
+            rows += _measure_triton(arch, Path(directory))
     return sorted(rows, key=lambda row: (str(row["kernel"]), row["arch"]))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -189,8 +233,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
     arguments = parser.parse_args()
-    if nvcc() is None or nvdisasm() is None:
-        print("needs nvcc and nvdisasm", file=sys.stderr)
+    if missing():
+        print(f"{missing()} is not installed here", file=sys.stderr)
         return 2
     text = table(measure())
     if arguments.check:

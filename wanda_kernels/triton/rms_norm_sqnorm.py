@@ -12,7 +12,7 @@ from .partials import Partials, Tokens, counted_tokens, on_device_of
 
 CHUNK = 16  # tokens a program: 2,048 tokens make 128 programs, about as many as a card has processors
 WIDEST = 16384  # columns of a row that a program holds in registers
-WIDE_BLOCK = 2048  # columns at a time beyond
+WIDE_BLOCK = 1024  # columns at a time beyond
 
 
 @triton.jit

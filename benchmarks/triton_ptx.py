@@ -1,0 +1,66 @@
+"""Compiles the Triton kernels for a GPU that need not be here: one PTX file each, for benchmarks/sass.py.
+
+    python -m benchmarks.triton_ptx DIRECTORY ARCHITECTURE
+
+A process of its own: the kernels of one that runs Triton's interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MODULES = ("rms_norm_sqnorm", "act_mul_sqnorm", "sqnorm", "partials")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """(name, kernel, pointers' types, constants, warps) of what runs for LLaMA's shapes: aligned, without a mask."""
+    modules = {name: importlib.import_module(f"wanda_kernels.triton.{name}") for name in MODULES}
+    rms, act, alone, partials = (modules[name] for name in MODULES)
+    for dtype, name in DTYPES.items():
+        for cols in (4096, 8192, 16384):
+            shape = rms.block_shape(cols)
+            warps = shape.pop("num_warps")
+            constants = {"UNIT_OFFSET": False, "MASKED": False, "CHUNK": rms.CHUNK, **shape}
+            pointers = {"x": f"*{dtype}", "weight": f"*{dtype}", "y": f"*{dtype}"}
+            yield f"rms_norm_sqnorm_kernel<{name}, {cols}>", rms.rms_norm_sqnorm_kernel, pointers, constants, warps
+        constants = {"UNIT_OFFSET": False, "MASKED": False, "CHUNK": rms.CHUNK, "BLOCK": rms.WIDE_BLOCK}
+        yield f"rms_norm_sqnorm_wide_kernel<{name}>", rms.rms_norm_sqnorm_wide_kernel, pointers, constants, 16
+        for activation in ("silu", "gelu_tanh"):
+            pointers = {"gate": f"*{dtype}", "up": f"*{dtype}", "y": f"*{dtype}"}
+            constants = {"MASKED": False, "CHUNK": act.CHUNK, "ROWS": act.ROWS, "BLOCK": act.BLOCK}
+            constants["ACTIVATION"] = activation
+            yield f"act_mul_sqnorm_kernel<{name}, {activation}>", act.act_mul_sqnorm_kernel, pointers, constants, 4
+        constants = {"MASKED": False, "CHUNK": alone.CHUNK, "ROWS": alone.ROWS, "BLOCK": alone.BLOCK}
+        yield f"sqnorm_kernel<{name}>", alone.sqnorm_kernel, {"x": f"*{dtype}"}, constants, 4
+    constants = {"SHARED": False, "ROWS": partials.TOTAL_ROWS, "BLOCK": partials.TOTAL_BLOCK}
+    yield "total_kernel", partials.total_kernel, {}, constants, 4
+
+
+def compile_ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, arch: int) -> str:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"partial": "*fp32", "sqnorm": "*fp32", "token_mask": "*fp32", "eps": "fp32", **pointers}
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    # What a launch finds of aligned tensors: pointers, columns and strides that 16 divides.
+    aligned = [n for n in names if signature[n].startswith("*") or n == "cols" or n.endswith("stride")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}).asm["ptx"]
+
+
+def main() -> None:
+    directory, arch = Path(sys.argv[1]), int(sys.argv[2])
+    for name, kernel, pointers, constants, warps in variants():
+        (directory / f"{name}.ptx").write_text(compile_ptx(kernel, pointers, constants, warps, arch))
+
+
+if __name__ == "__main__":
+    main()
