@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import RESULTS, ROOT
+from benchmarks.end_to_end import OURS
 
 README = ROOT / "README.md"
 
@@ -45,15 +46,15 @@ def end_to_end(result: dict[str, Any]) -> str:
     rows = []
     for target in result["results"]:
         official = target["seconds"]["official"]
-        for name in ("pruned", "dense"):
+        for name in OURS:
             ours = target["seconds"][name]
             share = (ours["statistics"] + ours["selection"]) / ours["total"]
-            differ = f"{target['mask bits that differ']}" if name == "pruned" else "other statistics"
+            differ = f"{target['mask bits that differ']}" if name != "--propagate dense" else "other statistics"
             cells = [f"{ours['total']:.1f}", f"{ours['forward']:.1f}", f"{share:.1%}"]
             cells += [f"{official['total']:.1f}", f"{official['forward']:.1f}"]
             rows.append(
                 [
-                    f"{target['target']}, `--propagate {name}`",
+                    f"{target['target']}, `{name}`",
                     *cells,
                     f"{official['total'] / ours['total']:.2f} x",
                     differ,
