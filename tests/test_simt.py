@@ -6,7 +6,6 @@ everything else about it is drawn from a seed as well: which kernel, block shape
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import random
 import re
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from simt import operators as simt
-from simt.machine import ORDERS, Machine, SimtError, build, compiler
+from simt.machine import ORDERS, Machine, SimtError, compiler, load
 from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
 from torch import Tensor
 
@@ -28,14 +27,9 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile th
 CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("simt"))
-
-
 @pytest.fixture
-def machine(library: ctypes.CDLL) -> Machine:
-    return Machine(library)
+def machine() -> Machine:
+    return Machine(load())
 
 
 def draw_matrix(draw: random.Random, rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -253,8 +247,11 @@ def test_every_barrier_mask_and_wait_is_needed(machine: Machine) -> None:
 
 def test_a_broken_kernel_is_reported(machine: Machine) -> None:
     draw_rows(machine, 3)
-    barrier = next(i for i, site in enumerate(machine.sites()) if site.kind == "barrier")
-    mask = next(i for i, site in enumerate(machine.sites()) if site.kind == "mask")
+
+    def site_of(kind: str) -> int:  # one that a plain row passes
+        return next(i for i, site in enumerate(machine.sites()) if (site.kind, site.file) == (kind, "rows.cuh"))
+
+    barrier, mask = site_of("barrier"), site_of("mask")
     weight, norm = torch.randn(2, 512), torch.rand(512)
     machine.disabled = barrier
     with pytest.raises(SimtError, match=r"race|unwritten"):

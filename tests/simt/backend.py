@@ -6,22 +6,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import operators
-from .machine import ORDERS, Machine, build
+from .machine import ORDERS, Machine, load
 
 _orders = itertools.cycle(ORDERS)
 
 
 @functools.cache
 def _machine() -> Machine:
-    with tempfile.TemporaryDirectory() as directory:
-        return Machine(build(Path(directory)))
+    return Machine(load())
 
 
 def _next_machine() -> Machine:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,14 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(directory: Path) -> ctypes.CDLL:
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The compiled kernels, once a process: two copies would share their C++ statics."""
+    with tempfile.TemporaryDirectory() as directory:
+        return _build(Path(directory))
+
+
+def _build(directory: Path) -> ctypes.CDLL:
     objects = []
     for source, flags in (("simt.cpp", ["-O2"]), ("kernels.cpp", INSTRUMENTED)):
         target = directory / (source + ".o")
