@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -52,8 +53,17 @@ def names() -> list[str]:
 def statistics_names() -> list[str]:
     """As names(), for the operators that add up statistics on the way: Triton on the CPU by its interpreter, where no
     GPU is (conftest.py switches it on)."""
-    has_triton = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-    return [*(name for name in names() if name != "cuda-simt"), *(["triton-interpreter"] if has_triton else [])]
+    interpreter = ["triton-interpreter"] if has_interpreter() and not torch.cuda.is_available() else []
+    return [*(name for name in names() if name != "cuda-simt"), *interpreter]
+
+
+def has_interpreter() -> bool:
+    """Whether Triton is installed, and its interpreter runs with this NumPy: before 3.8 it makes an integer of an array
+    of one element, which NumPy 2.5 refuses."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    versions = [tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy")]
+    return versions[0] >= (3, 8) or versions[1] < (2, 5)
 
 
 @functools.cache
