@@ -30,6 +30,7 @@ std::map<std::string, bool> cpu_features() {
   WANDA_FEATURE("avx512cd");
   WANDA_FEATURE("avx512dq");
   WANDA_FEATURE("avx512vl");
+  WANDA_FEATURE("avx512vbmi");
   WANDA_FEATURE("avx512vbmi2");
   WANDA_FEATURE("avx512bf16");
 #undef WANDA_FEATURE

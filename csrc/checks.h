@@ -89,6 +89,62 @@ inline void check_packed(const char* op, const at::Tensor& values, const at::Ten
       metadata.sizes());
 }
 
+// Formats of cpu/packed.h. What is in the tensors (counts, order) is checked once, when they are loaded.
+inline void check_packed_values(const char* op, const at::Tensor& values, const at::Tensor& codes,
+                                const char* name) {
+  dtype_of(op, "values", values);
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, "wanda::", op, ": ", name, " must be uint8, got ",
+                   codes.scalar_type());
+  TORCH_CHECK_VALUE(codes.device() == values.device(), "wanda::", op, ": ", name, " is on ", codes.device(),
+                    ", values are on ", values.device());
+  TORCH_CHECK_VALUE(codes.dim() == 2 && codes.size(1) % 8 == 0 && codes.numel() > 0 && codes.is_contiguous(),
+                    "wanda::", op, ": ", name,
+                    " must be contiguous [C_out, C_in / 8] with C_in a multiple of 64, got ", codes.sizes());
+  TORCH_CHECK_VALUE(values.is_contiguous(), "wanda::", op, ": values must be contiguous");
+}
+
+inline void check_bitmap(const char* op, const at::Tensor& values, const at::Tensor& bitmap,
+                         const at::Tensor& starts) {
+  check_packed_values(op, values, bitmap, "bitmap");
+  TORCH_CHECK_TYPE(starts.scalar_type() == at::kInt, "wanda::", op, ": starts must be int32, got ",
+                   starts.scalar_type());
+  TORCH_CHECK_VALUE(starts.device() == values.device(), "wanda::", op, ": starts is on ", starts.device(),
+                    ", values are on ", values.device());
+  TORCH_CHECK_VALUE(starts.dim() == 1 && starts.size(0) == bitmap.size(0) + 1 && starts.is_contiguous(),
+                    "wanda::", op, ": starts must be contiguous [", bitmap.size(0) + 1, "], got ",
+                    starts.sizes());
+  TORCH_CHECK_VALUE(values.dim() == 1 && values.size(0) >= 32, "wanda::", op,
+                    ": values must be [kept + 32], got ", values.sizes());
+}
+
+inline void check_sparse24(const char* op, const at::Tensor& values, const at::Tensor& indices) {
+  check_packed_values(op, values, indices, "indices");
+  TORCH_CHECK_VALUE(
+      values.dim() == 2 && values.size(0) == indices.size(0) && values.size(1) == indices.size(1) * 4,
+      "wanda::", op, ": values must be [", indices.size(0), ", ", indices.size(1) * 4, "], got ",
+      values.sizes());
+}
+
+inline void check_packed_input(const char* op, const at::Tensor& x, const at::Tensor& values, int64_t cols) {
+  TORCH_CHECK_TYPE(x.scalar_type() == values.scalar_type(), "wanda::", op, ": x must be ",
+                   values.scalar_type(), ", as values are, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == values.device(), "wanda::", op, ": x is on ", x.device(),
+                    ", values are on ", values.device());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == cols, "wanda::", op, ": x must be [.., ", cols, "], got ",
+                    x.sizes());
+}
+
+inline void check_packed_bias(const char* op, const std::optional<at::Tensor>& bias, const at::Tensor& values,
+                              int64_t rows) {
+  if (!bias.has_value()) return;
+  TORCH_CHECK_TYPE(bias->scalar_type() == values.scalar_type(), "wanda::", op, ": bias must be ",
+                   values.scalar_type(), ", as values are, got ", bias->scalar_type());
+  TORCH_CHECK_VALUE(bias->device() == values.device(), "wanda::", op, ": bias is on ", bias->device(),
+                    ", values are on ", values.device());
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, "wanda::", op, ": bias must be [", rows,
+                    "], got ", bias->sizes());
+}
+
 struct SqnormShape {
   int64_t sequences, tokens, cols;
 };

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wanda_kernels import _backend, ops, reference
+from wanda_kernels.packed import pack_bitmap, pack_sparse24
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 NORM = torch.rand(64, generator=torch.Generator().manual_seed(1))
@@ -15,6 +16,8 @@ HALF = WEIGHT.to(torch.bfloat16)
 def packed():
     return ops.prune_pack_24(HALF, NORM)
 
+
+SPARSE = WEIGHT.masked_fill(reference.nm_mask(WEIGHT, NORM, 2, 4), 0)
 
 CALLS = {
     "prune_rows_": lambda: (WEIGHT.clone(), NORM, 0.5, torch.zeros(32, 2)),
@@ -27,6 +30,10 @@ CALLS = {
     "add_sqnorm_": lambda: (torch.zeros(4, 64), WEIGHT, torch.ones(32, dtype=torch.bool)),
     "rms_norm_sqnorm": lambda: (WEIGHT, NORM, 1e-6, torch.zeros(4, 64), torch.ones(32, dtype=torch.bool), True),
     "silu_mul_sqnorm": lambda: (WEIGHT, WEIGHT.flip(0), torch.zeros(64), None),
+    "bitmap_linear": lambda: (WEIGHT[:3], *pack_bitmap(SPARSE), NORM[:32]),
+    "sparse24_linear": lambda: (WEIGHT[:3], *pack_sparse24(SPARSE), None),
+    "unpack_bitmap": lambda: pack_bitmap(SPARSE),
+    "unpack_sparse24": lambda: pack_sparse24(SPARSE),
     "gelu_tanh_mul_sqnorm": lambda: (HALF, HALF.flip(0), torch.zeros(4, 64), None),
 }
 
@@ -97,6 +104,16 @@ BAD = [
     ("silu_mul_sqnorm", (WEIGHT, WEIGHT[:31], NORM.clone()), ValueError, r"up must be \[32, 64\], .* got \[31, 64\]"),
     ("silu_mul_sqnorm", (WEIGHT, HALF, NORM.clone()), TypeError, "up must be .*, as gate is, got .*[Bb][Ff]loat16"),
     ("gelu_tanh_mul_sqnorm", (WEIGHT, WEIGHT.double(), NORM.clone()), TypeError, "up must be .*, as gate is"),
+    ("bitmap_linear", (WEIGHT[:, :63], *pack_bitmap(SPARSE)), ValueError, r"x must be \[\.\., 64\], got \[32, 63\]"),
+    (
+        "bitmap_linear",
+        (HALF, *pack_bitmap(SPARSE)),
+        TypeError,
+        "x must be [Ff]loat.*, as values are|x must be torch.fl",
+    ),
+    ("bitmap_linear", (WEIGHT, *pack_bitmap(SPARSE), NORM), ValueError, r"bias must be \[32\], got \[64\]"),
+    ("sparse24_linear", (WEIGHT, SPARSE, torch.zeros(32, 8)), TypeError, "indices must be uint8, got"),
+    ("unpack_sparse24", (SPARSE, pack_sparse24(SPARSE)[1]), ValueError, r"values must be \[32, 32\], got \[32, 64\]"),
     (
         "add_sqnorm_",
         (NORM.clone(), WEIGHT, torch.ones(31, dtype=torch.bool)),

@@ -1,14 +1,16 @@
 """Wanda pruning of language models with compiled kernels.
 
-``prune(model, input_ids)`` prunes a transformers model in place; ``wanda_kernels.ops`` holds the operators;
-``wanda-kernels --help`` is the command line.
+``prune(model, input_ids)`` prunes a transformers model in place, ``compress(model)`` packs it; ``wanda_kernels.ops``
+holds the operators; ``wanda-kernels --help`` is the command line. Once this package is imported, transformers loads
+packed models.
 """
 
 from importlib.metadata import version
 
 from . import ops
+from .packed import compress, decompress
 from .pruning import LayerReport, PruningReport, prune
 from .text import perplexity
 
 __version__ = version("wanda_kernels")
-__all__ = ["LayerReport", "PruningReport", "__version__", "ops", "perplexity", "prune"]
+__all__ = ["LayerReport", "PruningReport", "__version__", "compress", "decompress", "ops", "perplexity", "prune"]

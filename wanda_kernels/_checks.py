@@ -141,3 +141,52 @@ def check_act_mul_sqnorm(op: str, gate: Tensor, up: Tensor, sqnorm: Tensor, toke
     _same_device(op, "up", up, "gate", gate)
     if up.shape != gate.shape:
         raise ValueError(f"wanda::{op}: up must be {list(gate.shape)}, as gate is, got {list(up.shape)}")
+
+
+def _check_packed_values(op: str, values: Tensor, codes: Tensor, name: str) -> None:
+    if values.dtype not in FLOATS:
+        raise TypeError(f"wanda::{op}: values must be float32, bfloat16 or float16, got {values.dtype}")
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"wanda::{op}: {name} must be uint8, got {codes.dtype}")
+    _same_device(op, name, codes, "values", values)
+    if codes.dim() != 2 or codes.shape[1] % 8 or codes.numel() == 0 or not codes.is_contiguous():
+        raise ValueError(
+            f"wanda::{op}: {name} must be contiguous [C_out, C_in / 8] with C_in a multiple of 64, got "
+            f"{list(codes.shape)}"
+        )
+    if not values.is_contiguous():
+        raise ValueError(f"wanda::{op}: values must be contiguous")
+
+
+def check_bitmap(op: str, values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
+    _check_packed_values(op, values, bitmap, "bitmap")
+    if starts.dtype != torch.int32:
+        raise TypeError(f"wanda::{op}: starts must be int32, got {starts.dtype}")
+    _same_device(op, "starts", starts, "values", values)
+    if tuple(starts.shape) != (bitmap.shape[0] + 1,) or not starts.is_contiguous():
+        raise ValueError(f"wanda::{op}: starts must be contiguous [{bitmap.shape[0] + 1}], got {list(starts.shape)}")
+    if values.dim() != 1 or values.shape[0] < 32:
+        raise ValueError(f"wanda::{op}: values must be [kept + 32], got {list(values.shape)}")
+
+
+def check_sparse24(op: str, values: Tensor, indices: Tensor) -> None:
+    _check_packed_values(op, values, indices, "indices")
+    if tuple(values.shape) != (indices.shape[0], indices.shape[1] * 4):
+        raise ValueError(
+            f"wanda::{op}: values must be [{indices.shape[0]}, {indices.shape[1] * 4}], got {list(values.shape)}"
+        )
+
+
+def check_packed_linear(op: str, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
+    rows, cols = codes.shape[0], codes.shape[1] * 8
+    if x.dtype != values.dtype:
+        raise TypeError(f"wanda::{op}: x must be {values.dtype}, as values are, got {x.dtype}")
+    _same_device(op, "x", x, "values", values)
+    if x.dim() == 0 or x.shape[-1] != cols:
+        raise ValueError(f"wanda::{op}: x must be [.., {cols}], got {list(x.shape)}")
+    if bias is not None:
+        if bias.dtype != values.dtype:
+            raise TypeError(f"wanda::{op}: bias must be {values.dtype}, as values are, got {bias.dtype}")
+        _same_device(op, "bias", bias, "values", values)
+        if tuple(bias.shape) != (rows,):
+            raise ValueError(f"wanda::{op}: bias must be [{rows}], got {list(bias.shape)}")

@@ -60,6 +60,16 @@ Isa best_isa() {
 #endif
 }
 
+bool has_packed_avx512() {
+#if defined(__x86_64__)
+  static const bool has = best_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512vbmi") &&
+                          __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 Isa active_isa() { return chosen(); }
 
 void set_isa(const char* name) { chosen() = parse(name); }

@@ -11,6 +11,9 @@ const char* name_of(Isa isa);
 // The best set that this processor and this build have.
 Isa best_isa();
 
+// Whether this processor has what packed_avx512.cpp needs beside kAvx512: VBMI, VBMI2 and BF16.
+bool has_packed_avx512();
+
 // The set in use: best_isa() unless WANDA_KERNELS_ISA or set_isa chose another.
 // Throws std::invalid_argument for an unknown name or one that this processor lacks.
 Isa active_isa();

@@ -7,8 +7,8 @@ import traceback
 
 import typer
 
+from . import compress, info, interrupt, prune
 from . import eval as evaluate
-from . import info, interrupt, prune
 from .options import debug_wanted
 
 INTERRUPTED = 130
@@ -22,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("prune")(prune.prune_command)
+app.command("compress")(compress.compress_command)
+app.command("decompress")(compress.decompress_command)
 app.command("eval")(evaluate.eval_command)
 app.command("info")(info.info_command)
 

@@ -62,12 +62,16 @@ def prune_command(
             help="Let RMSNorm and MLP add up the statistics of what they make, or a pass of its own.",
         ),
     ] = True,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Pack the pruned weights (see `wanda-kernels compress`).")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
     debug: Debug = False,
 ) -> None:
     """Prune MODEL and save it as a Hugging Face folder."""
     from ..models import load_model, load_tokenizer, save_pretrained
     from ..models.save import check_output, check_space
+    from ..packed import compress as pack
     from ..pruning import prune
     from ..pruning.selection import Target
     from ..pruning.stopwatch import Stopwatch
@@ -104,6 +108,7 @@ def prune_command(
             fuse_statistics=fuse,
             progress=PruningDisplay(shown),
         )
+    packing = pack(loaded) if compress else None
     # Without the seconds, so that the same command gives the same bytes.
     extra = {"pruning_report.json": json.dumps(report.to_dict(seconds=False), indent=2)}
     with outer.measure("saving"), working(f"saving to {out}"):
@@ -111,4 +116,6 @@ def prune_command(
     report.seconds = {"load": outer.seconds()["load"], **report.seconds, "saving": outer.seconds()["saving"]}
     screen = Console()
     screen.print(report)
+    if packing is not None:
+        screen.print(f"packed {packing}", highlight=False, soft_wrap=True, markup=False)
     screen.print(f"saved to {out}", highlight=False, soft_wrap=True)

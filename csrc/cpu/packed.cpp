@@ -1,0 +1,168 @@
+// Launchers of packed sparse weights on CPU tensors: checks, the layout of x, threads, registration.
+#include "packed.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "../checks.h"
+#include "convert.h"
+#include "dispatch.h"
+
+namespace wanda::cpu {
+
+const PackedKernels& packed_kernels() {
+  static const PackedKernels scalar = packed_scalar(), avx2 = packed_avx2(), avx512 = packed_avx512();
+  if (active_isa() == Isa::kAvx512 && has_packed_avx512()) return avx512;
+  return active_isa() >= Isa::kAvx2 ? avx2 : scalar;
+}
+
+namespace {
+
+PackedWeight bitmap_weight(const char* op, const at::Tensor& values, const at::Tensor& bitmap,
+                           const at::Tensor& starts) {
+  check_bitmap(op, values, bitmap, starts);
+  return {PackedFormat::kBitmap,
+          dtype_of(op, "values", values),
+          values.const_data_ptr(),
+          bitmap.const_data_ptr<uint8_t>(),
+          starts.const_data_ptr<int32_t>(),
+          bitmap.size(0),
+          bitmap.size(1) * 8};
+}
+
+PackedWeight sparse24_weight(const char* op, const at::Tensor& values, const at::Tensor& indices) {
+  check_sparse24(op, values, indices);
+  return {PackedFormat::kSparse24,
+          dtype_of(op, "values", values),
+          values.const_data_ptr(),
+          indices.const_data_ptr<uint8_t>(),
+          nullptr,
+          indices.size(0),
+          indices.size(1) * 8};
+}
+
+at::Tensor unpack(const PackedWeight& weight, const at::Tensor& values) {
+  at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options());
+  void* out = dense.data_ptr();
+  at::parallel_for(0, weight.rows, grain_rows(weight.cols),
+                   [&](int64_t begin, int64_t end) { packed_kernels().unpack(weight, out, begin, end); });
+  return dense;
+}
+
+// x [tokens, cols] in the layout that the kernel wants, tokens filled up with zeros to `batch`.
+template <Dtype dtype, class Out>
+void lay_out(const typename Stored<dtype>::Type* x, int64_t tokens, int64_t cols, int64_t batch,
+             PackedLayout layout, Out* out) {
+  const auto convert = [](typename Stored<dtype>::Type value) {
+    if constexpr (sizeof(Out) == sizeof(float)) {
+      return Stored<dtype>::load(value);
+    } else {
+      return value;
+    }
+  };
+  for (int64_t b = 0; b < tokens; ++b) {
+    for (int64_t j = 0; j < cols; j += layout.unit) {
+      const auto* from = x + b * cols + j;
+      Out* to = out + j * batch + b * layout.unit;
+      for (int64_t i = 0; i < layout.unit; ++i) to[i] = convert(from[i]);
+    }
+  }
+}
+
+std::vector<float> laid_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Dtype dtype) {
+  const int64_t tokens = x.size(0), cols = x.size(1);
+  std::vector<float> buffer(static_cast<size_t>(batch * cols), 0.0f);
+  if (dtype == Dtype::kFloat32) {
+    lay_out<Dtype::kFloat32>(x.const_data_ptr<float>(), tokens, cols, batch, layout, buffer.data());
+    return buffer;
+  }
+  const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
+  if (!layout.as_float) {
+    lay_out<Dtype::kBFloat16>(from, tokens, cols, batch, layout, reinterpret_cast<uint16_t*>(buffer.data()));
+  } else if (dtype == Dtype::kBFloat16) {
+    lay_out<Dtype::kBFloat16>(from, tokens, cols, batch, layout, buffer.data());
+  } else {
+    lay_out<Dtype::kFloat16>(from, tokens, cols, batch, layout, buffer.data());
+  }
+  return buffer;
+}
+
+template <Dtype dtype>
+void add_bias(const float* sums, const void* bias, int64_t tokens, int64_t rows, int64_t batch, void* y) {
+  using T = typename Stored<dtype>::Type;
+  const T* added = static_cast<const T*>(bias);
+  for (int64_t b = 0; b < tokens; ++b) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const float sum = sums[row * batch + b] + (added != nullptr ? Stored<dtype>::load(added[row]) : 0.0f);
+      static_cast<T*>(y)[b * rows + row] = Stored<dtype>::round(sum);
+    }
+  }
+}
+
+// x [tokens, cols], tokens <= kPackedBatch.
+at::Tensor product(const PackedWeight& weight, const at::Tensor& x, const std::optional<at::Tensor>& bias) {
+  const int64_t tokens = x.size(0);
+  at::Tensor y = at::empty({tokens, weight.rows}, x.options());
+  int64_t batch = 1;
+  while (batch < tokens) batch *= 2;
+  const PackedKernels& kernels = packed_kernels();
+  const std::vector<float> columns =
+      laid_out(x, batch, kernels.layout(weight.format, weight.dtype), weight.dtype);
+  std::vector<float> sums(static_cast<size_t>(weight.rows * batch));
+  at::parallel_for(0, weight.rows, grain_rows(weight.cols), [&](int64_t begin, int64_t end) {
+    kernels.product(weight, columns.data(), batch, sums.data(), begin, end);
+  });
+  const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
+  const void* to_add = added.defined() ? added.const_data_ptr() : nullptr;
+  if (weight.dtype == Dtype::kFloat32) {
+    add_bias<Dtype::kFloat32>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
+  } else if (weight.dtype == Dtype::kBFloat16) {
+    add_bias<Dtype::kBFloat16>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
+  } else {
+    add_bias<Dtype::kFloat16>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
+  }
+  return y;
+}
+
+at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& values, const at::Tensor& x,
+                  const std::optional<at::Tensor>& bias) {
+  check_packed_input(op, x, values, weight.cols);
+  check_packed_bias(op, bias, values, weight.rows);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.rows;
+  const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
+  if (tokens.size(0) == 0) return at::empty(shape, x.options());
+  if (tokens.size(0) > kPackedBatch) return at::linear(x, unpack(weight, values), bias);
+  return product(weight, tokens, bias).view(shape);
+}
+
+at::Tensor bitmap_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& bitmap,
+                         const at::Tensor& starts, const std::optional<at::Tensor>& bias) {
+  return linear("bitmap_linear", bitmap_weight("bitmap_linear", values, bitmap, starts), values, x, bias);
+}
+
+at::Tensor sparse24_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& indices,
+                           const std::optional<at::Tensor>& bias) {
+  return linear("sparse24_linear", sparse24_weight("sparse24_linear", values, indices), values, x, bias);
+}
+
+at::Tensor unpack_bitmap(const at::Tensor& values, const at::Tensor& bitmap, const at::Tensor& starts) {
+  return unpack(bitmap_weight("unpack_bitmap", values, bitmap, starts), values);
+}
+
+at::Tensor unpack_sparse24(const at::Tensor& values, const at::Tensor& indices) {
+  return unpack(sparse24_weight("unpack_sparse24", values, indices), values);
+}
+
+}  // namespace
+}  // namespace wanda::cpu
+
+TORCH_LIBRARY_IMPL(wanda, CPU, m) {
+  m.impl("bitmap_linear", &wanda::cpu::bitmap_linear);
+  m.impl("sparse24_linear", &wanda::cpu::sparse24_linear);
+  m.impl("unpack_bitmap", &wanda::cpu::unpack_bitmap);
+  m.impl("unpack_sparse24", &wanda::cpu::unpack_sparse24);
+}

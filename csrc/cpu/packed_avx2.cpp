@@ -1,0 +1,128 @@
+// Packed sparse weights with AVX2. Eight columns at a time: their values are spread to their places by a byte
+// shuffle (16-bit types) or a permutation (float32) from a table by the mask, and multiplied with eight
+// columns of each x.
+#include "packed.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+#include "target_avx2_begin.h"
+
+#include "packed_impl.h"
+
+namespace wanda::cpu {
+namespace {
+
+// Entry i: for each of eight columns the place of its value among those that mask i keeps; 0x80: not kept.
+struct alignas(64) SpreadTable {
+  uint8_t bytes[256][16];   // byte shuffle of 16-bit values
+  uint8_t indices[256][8];  // permutation of 32-bit values; 8 where not kept
+  constexpr SpreadTable() : bytes(), indices() {
+    for (uint32_t mask = 0; mask < 256; ++mask) {
+      uint8_t place = 0;
+      for (uint32_t i = 0; i < 8; ++i) {
+        const bool kept = (mask >> i & 1) != 0;
+        bytes[mask][2 * i] = kept ? static_cast<uint8_t>(2 * place) : 0x80;
+        bytes[mask][2 * i + 1] = kept ? static_cast<uint8_t>(2 * place + 1) : 0x80;
+        indices[mask][i] = kept ? place++ : 8;
+      }
+    }
+  }
+};
+constexpr SpreadTable kSpread;
+
+// Eight columns in their places. 2:4 has four values for them, and nothing may be read past its last one.
+template <PackedFormat format>
+inline __m128i spread_16(const uint16_t* values, uint32_t mask) {
+  const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(kSpread.bytes[mask]));
+  const auto* from = reinterpret_cast<const __m128i*>(values);
+  return _mm_shuffle_epi8(format == PackedFormat::kBitmap ? _mm_loadu_si128(from) : _mm_loadl_epi64(from),
+                          order);
+}
+
+template <PackedFormat format>
+inline __m256 spread_32(const float* values, uint32_t mask) {
+  const __m256i order =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.indices[mask])));
+  const __m256 loaded = format == PackedFormat::kBitmap ? _mm256_loadu_ps(values)
+                                                        : _mm256_castps128_ps256(_mm_loadu_ps(values));
+  const __m256 placed = _mm256_permutevar8x32_ps(loaded, order);
+  return _mm256_and_ps(placed, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), order)));
+}
+
+template <PackedFormat format, Dtype dtype>
+inline __m256 eight_columns(const typename Stored<dtype>::Type* values, uint32_t mask) {
+  if constexpr (dtype == Dtype::kFloat32) {
+    return spread_32<format>(values, mask);
+  } else if constexpr (dtype == Dtype::kBFloat16) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(spread_16<format>(values, mask)), 16));
+  } else {
+    return _mm256_cvtph_ps(spread_16<format>(values, mask));
+  }
+}
+
+inline float sum_of(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+PackedLayout layout(PackedFormat, Dtype) { return {8, true}; }
+
+template <PackedFormat format, Dtype dtype, int batch>
+void product_rows(const PackedWeight& w, const float* x, float* sums, int64_t begin, int64_t end) {
+  const auto* values = static_cast<const typename Stored<dtype>::Type*>(w.values);
+  for (int64_t row = begin; row < end; ++row) {
+    const auto* next = values + packed_start(w, row);
+    const uint8_t* codes = w.codes + row * (w.cols / 8);
+    __m256 sum[batch];
+    for (int b = 0; b < batch; ++b) sum[b] = _mm256_setzero_ps();
+    for (int64_t byte = 0; byte < w.cols / 8; ++byte) {
+      const uint32_t mask = packed_mask(format, codes[byte]);
+      const __m256 weight = eight_columns<format, dtype>(next, mask);
+      next += __builtin_popcount(mask);
+      const float* columns = x + byte * batch * 8;
+      for (int b = 0; b < batch; ++b)
+        sum[b] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(columns + 8 * b), sum[b]);
+    }
+    for (int b = 0; b < batch; ++b) sums[row * batch + b] = sum_of(sum[b]);
+  }
+}
+
+void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin, int64_t end) {
+  packed_by_dtype(w.dtype, [&](auto constant) {
+    constexpr Dtype dtype = decltype(constant)::value;
+    packed_by_batch(batch, [&](auto size) {
+      constexpr int kBatch = decltype(size)::value;
+      const auto* columns = static_cast<const float*>(x);
+      if (w.format == PackedFormat::kBitmap) {
+        product_rows<PackedFormat::kBitmap, dtype, kBatch>(w, columns, sums, begin, end);
+      } else {
+        product_rows<PackedFormat::kSparse24, dtype, kBatch>(w, columns, sums, begin, end);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+PackedKernels packed_avx2() { return {&layout, &product, packed_scalar().unpack}; }
+
+}  // namespace wanda::cpu
+
+#include "target_end.h"
+
+#else
+
+namespace wanda::cpu {
+
+PackedKernels packed_avx2() { return packed_scalar(); }
+
+}  // namespace wanda::cpu
+
+#endif

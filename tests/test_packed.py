@@ -1,0 +1,182 @@
+"""Packed formats and their products: lossless, the same on every backend to rounding, and refused where damaged."""
+
+from __future__ import annotations
+
+import backends
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
+
+from wanda_kernels import ops, reference
+from wanda_kernels.packed import pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
+from wanda_kernels.packed.format import PADDING, choose_format, is_24, packed_bytes
+
+BACKENDS = [name for name in backends.names() if name.startswith("cpu")]
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@st.composite
+def sparse_weights(draw, is_24=None):
+    import numpy as np
+
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows, cols = draw(st.integers(1, 7)), 64 * draw(st.integers(1, 6))
+    dtype = draw(st.sampled_from(DTYPES))
+    with np.errstate(over="ignore", invalid="ignore"):
+        weight = weight_of(draw(st.sampled_from(KINDS)), rows, cols, generator).astype(np.float32)
+    weight = torch.from_numpy(weight).to(dtype)
+    if draw(st.booleans()) if is_24 is None else is_24:
+        norm = torch.from_numpy(norm_of(draw(st.sampled_from(NORMS)), cols, generator))
+        return weight.masked_fill(reference.nm_mask(weight, norm, 2, 4), 0)
+    share = draw(st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]))
+    return weight.masked_fill(torch.from_numpy(generator.random((rows, cols)) < share), 0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@settings(max_examples=150)
+@given(weight=sparse_weights())
+def test_bitmaps_are_lossless(backend, weight):
+    packed = pack_bitmap(weight)
+    validate_bitmap(*packed)
+    assert same_bits(backends.implementation(backend, "unpack_bitmap")(*packed), weight)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@settings(max_examples=150)
+@given(weight=sparse_weights(is_24=True))
+def test_24_is_lossless(backend, weight):
+    packed = pack_sparse24(weight)
+    validate_sparse24(*packed)
+    assert same_bits(backends.implementation(backend, "unpack_sparse24")(*packed), weight)
+
+
+def test_minus_zero_and_nan_payloads_are_kept():
+    bits = torch.tensor([-0x8000, 0x7FA5, -1, 0x7F80] + [0] * 60, dtype=torch.int16)  # -0.0, two NaN, inf
+    weight = bits.view(torch.bfloat16)[None].repeat(2, 1)
+    assert same_bits(ops.unpack_bitmap(*pack_bitmap(weight)), weight)
+    weight[:, 2:4] = 0
+    assert same_bits(ops.unpack_sparse24(*pack_sparse24(weight)), weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=120)
+@given(data=st.data())
+def test_products_against_float64(backend, data):
+    """As near to float64 as the dense product of that dtype: an output is a float32 sum, rounded once."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    rows, cols = data.draw(st.sampled_from([1, 3, 63, 64, 65, 130])), 64 * data.draw(st.sampled_from([1, 2, 3, 7, 40]))
+    tokens = data.draw(st.sampled_from([1, 2, 3, 4, 7, 8, 15, 16, 17]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    weight = torch.randn(rows, cols, generator=generator).to(dtype)
+    x = torch.randn(tokens, cols, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype) if data.draw(st.booleans()) else None
+    if data.draw(st.booleans()):
+        weight.masked_fill_(reference.nm_mask(weight, torch.ones(cols), 2, 4), 0)
+        got = backends.implementation(backend, "sparse24_linear")(x, *pack_sparse24(weight), bias)
+    else:
+        weight.masked_fill_(torch.rand(rows, cols, generator=generator) < 0.5, 0)
+        got = backends.implementation(backend, "bitmap_linear")(x, *pack_bitmap(weight), bias)
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    size = x.double().abs() @ weight.double().abs().T + 1
+    unit = torch.finfo(dtype).eps / 2
+    assert got.dtype == dtype
+    assert ((got.double() - exact).abs() <= 2e-6 * size + unit * exact.abs() * 1.01).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_for_any_number_of_threads(backend):
+    torch.manual_seed(0)
+    weight = torch.randn(700, 192).to(torch.bfloat16)
+    weight[torch.rand(700, 192) < 0.5] = 0
+    packed, x = pack_bitmap(weight), torch.randn(3, 192).to(torch.bfloat16)
+    expected = backends.implementation(backend, "bitmap_linear")(x, *packed)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(backends.implementation(backend, "bitmap_linear")(x, *packed), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_shapes_of_x():
+    weight = torch.randn(10, 64)
+    packed = pack_bitmap(weight)
+    for shape in ((64,), (2, 64), (2, 3, 64), (0, 64), (2, 0, 64), (40, 64)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(ops.bitmap_linear(x, *packed), torch.nn.functional.linear(x, weight))
+    transposed = torch.randn(64, 5).t()
+    torch.testing.assert_close(ops.bitmap_linear(transposed, *packed), torch.nn.functional.linear(transposed, weight))
+
+
+def test_nothing_is_read_past_the_values():
+    """The values of 2:4 may end at the end of their memory, those of a bitmap 32 after the last."""
+    weight = torch.randn(5, 64)
+    weight.masked_fill_(reference.nm_mask(weight, torch.ones(64), 2, 4), 0)
+    values, indices = pack_sparse24(weight)
+    guarded = torch.full((values.numel() + 64,), torch.nan)
+    guarded[: values.numel()] = values.flatten()
+    x = torch.randn(1, 64)
+    inside = guarded[: values.numel()].view(values.shape)
+    assert torch.equal(ops.sparse24_linear(x, inside, indices), ops.sparse24_linear(x, values, indices))
+    assert not ops.unpack_sparse24(inside, indices).isnan().any()
+    values, bitmap, starts = pack_bitmap(weight)
+    values[-PADDING:] = torch.nan  # read, never used
+    assert not ops.bitmap_linear(x, values, bitmap, starts).isnan().any()
+    assert not ops.unpack_bitmap(values, bitmap, starts).isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda v, b, s: (v[:-1], b, s), "keeps 192 weights, 191 are there"),
+        (lambda v, b, s: (torch.cat([v, v[:1]]), b, s), "keeps 192 weights, 193 are there"),
+        (lambda v, b, s: (v, b ^ 1, s), "row starts do not fit its bitmap"),
+        (lambda v, b, s: (v, b, s.flip(0)), "row starts do not fit its bitmap"),
+        (lambda v, b, s: (v, b, s + 1), "row starts do not fit its bitmap"),
+        (lambda v, b, s: (v, b, torch.full_like(s, -(2**31))), "row starts do not fit its bitmap"),
+    ],
+)
+def test_damaged_bitmaps_are_refused(damage, message):
+    weight = torch.ones(6, 64)
+    weight[:, ::2] = 0
+    with pytest.raises(ValueError, match=message):
+        validate_bitmap(*damage(*pack_bitmap(weight)))
+
+
+def test_damaged_indices_are_refused():
+    weight = torch.zeros(2, 64)
+    values, indices = pack_sparse24(weight)
+    for code in (0b0000, 0b0001, 0b1111, 0b0110):  # second <= first
+        damaged = indices.clone()
+        damaged[1, 3] = code << 4 | 0b1000
+        with pytest.raises(ValueError, match="do not ascend"):
+            validate_sparse24(values, damaged)
+
+
+def test_what_cannot_be_packed():
+    with pytest.raises(ValueError, match=r"four of its columns keep 4 weights"):
+        pack_sparse24(torch.ones(2, 64))
+    with pytest.raises(ValueError, match=r"C_in a multiple of 64, got \[2, 48\]"):
+        pack_bitmap(torch.ones(2, 48))
+    with pytest.raises(TypeError, match=r"got torch\.float64"):
+        pack_bitmap(torch.ones(2, 64, dtype=torch.float64))
+
+
+def test_choice_of_a_format():
+    dense = torch.randn(8, 128).to(torch.bfloat16)
+    half = dense.masked_fill(torch.arange(128) % 8 < 4, 0)
+    pairs = dense.masked_fill(torch.arange(128) % 2 == 0, 0)
+    assert choose_format(dense) is None
+    assert (choose_format(half), is_24(half)) == ("bitmap", False)
+    assert (choose_format(pairs), choose_format(pairs, "bitmap")) == ("2:4", "bitmap")
+    assert choose_format(half, "2:4") is None
+    assert choose_format(half[:, :48]) is None
+    assert packed_bytes(pairs, "2:4") * 16 == 9 * pairs.numel() * 2
+    for form, packed in (("bitmap", pack_bitmap(half)), ("2:4", pack_sparse24(pairs))):
+        size = sum(tensor.numel() * tensor.element_size() for tensor in packed)
+        assert size == packed_bytes(half if form == "bitmap" else pairs, form)
+    with pytest.raises(ValueError, match="format must be auto, bitmap or 2:4, got 'zip'"):
+        choose_format(half, "zip")

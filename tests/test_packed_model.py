@@ -1,0 +1,223 @@
+"""Packed models: in place, through transformers, on the command line, and what damages them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import saved
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from wanda_kernels import compress, decompress, prune
+from wanda_kernels.cli.app import main
+from wanda_kernels.packed import PackedLinear, dispatch
+
+WIDE = {"hidden_size": 128, "intermediate_size": 192}
+
+
+@pytest.fixture(autouse=True)
+def fixed_dispatch():
+    """Timed choices may differ from run to run, and with them the last bits."""
+    dispatch.clear()
+    yield
+    dispatch.clear()
+
+
+def pruned(pattern: str | None = None, dtype: torch.dtype = torch.bfloat16, family: str = "llama"):
+    model = tiny.model(family, dtype, **WIDE)
+    prune(model, tiny.ids(), sparsity=None if pattern else 0.5, pattern=pattern)
+    return model
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    return exit_.value.code
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama biases", "llama tied", "phi3"])
+def test_round_trip_in_place(pattern, dtype, family):
+    model = pruned(pattern, dtype, family)
+    before = tiny.weights(model)
+    with torch.no_grad():
+        expected = model(tiny.ids()).logits
+        report = compress(model)
+        assert set(report.formats.values()) == {pattern or "bitmap"}
+        assert report.packed_bytes < report.dense_bytes * (0.6 if dtype != torch.float32 else 0.56)
+        tolerance = {"rtol": 0, "atol": 2e-2 if dtype != torch.float32 else 1e-5}
+        torch.testing.assert_close(model(tiny.ids()).logits, expected, **tolerance)
+        one = tiny.ids()[:1, :3]  # few enough tokens for the packed product
+        got = model(one).logits
+        decompress(model)
+        torch.testing.assert_close(got, model(one).logits, **tolerance)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_through_transformers(tmp_path, pattern):
+    model = pruned(pattern)
+    compress(model)
+    model.save_pretrained(tmp_path / "a", max_shard_size="100KB")
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert isinstance(loaded.model.layers[0].self_attn.q_proj, PackedLinear)
+    assert loaded.dtype == torch.bfloat16
+    loaded.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", device_map="auto")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+        assert torch.equal(again.state_dict()[name], tensor)
+    generated = again.generate(tiny.ids()[:1].to(again.device), max_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 28)
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert wide.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    decompress(loaded)
+    loaded.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_without_the_import_loading_fails(tmp_path):
+    """Never a model with random weights."""
+    model = pruned()
+    compress(model)
+    model.save_pretrained(tmp_path)
+    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
+    assert subprocess.run([sys.executable, "-c", load], capture_output=True).returncode != 0
+    for first, second in (("import wanda_kernels", load), (load.split(";")[0], "import wanda_kernels;" + load)):
+        assert subprocess.run([sys.executable, "-c", f"{first}\n{second}"], capture_output=True).returncode == 0
+
+
+def test_torch_compile():
+    model = pruned("2:4", torch.float32)
+    compress(model)
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(2, 192)
+    layer(x)  # validates
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("weight", lambda t: t[:-1], "mismatch|shape|size"),
+        ("weight_bitmap", lambda t: t ^ 1, "is damaged: its row starts do not fit its bitmap"),
+        ("weight_starts", lambda t: t + 2**30, "is damaged: its row starts do not fit its bitmap"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path, name, damage, message):
+    model = pruned()
+    compress(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    key = f"model.layers.1.self_attn.o_proj.{name}"
+    tensors[key] = damage(tensors[key]).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "packed in version 2, this wanda_kernels knows 1"),
+        (
+            {"layers": {"model.layers.9.mlp.up_proj": {"format": "2:4"}}},
+            "names model.layers.9.mlp.up_proj, which is no",
+        ),
+        ({"layers": {"model.norm": {"format": "2:4"}}}, "names model.norm, which is no linear layer"),
+        ({"layers": {"model.layers.0.mlp.up_proj": {"format": "zip"}}}, "is described as"),
+        ({"layers": {"model.layers.0.mlp.up_proj": {"format": "bitmap", "kept": -40}}}, "is described as"),
+    ],
+)
+def test_strange_configs_are_refused(tmp_path, change, message):
+    model = pruned()
+    compress(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_refusals():
+    model = tiny.model(**WIDE)
+    with pytest.raises(ValueError, match="no linear layer of the model would shrink: prune it first"):
+        compress(model)
+    with pytest.raises(ValueError, match="would shrink as 2:4"):
+        compress(pruned(), "2:4")
+    with pytest.raises(ValueError, match="format must be auto, bitmap or 2:4, got 'zip'"):
+        compress(model, "zip")
+    with pytest.raises(ValueError, match="the model is not packed"):
+        decompress(model)
+    model = pruned()
+    compress(model)
+    with pytest.raises(ValueError, match="the model is packed already"):
+        compress(model)
+
+
+def test_layers_that_do_not_shrink_stay_dense():
+    model = pruned()
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
+    report = compress(model)
+    assert report.formats["model.layers.0.mlp.up_proj"] == "dense"
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    assert "1 dense" in str(report)
+
+
+def test_command_line(tmp_path, capsys):
+    source = saved.save_model(tmp_path / "dense", **WIDE)
+    (tmp_path / "text.txt").write_text(saved.text(3000))
+    common = ["--calibration", str(tmp_path / "text.txt"), "--samples", "4", "--length", "64"]
+    packed, plain, back = (str(tmp_path / name) for name in ("packed", "plain", "back"))
+    assert run("prune", str(source), "--out", packed, *common, "--dtype", "bfloat16", "--compress") == 0
+    assert "packed 21 bitmap" in capsys.readouterr().out
+    assert run("prune", str(source), "--out", plain, *common, "--dtype", "bfloat16") == 0
+    assert run("decompress", packed, "--out", back) == 0
+    for name, tensor in load_file(Path(plain) / "model.safetensors").items():
+        assert torch.equal(load_file(Path(back) / "model.safetensors")[name], tensor)
+    assert run("compress", plain, "--out", packed) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert run("compress", plain, "--out", packed, "--overwrite", "--format", "zip") == 1
+    assert "format must be auto, bitmap or 2:4, got 'zip'" in capsys.readouterr().err
+    assert run("compress", packed, "--out", str(tmp_path / "x")) == 1
+    assert "the model is packed already" in capsys.readouterr().err
+    assert run("decompress", plain, "--out", str(tmp_path / "x")) == 1
+    assert "the model is not packed" in capsys.readouterr().err
+    assert run("eval", packed, "--text", str(tmp_path / "text.txt"), "--length", "64") == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_dispatch_times_once_remembers_and_can_be_fixed(tmp_path, monkeypatch):
+    layer = PackedLinear.from_linear(torch.nn.Linear(64, 8), "bitmap")
+    x = torch.randn(2, 64)
+    layer(x)
+    ((name, choice),) = dispatch.choices().items()
+    assert name.startswith("bitmap float32 8x64 tokens 2 cpu ")
+    monkeypatch.setattr(dispatch, "_fastest", lambda *_: pytest.fail("timed again"))
+    layer(x)
+    dispatch.save(tmp_path / "choices.json")
+    other = "unpack" if choice == "packed" else "packed"
+    (tmp_path / "choices.json").write_text(json.dumps({name: other}))
+    dispatch.clear()
+    dispatch.load(tmp_path / "choices.json")
+    layer(x)
+    assert dispatch.choices() == {name: other}
+    (tmp_path / "choices.json").write_text(json.dumps({name: "fast"}))
+    with pytest.raises(ValueError, match="must map shapes to 'packed' or 'unpack'"):
+        dispatch.load(tmp_path / "choices.json")

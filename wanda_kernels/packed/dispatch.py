@@ -1,0 +1,94 @@
+"""Which way a packed product goes: timed at the first use of a shape, remembered, and written down where asked.
+
+``WANDA_KERNELS_DISPATCH=FILE`` reads choices from a JSON file and times nothing that is in it: fixed choices give the
+same bits in every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DIRECT_TOKENS = 16  # more rows of x than that go through the unpacked weight
+_ENVIRONMENT = "WANDA_KERNELS_DISPATCH"
+_ROUNDS = 3
+
+Key = tuple[str, torch.dtype, int, int, int, torch.device]
+
+_choices: dict[str, str] = {}
+_is_loaded = False
+
+
+def name_of(key: Key) -> str:
+    """``bitmap bfloat16 4096x11008 tokens 4 cpu 2``: tokens up to the next power of two, a CPU's threads."""
+    form, dtype, rows, cols, tokens, device = key
+    bucket = 1 << max(tokens - 1, 0).bit_length()
+    where = f"cpu {torch.get_num_threads()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{form} {str(dtype).removeprefix('torch.')} {rows}x{cols} tokens {bucket} {where}"
+
+
+def run(key: Key, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
+    """The result of the candidate that is fastest for the key: ``packed``, or ``unpack`` and a dense product."""
+    tokens, device = key[4], key[5]
+    if tokens > DIRECT_TOKENS:
+        return candidates["unpack"]()
+    if tokens == 0 or torch.compiler.is_compiling():
+        return candidates["packed"]()
+    name = name_of(key)
+    chosen = choices().get(name)
+    if chosen is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return candidates["packed"]()  # nothing can be timed now
+        chosen = _choices[name] = _fastest(candidates, device)
+    return candidates[chosen]()
+
+
+def _fastest(candidates: Mapping[str, Callable[[], Tensor]], device: torch.device) -> str:
+    seconds = dict.fromkeys(candidates, float("inf"))
+    for _ in range(_ROUNDS):
+        for name, candidate in candidates.items():
+            _wait(device)
+            start = time.perf_counter()
+            candidate()
+            _wait(device)
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def choices() -> dict[str, str]:
+    """Shape -> choice, of this process and of the file that ``WANDA_KERNELS_DISPATCH`` names."""
+    global _is_loaded
+    if not _is_loaded:
+        _is_loaded = True
+        if path := os.environ.get(_ENVIRONMENT):
+            load(path)
+    return _choices
+
+
+def load(path: str | Path) -> None:
+    """Add the choices of a file; they are not timed again."""
+    found = json.loads(Path(path).read_text())
+    if not isinstance(found, dict) or not set(found.values()) <= {"packed", "unpack"}:
+        raise ValueError(f"{path} must map shapes to 'packed' or 'unpack'")
+    _choices.update(found)
+
+
+def save(path: str | Path) -> None:
+    """Write all choices so far."""
+    Path(path).write_text(json.dumps(dict(sorted(choices().items())), indent=2) + "\n")
+
+
+def clear() -> None:
+    """Forget all choices."""
+    _choices.clear()

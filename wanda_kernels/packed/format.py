@@ -1,0 +1,119 @@
+"""The packed formats: what is kept, where it is, and what a sound file looks like. Lossless: only +0 is left out.
+
+========  =======================================================  =====================================
+bitmap    one bit per weight, and the weights that are not +0      9/16 of bfloat16 at 50 %
+2:4       two weights of every four, and two bits for each         9/16 of bfloat16
+========  =======================================================  =====================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FORMATS = ("bitmap", "2:4")
+COLUMNS = 64  # C_in is a multiple
+PADDING = 32  # values that kernels may read past the last one of a bitmap
+_INTEGERS = {4: torch.int32, 2: torch.int16}
+
+
+def kept(weight: Tensor) -> Tensor:
+    """[C_out, C_in] bool: every weight but +0 (-0.0 is kept)."""
+    return weight.contiguous().view(_INTEGERS[weight.element_size()]) != 0
+
+
+def pack_bitmap(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[C_out, C_in] -> (values [kept + 32], bitmap [C_out, C_in / 8], starts [C_out + 1])."""
+    _check_columns(weight)
+    mask = kept(weight)
+    counts = mask.sum(dim=1)
+    if int(counts.sum()) >= 2**31:
+        raise ValueError(f"weight keeps {int(counts.sum())} values, 2^31 - 1 is the most that a bitmap counts")
+    starts = torch.zeros(weight.shape[0] + 1, dtype=torch.int32, device=weight.device)
+    starts[1:] = counts.cumsum(0)
+    values = torch.cat([weight.contiguous()[mask], weight.new_zeros(PADDING)])
+    bits = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=weight.device)
+    bitmap = (mask.view(weight.shape[0], -1, 8) * bits).sum(dim=2, dtype=torch.uint8)
+    return values, bitmap, starts
+
+
+def is_24(weight: Tensor) -> bool:
+    """Whether no four columns keep more than two weights."""
+    if weight.shape[1] % 4:
+        return False
+    return bool((kept(weight).view(weight.shape[0], -1, 4).sum(dim=2) <= 2).all())
+
+
+def pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[C_out, C_in] -> (values [C_out, C_in / 2], indices [C_out, C_in / 8])."""
+    _check_columns(weight)
+    mask = kept(weight).view(weight.shape[0], -1, 4)
+    most = int(mask.sum(dim=2).max())
+    if most > 2:
+        raise ValueError(f"weight is not 2:4: four of its columns keep {most} weights")
+    # What is kept first, then as many zeros as make two; both in the order of their columns.
+    columns = torch.sort(mask.int(), dim=2, descending=True, stable=True).indices[..., :2].sort(dim=2).values
+    # As integers: gather() of 16-bit floats quiets NaN.
+    values = weight.contiguous().view(_INTEGERS[weight.element_size()]).view(mask.shape).gather(2, columns).flatten(1)
+    codes = (columns[..., 0] | columns[..., 1] << 2).view(weight.shape[0], -1, 2)
+    return values.view(weight.dtype), (codes[..., 0] | codes[..., 1] << 4).to(torch.uint8)
+
+
+def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
+    """Raises ValueError unless the counts fit: kernels read what they say without looking again."""
+    counts = _population(bitmap)
+    expected = torch.zeros(bitmap.shape[0] + 1, dtype=torch.int64, device=bitmap.device)
+    expected[1:] = counts.cumsum(0)
+    if starts.shape != expected.shape or not torch.equal(starts.long(), expected):
+        raise ValueError("its row starts do not fit its bitmap")
+    if values.shape != (int(expected[-1]) + PADDING,):
+        raise ValueError(f"its bitmap keeps {int(expected[-1])} weights, {values.numel() - PADDING} are there")
+
+
+def validate_sparse24(values: Tensor, indices: Tensor) -> None:
+    """Raises ValueError unless each group's indices ascend."""
+    codes = torch.stack([indices & 15, indices >> 4], dim=-1)
+    if bool(((codes & 3) >= (codes >> 2)).any()):
+        raise ValueError("a group's two indices do not ascend")
+    if values.shape != (indices.shape[0], indices.shape[1] * 4):
+        raise ValueError(
+            f"its indices want {indices.shape[0]} x {indices.shape[1] * 4} values, got {list(values.shape)}"
+        )
+
+
+def packed_bytes(weight: Tensor, form: str) -> int:
+    """What a weight takes in a format."""
+    rows, cols = weight.shape
+    if form == "2:4":
+        return rows * (cols // 2 * weight.element_size() + cols // 8)
+    return (int(kept(weight).sum()) + PADDING) * weight.element_size() + rows * (cols // 8) + 4 * (rows + 1)
+
+
+def choose_format(weight: Tensor, wanted: str = "auto") -> str | None:
+    """The smaller format that fits (2:4 before a bitmap of its size), or None where a weight would not shrink.
+
+    Args:
+        wanted: ``auto``, or one of the formats: None then where that one does not fit or would not shrink.
+    """
+    if wanted not in ("auto", *FORMATS):
+        raise ValueError(f"format must be auto, {' or '.join(FORMATS)}, got '{wanted}'")
+    if weight.shape[1] % COLUMNS:
+        return None
+    forms = ["2:4"] if wanted != "bitmap" and is_24(weight) else []
+    forms += ["bitmap"] if wanted != "2:4" else []
+    sizes = {form: packed_bytes(weight, form) for form in forms}
+    best = min(sizes, key=lambda form: sizes[form], default=None)
+    return best if best is not None and sizes[best] < weight.numel() * weight.element_size() else None
+
+
+def _population(bitmap: Tensor) -> Tensor:
+    """[C_out, C_in / 8] uint8 -> the bits set in each row."""
+    table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=bitmap.device)
+    return table[bitmap.int()].sum(dim=1, dtype=torch.int64)
+
+
+def _check_columns(weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] % COLUMNS or weight.numel() == 0:
+        raise ValueError(f"weight must be [C_out, C_in] with C_in a multiple of {COLUMNS}, got {list(weight.shape)}")
+    if weight.element_size() not in _INTEGERS or not weight.is_floating_point():
+        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")

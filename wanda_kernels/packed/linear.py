@@ -1,0 +1,122 @@
+"""A linear layer whose weight stays packed in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..ops import bitmap_linear, sparse24_linear, unpack_bitmap, unpack_sparse24
+from . import dispatch
+from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
+
+
+class PackedLinear(nn.Module):
+    """``nn.Linear`` on a packed weight. One copy of the weight is resident; what it is unpacked into is freed again.
+
+    State dict: ``weight`` (the values: another shape than a dense weight's, so that nothing takes one for the other),
+    and ``weight_bitmap`` [C_out, C_in / 8] and ``weight_starts`` [C_out + 1], or ``weight_indices`` [C_out, C_in / 8].
+    They are checked at the first forward pass, or by :meth:`validate`.
+
+    Args:
+        in_features, out_features, bias: as in ``nn.Linear``; ``in_features`` is a multiple of 64.
+        form: ``"bitmap"`` or ``"2:4"``.
+        kept: how many values a bitmap keeps.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        form: str,
+        kept: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if form not in ("bitmap", "2:4"):
+            raise ValueError(f"form must be bitmap or 2:4, got '{form}'")
+        if in_features % COLUMNS:
+            raise ValueError(f"in_features must be a multiple of {COLUMNS}, got {in_features}")
+        self.in_features, self.out_features, self.form = in_features, out_features, form
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        codes = empty(out_features, in_features // 8, dtype=torch.uint8)
+        if form == "bitmap":
+            values = empty(kept + PADDING)
+            self.register_buffer("weight_bitmap", codes)
+            self.register_buffer("weight_starts", empty(out_features + 1, dtype=torch.int32))
+        else:
+            values = empty(out_features, in_features // 2)
+            self.register_buffer("weight_indices", codes)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.bias = nn.Parameter(empty(out_features), requires_grad=False) if bias else None
+        self._is_valid = False
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, form: str) -> PackedLinear:
+        """Pack a layer's weight; ``form`` as :func:`choose_format` gives it."""
+        weight = layer.weight.data
+        codes = pack_bitmap(weight) if form == "bitmap" else pack_sparse24(weight)
+        kept = codes[0].numel() - PADDING if form == "bitmap" else 0
+        packed = cls(
+            layer.in_features, layer.out_features, layer.bias is not None, form, kept, weight.dtype, weight.device
+        )
+        with torch.no_grad():
+            for target, source in zip(packed.packed(), codes, strict=True):
+                target.copy_(source)
+            if packed.bias is not None:
+                packed.bias.copy_(layer.bias)
+        packed._is_valid = True
+        return packed
+
+    def to_linear(self) -> nn.Linear:
+        """A dense layer with the same weight, bit for bit."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(self.unpacked())
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        return layer.train(self.training)
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """What the operators take: (values, bitmap, starts) or (values, indices)."""
+        names = ("weight_bitmap", "weight_starts") if self.form == "bitmap" else ("weight_indices",)
+        return self.weight, *(self.get_buffer(name) for name in names)
+
+    def unpacked(self) -> Tensor:
+        self.validate()
+        return unpack_bitmap(*self.packed()) if self.form == "bitmap" else unpack_sparse24(*self.packed())
+
+    def validate(self) -> None:
+        """Raises ValueError where the packed tensors contradict each other. Once, after they were loaded."""
+        if not self._is_valid:
+            validate_bitmap(*self.packed()) if self.form == "bitmap" else validate_sparse24(*self.packed())
+            self._is_valid = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.validate()
+        product: Callable[..., Tensor] = bitmap_linear if self.form == "bitmap" else sparse24_linear
+        tokens = x.numel() // self.in_features
+        candidates = {
+            "packed": lambda: product(x, *self.packed(), self.bias),
+            "unpack": lambda: linear(x, self.unpacked(), self.bias),
+        }
+        return dispatch.run(
+            (self.form, self.weight.dtype, self.out_features, self.in_features, tokens, x.device), candidates
+        )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_valid = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.form}"
+        )
