@@ -33,6 +33,17 @@ def why_not_built() -> str | None:
     return None
 
 
+def openmp_flags() -> list[str]:
+    """What makes at::parallel_for run in threads: without it, it is a plain loop, and says nothing."""
+    compiler = (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "clang++").split()
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }"
+    command = [*compiler, "-fopenmp", "-x", "c++", "-", "-o", os.devnull]
+    if subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0:
+        return ["-fopenmp"]
+    print("wanda_kernels: the compiler has no OpenMP; the CPU kernels will run in one thread", file=sys.stderr)
+    return []
+
+
 def find_toolkit() -> None:
     """Sets CUDA_HOME to a folder with compiler and headers. torch would take the folder above the nvcc on PATH, which
     may be a link or a wrapper far from the headers."""
@@ -97,7 +108,8 @@ def extension_arguments() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     sources = files("csrc", "*.cpp", "cpu/*.cpp")
-    flags = {"cxx": COMPILE_FLAGS}
+    openmp = openmp_flags()
+    flags = {"cxx": [*COMPILE_FLAGS, *openmp]}
     no_cuda = why_no_cuda()
     if no_cuda:
         print(f"wanda_kernels: {no_cuda}; building the CPU kernels only", file=sys.stderr)
@@ -105,7 +117,7 @@ def extension_arguments() -> dict:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
         sources += files("csrc/cuda", "*.cpp", "*.cu")
         flags = {
-            "cxx": [*COMPILE_FLAGS, "-DWANDA_WITH_CUDA", *cusparse_flags()],
+            "cxx": [*flags["cxx"], "-DWANDA_WITH_CUDA", *cusparse_flags()],
             "nvcc": [*NVCC_FLAGS, *cusparse_flags()],
         }
     extension = (CppExtension if no_cuda else CUDAExtension)(
@@ -113,6 +125,7 @@ def extension_arguments() -> dict:
         sources=sources,
         depends=[*files("csrc", "**/*.h", "**/*.cuh"), "wanda_kernels/schemas.def"],
         extra_compile_args=flags,
+        extra_link_args=openmp,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -56,6 +56,11 @@ std::map<std::string, std::string> build_info() {
 #else
           {"compiler", "gcc " __VERSION__},
 #endif
+#if defined(_OPENMP)
+          {"threads", "OpenMP"},
+#else
+          {"threads", "one (built without OpenMP)"},
+#endif
           {"c++", std::to_string(__cplusplus)}};
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -134,6 +136,13 @@ def test_errors_name_the_argument_what_is_required_and_what_came(implementation,
     if raised.type is not NotImplementedError:
         assert f"wanda::{name}: " in str(raised.value)
     assert torch.equal(args[0], before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' compilers may have no OpenMP")
+def test_the_cpu_kernels_are_built_for_threads():
+    if _backend.extension is None:
+        pytest.skip("the extension is not built")
+    assert _backend.extension.build_info()["threads"] == "OpenMP"
 
 
 def test_instruction_set_can_be_forced():

@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from . import compress, info, interrupt, prune
+from . import compress, info, interrupt, prune, speed
 from . import eval as evaluate
 from .options import debug_wanted
 
@@ -25,6 +25,7 @@ app.command("prune")(prune.prune_command)
 app.command("compress")(compress.compress_command)
 app.command("decompress")(compress.decompress_command)
 app.command("eval")(evaluate.eval_command)
+app.command("speed")(speed.speed_command)
 app.command("info")(info.info_command)
 
 

@@ -1,0 +1,85 @@
+"""``wanda-kernels speed``: tokens per second of a dense model and its pruned and packed versions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .options import Debug, Device, Dtype
+
+
+def speed_command(
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="The model that the others are compared with.")],
+    sparse: Annotated[list[str] | None, typer.Argument(metavar="[SPARSE]...", help="Packed or other models.")] = None,
+    batches: Annotated[str, typer.Option("--batches", metavar="N,N,..", help="Prompts at a time.")] = "1,4,16",
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of a prompt.")] = 128,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens to generate.")] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="In which the models take turns.")] = 3,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Prefill and decode tokens per second, same prompts, in turns in one run."""
+    from ..models import load_model
+    from ..packed import dispatch
+    from ..speed import measure
+    from .display import bar, quiet_libraries, working
+
+    sizes = _parse_batches(batches)
+    names = [dense, *(sparse or [])]
+    if len(set(names)) != len(names):
+        raise ValueError("each model may be named once")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {out}: its folder does not exist")
+    quiet_libraries()
+    models = {}
+    for name in names:
+        with working(f"loading {name}"):
+            models[name] = load_model(name, dtype, device)
+    with bar() as shown:
+        task = shown.add_task("generating", total=len(sizes) * (rounds + 1) * len(models))
+        rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task))
+    screen = Console()
+    screen.print(draw(rows, prompt, tokens))
+    for line in verdicts(rows, dense):
+        screen.print(line, highlight=False, soft_wrap=True, markup=False)
+    if out is not None:
+        result = {"prompt": prompt, "tokens": tokens, "rounds": rounds, "rows": rows, "dispatch": dispatch.choices()}
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _parse_batches(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--batches must be numbers from 1 on, with commas between them, got '{text}'")
+    return [int(part) for part in parts]
+
+
+def draw(rows: list[dict[str, Any]], prompt: int, tokens: int) -> Table:
+    table = Table(title=f"prompts of {prompt} tokens, {tokens} generated, medians", title_justify="left")
+    headings = ("model", "batch", "first token s", "prefill tokens/s", "decode tokens/s", "x first", "weights MiB")
+    for heading in (*headings, "peak MiB"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        peak = row["peak_bytes"]
+        table.add_row(
+            row["model"], str(row["batch"]), f"{row['first_token_s']:.3f}", f"{row['prefill_tokens_s']:.1f}",
+            f"{row['decode_tokens_s']:.1f}", f"{row['decode_ratio']:.2f}", f"{row['weight_bytes'] / 2**20:.0f}",
+            "not measured" if peak is None else f"{peak / 2**20:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def verdicts(rows: list[dict[str, Any]], dense: str) -> list[str]:
+    """Where a model decodes slower than the dense one, in words."""
+    return [
+        f"{row['model']} decodes slower than {dense} at batch {row['batch']}: {row['decode_ratio']:.2f} x"
+        for row in rows
+        if row["decode_ratio"] < 1
+    ]

@@ -1,0 +1,104 @@
+"""How fast models generate: prefill and decode apart, the models in turns, with transformers' own ``generate``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCHES = (1, 4, 16)
+
+
+class _Clock:
+    """A stopping criterion that stops nothing and notes when each token was there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, _scores: Tensor, **_kwargs: Any) -> Tensor:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def time_generation(model: Any, prompt: Tensor, tokens: int) -> tuple[float, list[float]]:
+    """(seconds to the first token, seconds between the others) of one greedy generation.
+
+    Args:
+        prompt: [batch, length], int64.
+        tokens: to generate, at least 2.
+    """
+    clock = _Clock(prompt.device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+            stopping_criteria=[clock],
+        )
+    gaps = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)]
+    return clock.times[0] - start, gaps
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    batches: Sequence[int] = BATCHES,
+    prompt: int = 128,
+    tokens: int = 32,
+    rounds: int = 3,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Medians over ``rounds``, in which the models take turns; the first round warms up and does not count.
+
+    Args:
+        models: name -> model, all on one device. The first one is what the others are compared with.
+        batches: prompts at a time.
+        prompt, tokens: length of the prompts, the same random ids for all models, and of what is generated.
+        on_step: called after each of ``len(batches) * (rounds + 1) * len(models)`` generations.
+
+    Returns:
+        One row per batch and model: ``first_token_s``, ``prefill_tokens_s``, ``decode_tokens_s``, ``weight_bytes``,
+        ``peak_bytes`` (of a CUDA device, else None) and ``decode_ratio``, to the first model's.
+    """
+    rows = []
+    for batch in batches:
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        peaks: dict[str, int | None] = {}
+        for number in range(rounds + 1):
+            for name, model in models.items():
+                device = next(model.parameters()).device
+                vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+                ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(batch))
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                first, gaps = time_generation(model, ids.to(device), tokens)
+                peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+                if number > 0:
+                    seconds[name].append((first, statistics.median(gaps)))
+                on_step()
+        reference = None
+        for name, model in models.items():
+            first = statistics.median(run[0] for run in seconds[name])
+            gap = statistics.median(run[1] for run in seconds[name])
+            reference = reference or gap
+            rows.append({
+                "model": name, "batch": batch, "first_token_s": first, "prefill_tokens_s": batch * prompt / first,
+                "decode_tokens_s": batch / gap, "decode_ratio": reference / gap, "weight_bytes": weight_bytes(model),
+                "peak_bytes": peaks[name],
+            })  # fmt: skip
+    return rows
