@@ -91,9 +91,37 @@ def cpu_kernels(result: dict[str, Any]) -> str:
     return _table(["kernel", *shapes, "times that of", "times faster than"], rows)
 
 
+def sparse_linear(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        gemv = seconds.get("dense gemv")
+        cells = [f"{row['threads']}", f"{row['batch']}", f"{seconds['torch'] * 1e3:.2f}"]
+        for name in ("bitmap", "2:4"):
+            cells += [f"{seconds[name] * 1e3:.2f}", f"{seconds['torch'] / seconds[name]:.2f} x"]
+            cells.append(f"{gemv / seconds[name]:.2f} x" if gemv else "")
+        rows.append([" x ".join(map(str, row["shape"])), *cells])
+    headings = ["weight", "threads", "batch", "torch ms"]
+    for name in ("bitmap", "2:4"):
+        headings += [f"{name} ms", "faster than torch", "than our dense GEMV"]
+    return _table(headings, rows)
+
+
+def generate(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row['batch']}", f"{row['weight_bytes'] / 2**20:.0f}", f"{row['first_token_s']:.2f}"]
+        cells += [f"{row['prefill_tokens_s']:.0f}", f"{row['decode_tokens_s']:.1f}", f"{row['decode_ratio']:.2f} x"]
+        rows.append([row["model"], *cells])
+    headings = ["model", "batch", "weights MiB", "first token s", "prefill tokens/s", "decode tokens/s", "of dense"]
+    return _table(headings, rows)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "end_to_end": end_to_end,
+    "generate": generate,
+    "sparse_linear": sparse_linear,
     "cpu_kernels": cpu_kernels,
 }
 

@@ -207,7 +207,7 @@ def test_ctrl_c_says_so_and_leaves_nothing(work, tmp_path, delay):
     time.sleep(delay)  # into imports, where a KeyboardInterrupt may be swallowed, or beyond
     running.send_signal(signal.SIGINT)
     _, stderr = running.communicate(timeout=60)
-    assert running.returncode == 130
+    assert running.returncode == 130, stderr
     assert "wanda-kernels: error: interrupted; nothing was written" in stderr
     assert list(tmp_path.iterdir()) == []
 

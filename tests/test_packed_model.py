@@ -169,6 +169,8 @@ def test_refusals():
     compress(model)
     with pytest.raises(ValueError, match="the model is packed already"):
         compress(model)
+    with pytest.raises(ValueError, match="the model is packed: unpack it first"):
+        prune(model, tiny.ids())
 
 
 def test_layers_that_do_not_shrink_stay_dense():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import smollm2
 from benchmarks.end_to_end import differing_bits
 from benchmarks.official import OfficialRun
-from wanda_kernels import perplexity, prune
+from wanda_kernels import compress, perplexity, prune
 from wanda_kernels.models import load_model, save_pretrained
 from wanda_kernels.pruning.blocks import find_blocks
 
@@ -74,3 +74,19 @@ def test_pruned_gguf_becomes_a_plain_folder(loaded, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     ids = loaded[1]("The capital of France is", return_tensors="pt").input_ids
     assert again.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_packed_weights_are_smaller_and_as_exact_as_dense_ones(loaded, pattern):
+    dense, _, calibration, _ = loaded
+    model = copy.deepcopy(dense).to(torch.bfloat16)
+    prune(model, method="magnitude", pattern=pattern)
+    ids = calibration[:1, :12]  # few enough tokens for packed products
+    with torch.no_grad():
+        exact = copy.deepcopy(model).float()(ids).logits
+        before = (model(ids).logits.float() - exact).abs()
+        report = compress(model)
+        after = (model(ids).logits.float() - exact).abs()
+    assert report.packed_bytes <= 0.57 * report.dense_bytes
+    assert set(report.formats.values()) == {pattern or "bitmap"}
+    assert after.mean() <= 1.2 * before.mean()

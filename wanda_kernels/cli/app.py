@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 
@@ -48,5 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"wanda-kernels: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"wanda-kernels: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if code == INTERRUPTED and interrupt.received():
+        # A KeyboardInterrupt that passed through exec() (a dataclass being made, say) makes Python end by the signal,
+        # whatever code it is told to exit with. Everything is cleaned up by now.
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

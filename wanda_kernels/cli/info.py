@@ -36,6 +36,7 @@ def gather() -> dict[str, dict[str, str]]:
     import torch
 
     from .. import _backend
+    from ..packed import dispatch
 
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     backends = {"cpu": _backend.cpu_status, "cuda": _backend.cuda_status}
@@ -57,7 +58,11 @@ def gather() -> dict[str, dict[str, str]]:
         )
     if torch.cuda.device_count() == 0:
         gpu["device"] = "none"
-    return {"versions": versions, "backends": backends, "cpu": cpu, "build": build, "gpu": gpu}
+    # Of packed products. In this process none was timed: these are the ones of WANDA_KERNELS_DISPATCH.
+    choices = dict(dispatch.choices()) or {
+        "packed products": "timed at the first use of a shape (WANDA_KERNELS_DISPATCH)"
+    }
+    return {"versions": versions, "backends": backends, "cpu": cpu, "build": build, "gpu": gpu, "dispatch": choices}
 
 
 def info_command(debug: Debug = False) -> None:

@@ -32,6 +32,11 @@ def remembered() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def received() -> bool:
+    """Whether a Ctrl-C came since the command began."""
+    return _received
+
+
 def check() -> None:
     """Raises KeyboardInterrupt where a Ctrl-C came since the command began."""
     if _received:

@@ -46,9 +46,12 @@ def speed_command(
         task = shown.add_task("generating", total=len(sizes) * (rounds + 1) * len(models))
         rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task))
     screen = Console()
+    screen.width = max(screen.width, 110)  # not folded in a log
     screen.print(draw(rows, prompt, tokens))
     for line in verdicts(rows, dense):
         screen.print(line, highlight=False, soft_wrap=True, markup=False)
+    for shape, choice in dispatch.choices().items():
+        screen.print(f"{shape}: {choice}", highlight=False, soft_wrap=True, markup=False)
     if out is not None:
         result = {"prompt": prompt, "tokens": tokens, "rounds": rounds, "rows": rows, "dispatch": dispatch.choices()}
         out.write_text(json.dumps(result, indent=2) + "\n")

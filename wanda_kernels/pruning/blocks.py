@@ -27,7 +27,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
             not in ``nn.Linear`` (fused expert tensors, convolutions), weights shared between layers, dtypes that
             the kernels do not know, weights that are not on one device.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if getattr(getattr(config, "quantization_config", None), "quant_method", None) == "wanda_packed":
+        raise ValueError("the model is packed: unpack it first (wanda_kernels.decompress, or wanda-kernels decompress)")
+    if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoders can be pruned")
     prefix, stack = _find_stack(model)
     blocks = []

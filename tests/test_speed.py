@@ -1,0 +1,77 @@
+"""How fast models generate: what is measured, not how fast it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import saved
+import tiny
+import torch
+
+from wanda_kernels import compress, prune, speed
+from wanda_kernels.cli.app import main
+from wanda_kernels.models import save_pretrained
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    return exit_.value.code
+
+
+def packed_model():
+    model = tiny.model(hidden_size=128, intermediate_size=192)
+    prune(model, tiny.ids(), pattern="2:4")
+    compress(model)
+    return model
+
+
+def test_generation_is_timed_token_by_token():
+    first, gaps = speed.time_generation(tiny.model(), tiny.ids(2, 7), 5)
+    assert first > 0
+    assert len(gaps) == 4
+    assert all(gap > 0 for gap in gaps)
+
+
+def test_rows():
+    steps = []
+    models = {"dense": tiny.model(hidden_size=128, intermediate_size=192), "packed": packed_model()}
+    rows = speed.measure(models, (1, 3), prompt=6, tokens=3, rounds=2, on_step=lambda: steps.append(1))
+    assert len(steps) == 2 * 3 * 2
+    assert [(row["model"], row["batch"]) for row in rows] == [("dense", 1), ("packed", 1), ("dense", 3), ("packed", 3)]
+    for row in rows:
+        assert row["prefill_tokens_s"] == pytest.approx(row["batch"] * 6 / row["first_token_s"])
+        assert row["peak_bytes"] is None
+    assert rows[0]["decode_ratio"] == 1
+    assert rows[1]["decode_ratio"] == pytest.approx(rows[1]["decode_tokens_s"] / rows[0]["decode_tokens_s"])
+    assert rows[1]["weight_bytes"] < rows[0]["weight_bytes"]
+
+
+def test_shared_weights_count_once():
+    tied = tiny.model("llama tied")
+    assert speed.weight_bytes(tied) < speed.weight_bytes(tiny.model())
+    assert speed.weight_bytes(torch.nn.Linear(3, 5)) == 4 * (15 + 5)
+
+
+def test_command_line(tmp_path, capsys):
+    dense = str(saved.save_model(tmp_path / "dense", hidden_size=128, intermediate_size=192))
+    packed = str(tmp_path / "packed")
+    save_pretrained(tmp_path / "packed", packed_model(), saved.tokenizer())
+    out = tmp_path / "speed.json"
+    options = ["--batches", "1,2", "--prompt", "5", "--tokens", "3", "--rounds", "1"]
+    assert run("speed", dense, packed, *options, "--json", str(out)) == 0
+    shown = capsys.readouterr().out
+    assert "3 generated" in shown
+    assert "2:4 float32" in shown  # which way the products went
+    result = json.loads(out.read_text())
+    assert [row["batch"] for row in result["rows"]] == [1, 1, 2, 2]
+    assert set(result["dispatch"].values()) <= {"packed", "unpack"}
+    for arguments, message in (
+        ([dense, "--batches", "1,0"], "--batches must be numbers from 1 on, with commas between them, got '1,0'"),
+        ([dense, dense], "each model may be named once"),
+        ([dense, "--json", str(tmp_path / "no" / "x.json")], "its folder does not exist"),
+        ([str(tmp_path / "none")], "does not exist"),
+    ):
+        assert run("speed", *arguments) == 1
+        assert message in capsys.readouterr().err
