@@ -14,6 +14,7 @@ from benchmarks.end_to_end import differing_bits
 from benchmarks.official import OfficialRun
 from wanda_kernels import compress, perplexity, prune
 from wanda_kernels.models import load_model, save_pretrained
+from wanda_kernels.ops import bitmap_linear, sparse24_linear
 from wanda_kernels.pruning.blocks import find_blocks
 
 pytestmark = [
@@ -77,16 +78,19 @@ def test_pruned_gguf_becomes_a_plain_folder(loaded, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
-def test_packed_weights_are_smaller_and_as_exact_as_dense_ones(loaded, pattern):
-    dense, _, calibration, _ = loaded
-    model = copy.deepcopy(dense).to(torch.bfloat16)
+def test_packed_layers_are_smaller_and_as_exact_as_dense_ones(loaded, pattern):
+    """Layer by layer against float64: through 30 blocks of bfloat16 either's rounding is amplified at random."""
+    model = copy.deepcopy(loaded[0]).to(torch.bfloat16)
     prune(model, method="magnitude", pattern=pattern)
-    ids = calibration[:1, :12]  # few enough tokens for packed products
-    with torch.no_grad():
-        exact = copy.deepcopy(model).float()(ids).logits
-        before = (model(ids).logits.float() - exact).abs()
-        report = compress(model)
-        after = (model(ids).logits.float() - exact).abs()
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    report = compress(model)
     assert report.packed_bytes <= 0.57 * report.dense_bytes
     assert set(report.formats.values()) == {pattern or "bitmap"}
-    assert after.mean() <= 1.2 * before.mean()
+    generator = torch.Generator().manual_seed(0)
+    for name in report.formats:
+        packed = model.get_submodule(name)
+        x = torch.randn(12, packed.in_features, generator=generator).to(torch.bfloat16)
+        exact = x.double() @ dense[name].weight.double().T
+        product = sparse24_linear if pattern else bitmap_linear
+        errors = [(y.double() - exact).square().mean().sqrt() for y in (product(x, *packed.packed()), dense[name](x))]
+        assert errors[0] <= 1.02 * errors[1], name
