@@ -223,3 +223,7 @@ def test_dispatch_times_once_remembers_and_can_be_fixed(tmp_path, monkeypatch):
     (tmp_path / "choices.json").write_text(json.dumps({name: "fast"}))
     with pytest.raises(ValueError, match="must map shapes to 'packed' or 'unpack'"):
         dispatch.load(tmp_path / "choices.json")
+    (tmp_path / "choices.json").write_text("{")
+    for path in ("choices.json", "none.json"):
+        with pytest.raises(ValueError, match=r"dispatch file .* \(WANDA_KERNELS_DISPATCH\) could not be read"):
+            dispatch.load(tmp_path / path)

@@ -35,6 +35,11 @@ def _plain(weight: Tensor) -> tuple[Tensor, int]:
     return weight, max(weight.stride(0) - weight.shape[1], 0) if weight.shape[0] > 1 else 0
 
 
+def _instructions(quads: int, cols: int) -> int:
+    """warp_instructions() of rows.cu."""
+    return -(-cols // (128 * quads)) * (461 + 64 * quads)
+
+
 def _select_rows(weight: Tensor, norm: Tensor, sparsity: float, output: str) -> tuple[Tensor, Tensor]:
     cols, (rows, gap) = weight.shape[1], _plain(weight)
     if rows.numel() == 0:
@@ -42,7 +47,8 @@ def _select_rows(weight: Tensor, norm: Tensor, sparsity: float, output: str) -> 
     k = int(cols * sparsity)
     is_aligned = (cols + gap) * weight.itemsize % 16 == 0 and cols * weight.itemsize % 16 == 0
     path = "any" if cols > 57344 or k == cols else "staged" if is_aligned else "direct"
-    quads = 4 if cols <= 2048 else 22 if path == "staged" and 2048 < cols <= 22528 else 16
+    wide = path == "staged" and cols <= 22528 and _instructions(22, cols) < _instructions(16, cols)
+    quads = 4 if cols <= 2048 else 22 if wide else 16
     return operators.rows(_next_machine(), rows, norm, k, output=output, path=path, gap=gap, quads=quads, threads=256)
 
 

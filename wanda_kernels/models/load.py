@@ -107,4 +107,6 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
+        if not Path(model).expanduser().exists():
+            raise _explain(model, error) from error
         raise ValueError(f"the tokenizer of {model} could not be read: {' '.join(str(error).split())[:300]}") from error

@@ -78,9 +78,12 @@ def choices() -> dict[str, str]:
 
 def load(path: str | Path) -> None:
     """Add the choices of a file; they are not timed again."""
-    found = json.loads(Path(path).read_text())
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"dispatch file {path} ({_ENVIRONMENT}) could not be read: {error}") from error
     if not isinstance(found, dict) or not set(found.values()) <= {"packed", "unpack"}:
-        raise ValueError(f"{path} must map shapes to 'packed' or 'unpack'")
+        raise ValueError(f"dispatch file {path} must map shapes to 'packed' or 'unpack'")
     _choices.update(found)
 
 

@@ -11,8 +11,6 @@ from ..pruning.blocks import find_blocks
 from .format import PADDING, choose_format
 from .linear import PackedLinear
 
-QUANT_METHOD = "wanda_packed"
-
 
 @dataclass
 class PackedReport:

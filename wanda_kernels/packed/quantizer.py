@@ -9,8 +9,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..pruning.blocks import PACKED
 from .linear import PackedLinear
-from .model import QUANT_METHOD, packed_layers
+from .model import packed_layers
 
 VERSION = 1
 
@@ -24,7 +25,7 @@ class WandaPackedConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, layers: dict[str, dict[str, Any]], version: int = VERSION, **_unused: Any) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
+        self.quant_method = PACKED  # type: ignore[assignment]  # an enum of transformers' own methods
         self.version = version
         self.layers = layers
         if version != VERSION:

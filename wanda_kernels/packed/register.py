@@ -23,12 +23,12 @@ def register() -> None:
 
 
 def _register(quantizers: ModuleType) -> None:
-    from .model import QUANT_METHOD
+    from ..pruning.blocks import PACKED
     from .quantizer import WandaPackedConfig, WandaPackedQuantizer
 
-    if QUANT_METHOD not in quantizers.AUTO_QUANTIZER_MAPPING:
-        quantizers.register_quantization_config(QUANT_METHOD)(WandaPackedConfig)
-        quantizers.register_quantizer(QUANT_METHOD)(WandaPackedQuantizer)
+    if PACKED not in quantizers.AUTO_QUANTIZER_MAPPING:
+        quantizers.register_quantization_config(PACKED)(WandaPackedConfig)
+        quantizers.register_quantizer(PACKED)(WandaPackedQuantizer)
 
 
 class _Watcher(importlib.abc.MetaPathFinder):

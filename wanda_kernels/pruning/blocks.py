@@ -9,6 +9,8 @@ from torch import nn
 
 from .._checks import FLOATS
 
+PACKED = "wanda_packed"  # quant_method of packed checkpoints (wanda_kernels/packed)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -28,7 +30,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
             the kernels do not know, weights that are not on one device.
     """
     config = getattr(model, "config", None)
-    if getattr(getattr(config, "quantization_config", None), "quant_method", None) == "wanda_packed":
+    if getattr(getattr(config, "quantization_config", None), "quant_method", None) == PACKED:
         raise ValueError("the model is packed: unpack it first (wanda_kernels.decompress, or wanda-kernels decompress)")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoders can be pruned")
