@@ -49,8 +49,12 @@ RARE = {
     "rows.cuh": ("drop_padding", "has_ordinary_norms", "clear_padding"),
 }
 # Functions that access memory for few elements of a row, or once a row.
-FEW = {"rows.cuh": ("key_at",), "rows_any.cuh": ("write_sums", "select_segment")}
-GENERAL_PATHS = ("rows_any_kernel", "nm_any_kernel")  # slow by design: nothing in them is rare
+FEW = {
+    "rows.cuh": ("key_at",),
+    "rows_any.cuh": ("write_sums", "select_segment"),
+    "nm_any.cuh": ("load_ends", "store_ends"),
+}
+GENERAL_PATHS = ("rows_any_kernel",)  # slow by design: nothing in them is rare
 
 
 def _toolkit(name: str) -> str | None:
@@ -110,8 +114,11 @@ def _elements(kernel: str) -> int | None:
     if match := re.match(r"rows_kernel<\w+, (\d+),", kernel):
         return 4 * int(match[1])
     if match := re.match(r"nm_kernel<(\w+), (\d+),", kernel):
-        rows = 4 if int(match[2]) <= 8 else 1
-        return rows * max(int(match[2]), 4 if match[1] == "float32" else 8)
+        m, is_mask = int(match[2]), kernel.endswith("mask>")
+        rows = 1 if m > 8 else 2 if is_mask else 4
+        return rows * max(m, 16 if is_mask else 4 if match[1] == "float32" else 8)
+    if match := re.match(r"nm_any_kernel<\w+, (\d+)>", kernel):
+        return int(match[1])
     return 128 if "pack_24" in kernel else None
 
 

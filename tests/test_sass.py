@@ -8,8 +8,18 @@ import pytest
 
 from benchmarks import sass
 
-# Kernels whose whole traffic is W, norms and packed values; x, weights and partial sums.
-HOT = ("prune, staged>", "prune>", "pack_24", "rms_norm_sqnorm_kernel", "act_mul_sqnorm", "sqnorm_kernel<")
+# Kernels whose whole traffic is W, norms, masks and packed values; x, weights and partial sums.
+HOT = (
+    "prune, staged>",
+    "mask, staged>",
+    "prune>",
+    "mask>",
+    "nm_any",
+    "pack_24",
+    "rms_norm_sqnorm_kernel",
+    "act_mul_sqnorm",
+    "sqnorm_kernel<",
+)
 
 
 def rows(text: str) -> list[dict[str, str]]:

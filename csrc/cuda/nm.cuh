@@ -3,33 +3,37 @@
 // Algorithm: all pairs of a group are compared by one subtraction each, and the outcomes counted bit-parallel
 // (group.cuh): 9 SASS instructions an element for 2:4 and 16 for 4:8, bf16.
 //
-// Assumes, nm_kernel: M of 2, 4, 8, 16 or 32; 16-byte aligned rows and norms, whole units. nm_any_kernel:
-// M <= 32. Greater groups go to rows_any.cuh, each as a row of its own.
+// Assumes: M of 2, 4, 8, 16 or 32; 16-byte aligned rows, norms and mask rows, whole units. Other M up to 32
+// and other rows go to nm_any.cuh, greater groups to rows_any.cuh, each as a row of its own.
 //
-// One thread: a unit of max(M, 16 bytes) elements in each of kNmRows<M> rows, then the unit blockDim.x
-// further on. The norms of a unit are loaded once for all of its rows: one byte an element rather than four.
+// One thread: a unit of at least 16 bytes of what it writes and of M elements in each of kNmRows rows,
+// then the unit blockDim.x further on. The norms of a unit are loaded once for all of its rows: one byte an
+// element rather than four.
 //
-// Bytes: W in once and out once. A mask is written 16 bytes a lane for M of 16 and 32, else 8 (16-bit types)
-// or 4: whole sectors all the same.
+// Bytes: W in once and out once, 16 a lane. A unit of a mask is 16 elements, two or four chunks that a lane
+// loads one after the other: the second finds its sectors in L1.
 #pragma once
 
 #include "group.cuh"
 #include "nm.h"
-#include "rows_any.cuh"
+#include "rows_any.cuh"  // write_sums
 
 namespace wanda::cuda {
 
-// That a block works on side by side. A group of 16 or 32 fills a thread's registers by itself.
-template <int kM>
-constexpr int kNmRows = kM <= 8 ? 4 : 1;
-
 enum class NmOutput : int { kPrune, kPruneAndSum, kMask };
+
+// Rows that a block works on side by side. A group of 16 or 32 fills a thread's registers by itself.
+template <int kM, NmOutput kOutput>
+constexpr int kNmRows = kM > 8                       ? 1
+                        : kOutput == NmOutput::kMask ? 2
+                                                     : 4;
 
 template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
 struct NmUnit {
   using Bits = typename Element<kDtype>::Bits;
   static constexpr int kChunk = Element<kDtype>::kChunk;
-  static constexpr int kWidth = kM > kChunk ? kM : kChunk;
+  static constexpr int kWritten = kOutput == NmOutput::kMask ? 16 : kChunk;  // elements behind 16 bytes
+  static constexpr int kWidth = kM > kWritten ? kM : kWritten;
   static constexpr int kChunks = kWidth / kChunk;
 
   float4 norms[kWidth / 4];
@@ -91,25 +95,19 @@ struct NmUnit {
       const uint32_t high = permute_bytes(flag[4 * q + 2], flag[4 * q + 3], 0x7300);
       words[q] = ~permute_bytes(low, high, 0x7610) >> 7 & 0x01010101u;
     }
-    if constexpr (kWidth == 4) {
-      *reinterpret_cast<uint32_t*>(mask) = words[0];
-    } else if constexpr (kWidth == 8) {
-      *reinterpret_cast<uint2*>(mask) = make_uint2(words[0], words[1]);
-    } else {
 #pragma unroll
-      for (int q = 0; q < kWidth / 4; q += 4) {
-        store_16(mask + 4 * q, words[q], words[q + 1], words[q + 2], words[q + 3]);
-      }
+    for (int q = 0; q < kWidth / 4; q += 4) {
+      store_16(mask + 4 * q, words[q], words[q + 1], words[q + 2], words[q + 3]);
     }
   }
 };
 
-// Rows blockIdx.x * kNmRows<kM> and the next ones, all of their columns: the order of a row's sums is fixed.
+// Rows blockIdx.x * kRows and the next ones, all of their columns: the order of a row's sums is fixed.
 template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
 __global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams params) {
   using Unit = NmUnit<kDtype, kM, kKept, kOutput>;
   using Bits = typename Unit::Bits;
-  constexpr int kRows = kNmRows<kM>;
+  constexpr int kRows = kNmRows<kM, kOutput>;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   ScoreSums sums[kRows];
   for (int64_t col = static_cast<int64_t>(threadIdx.x) * Unit::kWidth; col < params.cols;
@@ -142,43 +140,6 @@ __global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams
       if (first_row + r >= params.rows) break;
       write_sums(sums[r], params.score_sums + 2 * (first_row + r), slots + 2 * r);
     }
-  }
-}
-
-// Any M up to 32, any alignment, one element a lane: a warp takes 32 / M groups at a time, a block whole
-// rows.
-template <Dtype kDtype>
-__global__ void __launch_bounds__(256) nm_any_kernel(const NmParams params) {
-  using Bits = typename Element<kDtype>::Bits;
-  WANDA_DYNAMIC_SHARED(memory);
-  float (*const slots)[kWarp] = reinterpret_cast<float (*)[kWarp]>(memory);
-  const int m = static_cast<int>(params.m), prunes = m - static_cast<int>(params.n);
-  const int lane = lane_of(threadIdx.x), groups_a_warp = kWarp / m, first_lane = lane / m * m;
-  const int64_t groups = params.cols / m, step = static_cast<int64_t>(blockDim.x) / kWarp * groups_a_warp;
-  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    Bits* const weight = static_cast<Bits*>(params.weight) + row * params.row_stride;
-    ScoreSums sums;
-    for (int64_t group = threadIdx.x / kWarp * groups_a_warp; group < groups; group += step) {
-      const bool is_active = lane < groups_a_warp * m && group + lane / m < groups;
-      const int64_t col = group * m + lane;
-      const float score = is_active ? score_of<kDtype>(weight[col], __ldg(params.norm + col)) : 0.0f;
-      const uint32_t key = ordered_key(score);
-      int rank = 0;
-      for (int i = 0; i < m; ++i) {
-        const uint32_t other = __shfl_sync(kFullMask, key, first_lane + i);
-        rank += other < key || (other == key && first_lane + i < lane);
-      }
-      if (!is_active) continue;
-      const float square = __fmul_rn(score, score);
-      sums.all = __fadd_rn(sums.all, square);
-      if (rank < prunes) sums.pruned = __fadd_rn(sums.pruned, square);
-      if (params.mask != nullptr) {
-        params.mask[row * params.cols + col] = rank < prunes;
-      } else if (rank < prunes) {
-        weight[col] = 0;
-      }
-    }
-    if (params.score_sums != nullptr) write_sums(sums, params.score_sums + 2 * row, slots);
   }
 }
 

@@ -79,7 +79,7 @@ cudaError_t launch_output(const RowsParams& params, const Device& device, cudaSt
   constexpr int64_t kBytes = sizeof(typename Element<kDtype>::Bits);
   const bool staged =
       is_aligned(params.weight) && is_aligned(params.norm) && is_aligned(params.mask) &&
-      params.row_stride * kBytes % 16 == 0 && params.cols * kBytes % 16 == 0 &&
+      params.row_stride * kBytes % 16 == 0 && params.cols * (params.mask == nullptr ? kBytes : 1) % 16 == 0 &&
       (params.cols + 2047) / 2048 * 2048 * kBytes + static_cast<int64_t>(sizeof(RowsShared)) <=
           device.shared_bytes;
   if (params.cols <= kNarrow) return launch_shape<kDtype, 4, kOutput>(params, device, staged, stream);

@@ -14,7 +14,7 @@
 // elements in one bin) go through rows_any.cuh.
 //
 // Assumes: at most 4 * kQuads columns a thread. The staged kernel: 16-byte aligned rows and norms, whole
-// chunks of 16 bytes. The direct kernel: nothing.
+// chunks of 16 bytes (a mask: 16 columns). The direct kernel: nothing.
 //
 // One thread: kQuads quads of four elements. Chunk c of a row belongs to thread c mod blockDim.x: a warp
 // reads 512 bytes in a row, and a thread's columns ascend with its quads.
@@ -321,19 +321,11 @@ struct RowBlock {
                                 ScoreSums& sums) const {
     const uint32_t column = chunk_column(c);
     if (!holds(column)) return;
-    if constexpr (kOutput == RowsOutput::kMask) {
-      uint32_t flags[kQuadsPerChunk];
-#pragma unroll
-      for (int q = 0; q < kQuadsPerChunk; ++q) {
-        flags[q] = pruned.top_bits(i, first + q) >> 7 & 0x01010101u;
-      }
+    if constexpr (kOutput == RowsOutput::kMask) {  // the direct kernel's
       bool* const mask = params.mask + row_index * params.cols + column;
-      if constexpr (!kStaged) {
-        for (int i = 0; i < kChunk && holds(column + i); ++i) mask[i] = flags[i / 4] >> (i % 4 * 8) & 1;
-      } else if constexpr (kQuadsPerChunk == 2) {
-        *reinterpret_cast<uint2*>(mask) = make_uint2(flags[0], flags[1]);
-      } else {
-        *reinterpret_cast<uint32_t*>(mask) = flags[0];
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        if (holds(column + e)) mask[e] = pruned.top_bits(i, first + e / 4) >> (e % 4 * 8 + 7) & 1;
       }
     } else {
       const uint4 chunk = load_chunk(column);
@@ -372,10 +364,64 @@ struct RowBlock {
     }
   }
 
+  // 16 bytes of a mask are those of kLanes neighbours' chunks: each lane of a group of so many takes one
+  // chunk of all of them, by a transposition among the lanes.
+  WANDA_DEVICE void write_mask_row(int64_t row_index, const Set& pruned) {
+    constexpr int kLanes = 16 / kChunk;
+    start_phase();
+    const uint32_t lane = thread % kLanes;
+    bool* const mask = params.mask + row_index * params.cols;
+#pragma unroll
+    for (int i = 0; i < Set::kWords; ++i) {
+#pragma unroll
+      for (int c = 0; c < Set::quads(i) / kQuadsPerChunk; c += kLanes) {
+        uint32_t words[kLanes][kQuadsPerChunk];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const int quad = c * kQuadsPerChunk + w;
+          words[w / kQuadsPerChunk][w % kQuadsPerChunk] =
+              quad < Set::quads(i) ? pruned.top_bits(i, quad) >> 7 & 0x01010101u : 0;
+        }
+        transpose(words, lane);
+        const uint32_t chunk = i * 8 / kQuadsPerChunk + c + lane;
+        const uint32_t column = (chunk * blockDim.x + thread - lane) * kChunk;
+        if (chunk < kChunks && holds(column)) {
+          constexpr int kSecond = 1 / kQuadsPerChunk, kThird = 2 / kQuadsPerChunk,
+                        kFourth = 3 / kQuadsPerChunk;
+          store_16(mask + column, words[0][0], words[kSecond][1 % kQuadsPerChunk], words[kThird][0],
+                   words[kFourth][3 % kQuadsPerChunk]);
+        }
+      }
+    }
+  }
+
+  // words[r] of lane l becomes words[l] of lane r, within groups of kLanes lanes.
+  template <int kLanes>
+  WANDA_DEVICE static void transpose(uint32_t (&words)[kLanes][kQuadsPerChunk], uint32_t lane) {
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+#pragma unroll
+      for (int low = 0; low < kLanes; ++low) {
+        if ((low & step) != 0) continue;
+#pragma unroll
+        for (int w = 0; w < kQuadsPerChunk; ++w) {
+          uint32_t& a = words[low][w];
+          uint32_t& b = words[low | step][w];
+          const uint32_t other = __shfl_xor_sync(kFullMask, lane & step ? a : b, step);
+          (lane & step ? a : b) = other;
+        }
+      }
+    }
+  }
+
   WANDA_DEVICE ScoreSums write_row(int64_t row_index, const Set& pruned) {
     ScoreSums sums;
     // Unrolled with the norms of all chunks on their way, the sums would spill.
     [[maybe_unused]] constexpr int kUnroll = kOutput == RowsOutput::kPruneAndSum ? 1 : 8;
+    if constexpr (kOutput == RowsOutput::kMask && kStaged) {
+      write_mask_row(row_index, pruned);
+      return sums;
+    }
     start_phase();
 #pragma unroll
     for (int i = 0; i < Set::kWords; ++i) {

@@ -45,7 +45,8 @@ def _select_rows(weight: Tensor, norm: Tensor, sparsity: float, output: str) -> 
     if rows.numel() == 0:
         return rows, torch.empty(rows.shape if output == "mask" else (rows.shape[0], 2))
     k = int(cols * sparsity)
-    is_aligned = (cols + gap) * weight.itemsize % 16 == 0 and cols * weight.itemsize % 16 == 0
+    whole = 16 if output == "mask" else 16 // weight.itemsize
+    is_aligned = (cols + gap) * weight.itemsize % 16 == 0 and cols % whole == 0
     path = "any" if cols > 57344 or k == cols else "staged" if is_aligned else "direct"
     wide = path == "staged" and cols <= 22528 and _instructions(22, cols) < _instructions(16, cols)
     quads = 4 if cols <= 2048 else 22 if wide else 16
@@ -66,7 +67,8 @@ def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
 def _select_nm(weight: Tensor, norm: Tensor, n: int, m: int, output: str) -> tuple[Tensor, Tensor]:
     rows, gap = _plain(weight)
     cols, chunk = weight.shape[1], 16 // weight.itemsize
-    is_vector = (cols + gap) % chunk == 0 and cols % max(m, chunk) == 0 and m in (2, 4, 8, 16, 32)
+    whole = max(m, 16 if output == "mask" else chunk)
+    is_vector = (cols + gap) % chunk == 0 and cols % whole == 0 and m in (2, 4, 8, 16, 32)
     path = "vector" if is_vector else "any" if m <= 32 else "segments"
     return operators.nm(_next_machine(), rows, norm, n, m, output=output, path=path, gap=gap)
 

@@ -1,5 +1,6 @@
 // The shipped kernels behind plain C functions, for tests/test_simt.py. Instrumented: see simt.h.
 #include "../../csrc/cuda/nm.cuh"
+#include "../../csrc/cuda/nm_any.cuh"
 #include "../../csrc/cuda/pack_24.cuh"
 #include "../../csrc/cuda/rows.cuh"
 #include "../../csrc/cuda/sqnorm.cuh"
@@ -40,7 +41,7 @@ void rows_output(const RowsParams& params, const RowsTuning& tuning, uint32_t gr
 
 template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
 void nm(const NmParams& params, uint32_t threads) {
-  constexpr int kRows = kNmRows<kM>;
+  constexpr int kRows = kNmRows<kM, kOutput>;
   simt::launch({static_cast<uint32_t>((params.rows + kRows - 1) / kRows), 1, 1}, threads,
                2 * kRows * kWarp * sizeof(float), [&] { nm_kernel<kDtype, kM, kKept, kOutput>(params); });
 }
@@ -54,6 +55,12 @@ void nm_output(const NmParams& params, uint32_t threads) {
   } else {
     nm<kDtype, kM, kKept, NmOutput::kPrune>(params, threads);
   }
+}
+
+template <Dtype kDtype, int kM>
+void nm_any(const NmParams& params, uint32_t grid, uint32_t threads) {
+  simt::launch({grid, 1, 1}, threads, sizeof(NmAnyShared<kDtype, kM>),
+               [&] { nm_any_kernel<kDtype, kM>(params); });
 }
 
 template <class F>
@@ -105,8 +112,11 @@ void simt_nm(const NmParams* params, uint32_t kept, uint32_t threads) {
 
 void simt_nm_any(const NmParams* params, uint32_t grid, uint32_t threads) {
   by_dtype(params->dtype, [&](auto dtype) {
-    simt::launch({grid, 1, 1}, threads, 2 * kWarp * sizeof(float),
-                 [&] { nm_any_kernel<decltype(dtype)::value>(*params); });
+    constexpr Dtype kDtype = decltype(dtype)::value;
+    if (params->m <= 4) return nm_any<kDtype, 4>(*params, grid, threads);
+    if (params->m <= 8) return nm_any<kDtype, 8>(*params, grid, threads);
+    if (params->m <= 16) return nm_any<kDtype, 16>(*params, grid, threads);
+    nm_any<kDtype, 32>(*params, grid, threads);
   });
 }
 
