@@ -21,6 +21,7 @@ from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
 from torch import Tensor
 
 from wanda_kernels import reference
+from wanda_kernels.packed import pack_bitmap, pack_sparse24
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the kernels with")
 
@@ -206,9 +207,39 @@ def test_sqnorm(machine: Machine) -> None:
         draw_sqnorm(machine, seed)
 
 
+def draw_packed(machine: Machine, seed: int) -> None:
+    draw = random.Random(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    form = draw.choice(["bitmap", "2:4"])
+    dtype = draw.choice(DTYPES if form == "bitmap" else DTYPES[1:])
+    rows, cols = draw.choice([1, 2, 5, 16, 17, 33, 48]), 64 * draw.choice([1, 2, 3, 15, 16, 17, 33, 50])
+    weight, _ = draw_matrix(draw, rows, cols, dtype)
+    weight = weight.nan_to_num(1, 2, -2).clamp(-50, 50)  # sums that float64 can judge
+    threads = 32 * draw.choice([1, 2, 3, 8])
+    if form == "bitmap":
+        weight.masked_fill_(torch.rand(weight.shape) < draw.choice([0.0, 0.5, 0.9, 1.0]), 0)
+        packed, tokens = pack_bitmap(weight), draw.randint(1, 8)
+    else:
+        weight.masked_fill_(reference.nm_mask(weight, torch.ones(cols), 2, 4), 0)
+        packed, tokens = pack_sparse24(weight), draw.choice([1, 3, 8, 9, 16, 17, 32])
+    assert same_bits(simt.unpack(machine, packed, threads=threads), weight)
+    x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    bias = torch.linspace(-3, 3, rows).to(dtype) if draw.random() < 0.5 else None
+    got = simt.packed_linear(machine, x, packed, bias, threads=threads, row_tiles=draw.choice([1, 2]))
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    size = x.double().abs() @ weight.double().abs().T + 1
+    unit = torch.finfo(dtype).eps / 2
+    assert ((got.double() - exact).abs() <= 2e-6 * size + unit * exact.abs() * 1.01).all()
+
+
+def test_packed(machine: Machine) -> None:
+    for seed in range(60):
+        draw_packed(machine, seed)
+
+
 # The tests of the tests: what a kernel needs is taken away, and something must notice.
 
-SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (draw_rows, draw_nm, draw_pack_24, draw_sqnorm)
+SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (draw_rows, draw_nm, draw_pack_24, draw_sqnorm, draw_packed)
 SITES = {"barrier": r"__syncthreads\(\)", "mask": r"\bkFullMask,", "copy wait": r"copy_async_wait<\d>\(\);"}
 
 

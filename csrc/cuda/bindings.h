@@ -19,4 +19,14 @@ inline int64_t row_stride(const at::Tensor& matrix) {
   return matrix.size(0) > 1 ? matrix.stride(0) : matrix.size(1);
 }
 
+inline bool is_aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// For kernels that have no path for other alignments: such a view is copied.
+inline at::Tensor aligned(const at::Tensor& tensor) {
+  const at::Tensor plain = tensor.contiguous();
+  return is_aligned(plain) ? plain : plain.clone();
+}
+
 }  // namespace wanda::cuda

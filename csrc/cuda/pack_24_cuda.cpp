@@ -16,14 +16,6 @@ using Packed = std::tuple<at::Tensor, at::Tensor>;
 
 uint16_t* bits(const at::Tensor& tensor) { return static_cast<uint16_t*>(tensor.data_ptr()); }
 
-bool is_aligned(const at::Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0; }
-
-// The packing kernels have no path for other alignments: such a view is copied.
-at::Tensor aligned(const at::Tensor& tensor) {
-  const at::Tensor plain = tensor.contiguous();
-  return is_aligned(plain) ? plain : plain.clone();
-}
-
 at::Tensor aligned_rows(const at::Tensor& weight) {
   const bool fits = has_plain_rows(weight) && is_aligned(weight) && weight.stride(0) % 8 == 0;
   return fits ? weight : aligned(weight);

@@ -54,6 +54,40 @@ WANDA_DEVICE float half_to_float(uint16_t bits) {
   return value;
 }
 
+// To nearest even.
+WANDA_DEVICE uint16_t float_to_half(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+WANDA_DEVICE uint16_t float_to_bfloat16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// sum [16 x 8] += A [16 x 32, 2:4] B [32 x 8]: fragments as in the PTX ISA, mma.sp m16n8k32. `metadata`
+// counts in lanes 2 * kSelector and 2 * kSelector + 1 of each quad.
+template <bool kIsBFloat16, int kSelector>
+WANDA_DEVICE void mma_sparse(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                             uint32_t metadata) {
+  if constexpr (kIsBFloat16) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+          "r"(metadata), "n"(kSelector));
+  } else {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+          "r"(metadata), "n"(kSelector));
+  }
+}
+
 }  // namespace wanda::cuda
 #else
 #include "simt.h"

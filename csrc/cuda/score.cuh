@@ -30,6 +30,18 @@ WANDA_DEVICE float to_float(typename Element<kDtype>::Bits bits) {
   }
 }
 
+// To the nearest element.
+template <Dtype kDtype>
+WANDA_DEVICE typename Element<kDtype>::Bits from_float(float value) {
+  if constexpr (kDtype == Dtype::kFloat32) {
+    return __float_as_uint(value);
+  } else if constexpr (kDtype == Dtype::kBFloat16) {
+    return float_to_bfloat16(value);
+  } else {
+    return float_to_half(value);
+  }
+}
+
 template <Dtype kDtype>
 WANDA_DEVICE float score_of(typename Element<kDtype>::Bits bits, float norm) {
   return __fmul_rn(fabsf(to_float<kDtype>(bits)), norm);

@@ -106,3 +106,28 @@ def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> 
         return
     is_vector = x.shape[2] * x.itemsize % 16 == 0
     sqnorm.copy_(operators.add_sqnorm(_next_machine(), sqnorm, x.contiguous(), token_mask, is_vector=is_vector))
+
+
+def unpack_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
+    return operators.unpack(_next_machine(), (values, bitmap, starts))
+
+
+def unpack_sparse24(values: Tensor, indices: Tensor) -> Tensor:
+    return operators.unpack(_next_machine(), (values, indices))
+
+
+def _linear(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, most: int) -> Tensor:
+    """Launches of at most `most` tokens; more than two of them go through the unpacked weight."""
+    if x.shape[0] > 2 * most:
+        return torch.nn.functional.linear(x, operators.unpack(_next_machine(), packed), bias)
+    return torch.cat([operators.packed_linear(_next_machine(), part, packed, bias) for part in x.split(most)])
+
+
+def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _linear(x, (values, bitmap, starts), bias, 8)
+
+
+def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.dtype == torch.float32:
+        return torch.nn.functional.linear(x, operators.unpack(_next_machine(), (values, indices)), bias)
+    return _linear(x, (values, indices), bias, 32)

@@ -1,9 +1,12 @@
 // The shipped kernels behind plain C functions, for tests/test_simt.py. Instrumented: see simt.h.
+#include "../../csrc/cuda/bitmap_linear.cuh"
 #include "../../csrc/cuda/nm.cuh"
 #include "../../csrc/cuda/nm_any.cuh"
 #include "../../csrc/cuda/pack_24.cuh"
 #include "../../csrc/cuda/rows.cuh"
+#include "../../csrc/cuda/sparse24_linear.cuh"
 #include "../../csrc/cuda/sqnorm.cuh"
+#include "../../csrc/cuda/unpack_packed.cuh"
 
 using namespace wanda;
 using namespace wanda::cuda;
@@ -61,6 +64,28 @@ template <Dtype kDtype, int kM>
 void nm_any(const NmParams& params, uint32_t grid, uint32_t threads) {
   simt::launch({grid, 1, 1}, threads, sizeof(NmAnyShared<kDtype, kM>),
                [&] { nm_any_kernel<kDtype, kM>(params); });
+}
+
+template <Dtype kDtype, int kBatch>
+void bitmap_linear(const PackedLinearParams& params, uint32_t threads) {
+  const int64_t grid = (params.weight.rows + kBitmapLinearRows - 1) / kBitmapLinearRows;
+  simt::launch({static_cast<uint32_t>(grid), 1, 1}, threads, sizeof(BitmapLinearShared<kBatch>),
+               [&] { bitmap_linear_kernel<kDtype, kBatch>(params); });
+}
+
+template <Dtype kDtype, int kRowTiles, int kTokenTiles>
+void sparse24_linear(const PackedLinearParams& params, uint32_t threads) {
+  const int64_t grid = (params.weight.rows + 16 * kRowTiles - 1) / (16 * kRowTiles);
+  simt::launch({static_cast<uint32_t>(grid), 1, 1}, threads,
+               sparse24_shared_bytes(kRowTiles, kTokenTiles, static_cast<int>(threads / kWarp)),
+               [&] { sparse24_linear_kernel<kDtype, kRowTiles, kTokenTiles>(params); });
+}
+
+template <Dtype kDtype, int kRowTiles>
+void sparse24_linear_tokens(const PackedLinearParams& params, uint32_t threads) {
+  if (params.tokens <= 8) return sparse24_linear<kDtype, kRowTiles, 1>(params, threads);
+  if (params.tokens <= 16) return sparse24_linear<kDtype, kRowTiles, 2>(params, threads);
+  sparse24_linear<kDtype, kRowTiles, 4>(params, threads);
 }
 
 template <class F>
@@ -132,6 +157,40 @@ void simt_pack_24(const Pack24Params* params) {
 void simt_unpack_24(const Unpack24Params* params) {
   const uint32_t grid = static_cast<uint32_t>((params->rows / 32 * ((params->cols + 127) / 128) + 7) / 8);
   simt::launch({grid, 1, 1}, kPackThreads, 0, [&] { unpack_24_kernel(*params); });
+}
+
+void simt_bitmap_linear(const PackedLinearParams* params, uint32_t threads) {
+  by_dtype(params->weight.dtype, [&](auto dtype) {
+    constexpr Dtype kDtype = decltype(dtype)::value;
+    if (params->tokens == 1) return bitmap_linear<kDtype, 1>(*params, threads);
+    if (params->tokens == 2) return bitmap_linear<kDtype, 2>(*params, threads);
+    if (params->tokens <= 4) return bitmap_linear<kDtype, 4>(*params, threads);
+    bitmap_linear<kDtype, 8>(*params, threads);
+  });
+}
+
+void simt_sparse24_linear(const PackedLinearParams* params, int row_tiles, uint32_t threads) {
+  if (params->weight.dtype == Dtype::kBFloat16) {
+    if (row_tiles == 1) return sparse24_linear_tokens<Dtype::kBFloat16, 1>(*params, threads);
+    return sparse24_linear_tokens<Dtype::kBFloat16, 2>(*params, threads);
+  }
+  if (row_tiles == 1) return sparse24_linear_tokens<Dtype::kFloat16, 1>(*params, threads);
+  sparse24_linear_tokens<Dtype::kFloat16, 2>(*params, threads);
+}
+
+void simt_unpack_bitmap(const PackedWeight* weight, void* dense, uint32_t threads) {
+  by_dtype(weight->dtype, [&](auto dtype) {
+    simt::launch({static_cast<uint32_t>(weight->rows), 1, 1}, threads, sizeof(BitmapShared<1>),
+                 [&] { unpack_bitmap_kernel<decltype(dtype)::value>(*weight, dense); });
+  });
+}
+
+void simt_unpack_sparse24(const PackedWeight* weight, void* dense) {
+  const uint32_t grid = static_cast<uint32_t>((weight->rows * (weight->cols / 8) + 255) / 256);
+  by_dtype(weight->dtype, [&](auto dtype) {
+    simt::launch({grid, 1, 1}, 256, 0,
+                 [&] { unpack_sparse24_kernel<decltype(dtype)::value>(*weight, dense); });
+  });
 }
 
 void simt_sqnorm(const SqnormParams* params, int is_vector) {

@@ -26,6 +26,18 @@ RowsParams = _struct("weight norm mask score_sums", "rows cols row_stride k", _D
 NmParams = _struct("weight norm mask score_sums", "rows cols row_stride n m", _DTYPE)
 Pack24Params = _struct("weight norm values metadata overfull", "rows cols row_stride", _DTYPE)
 Unpack24Params = _struct("values metadata weight", "rows cols")
+PackedWeight = _struct("values codes starts", "rows cols", _DTYPE)
+PackedLinearParams = type(
+    "PackedLinearParams",
+    (ctypes.Structure,),
+    {
+        "_fields_": [
+            ("weight", PackedWeight),
+            *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+            ("tokens", ctypes.c_int64),
+        ]
+    },
+)
 SqnormParams = _struct(
     "sqnorm x token_mask workspace",
     "sequences tokens cols sequence_stride token_stride",
@@ -116,6 +128,48 @@ def unpack_24(machine: Machine, values: Tensor, metadata: Tensor) -> Tensor:
     params = Unpack24Params(packed[0].pointer, packed[1].pointer, dense.pointer, rows, cols)
     machine.run("simt_unpack_24", [*packed, dense], ctypes.byref(params))
     return dense.tensor()
+
+
+class _Packed:
+    """A packed weight, (values, bitmap, starts) or (values, indices), in buffers."""
+
+    def __init__(self, packed: tuple[Tensor, ...]) -> None:
+        self.rows, self.cols, self.dtype = packed[1].shape[0], packed[1].shape[1] * 8, packed[0].dtype
+        self.buffers = [Buffer(tensor, "values codes starts".split()[i], False) for i, tensor in enumerate(packed)]
+        pointers = [buffer.pointer for buffer in self.buffers]
+        self.struct = PackedWeight(
+            *pointers, *[None] * (3 - len(pointers)), self.rows, self.cols, DTYPES[packed[0].dtype]
+        )
+
+
+def unpack(machine: Machine, packed: tuple[Tensor, ...], *, threads: int = 64) -> Tensor:
+    """`threads` matter to a bitmap only."""
+    weight = _Packed(packed)
+    dense = Buffer(torch.full((weight.rows, weight.cols), math.nan, dtype=weight.dtype), "dense")
+    name = "simt_unpack_bitmap" if len(packed) == 3 else "simt_unpack_sparse24"
+    arguments = (threads,) if len(packed) == 3 else ()
+    machine.run(name, [*weight.buffers, dense], ctypes.byref(weight.struct), ctypes.c_void_p(dense.pointer), *arguments)
+    return dense.tensor()
+
+
+def packed_linear(
+    machine: Machine, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, *, threads: int = 64,
+    row_tiles: int = 1,
+) -> Tensor:  # fmt: skip
+    """x [tokens, C_in] of at most 8 tokens (bitmap) or 32 (2:4: `row_tiles` of 16 rows a block)."""
+    weight = _Packed(packed)
+    inputs = Buffer(x, "x", writable=False)
+    added = Buffer(torch.zeros(1) if bias is None else bias, "bias", writable=False)
+    y = Buffer(torch.full((x.shape[0], weight.rows), math.nan, dtype=x.dtype), "y")
+    params = PackedLinearParams(
+        weight.struct, inputs.pointer, None if bias is None else added.pointer, y.pointer, x.shape[0]
+    )
+    buffers = [*weight.buffers, inputs, added, y]
+    if len(packed) == 3:
+        machine.run("simt_bitmap_linear", buffers, ctypes.byref(params), threads)
+    else:
+        machine.run("simt_sparse24_linear", buffers, ctypes.byref(params), row_tiles, threads)
+    return y.tensor()
 
 
 def add_sqnorm(

@@ -160,12 +160,15 @@ void resume(int thread) {
   m.current = -1;
 }
 
-// Stops the launch: fibers are abandoned where they are.
+}  // namespace
+
 void fail(const std::string& text) {
   report(text);
   m.stopping = true;
   leave_fiber(m.current);
 }
+
+namespace {
 
 // A wild address, far from any buffer.
 void on_fault(int) {

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 
 namespace simt {
 
@@ -41,11 +42,18 @@ uint32_t mask_at(int site, uint32_t mask);
 void exchange(int site, uint32_t mask, uint64_t value, uint64_t (&lanes)[32]);
 void warp_barrier(int site, uint32_t mask);
 uint32_t lane();
+void fail(const std::string& text);  // stops the launch: fibers are abandoned where they are
 uint32_t atomic_add(uint32_t* address, uint32_t value);
 void copy_async(void* to, const void* from);
 void copy_commit();
 void copy_wait(int site, int pending);
 float half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);
+uint16_t float_to_bfloat16(float value);
+struct SparseMma {  // one lane's part of mma.sp m16n8k32
+  uint32_t a[4], b[4], metadata;
+};
+void mma_sparse(bool is_bfloat16, int selector, const SparseMma& own, float (&sum)[4]);
 
 template <class T>
 uint64_t pack(T value) {
@@ -184,5 +192,12 @@ inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   *static_cast<uint4*>(to) = {a, b, c, d};
 }
 inline float half_to_float(uint16_t bits) { return simt::half_to_float(bits); }
+inline uint16_t float_to_half(float value) { return simt::float_to_half(value); }
+inline uint16_t float_to_bfloat16(float value) { return simt::float_to_bfloat16(value); }
+template <bool kIsBFloat16, int kSelector>
+void mma_sparse(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  simt::mma_sparse(kIsBFloat16, kSelector, {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, metadata},
+                   sum);
+}
 
 }  // namespace wanda::cuda

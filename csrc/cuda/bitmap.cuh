@@ -1,0 +1,103 @@
+// Walks the elements of rows of a bitmap, two neighbours a thread: for bitmap_linear.cuh and
+// unpack_packed.cuh.
+//
+// Algorithm: a warp takes pieces of 1024 columns, a lane one word of 32. Where a word's values begin is a sum
+// of bits: over the row's pieces before (the block's warps tell each other), then over the words before, by a
+// scan. Then in each of 16 steps the warp takes 64 columns, two a lane, so that values and x are read in the
+// order of memory.
+#pragma once
+
+#include "block.cuh"
+#include "packed.h"
+#include "score.cuh"
+
+namespace wanda::cuda {
+
+constexpr int kPieceCols = 32 * kWarp;
+constexpr int kBitmapWarps = 8;  // at most in a block
+
+template <int kRows>
+struct BitmapShared {
+  uint32_t counts[2][kRows][kBitmapWarps];
+};
+
+// Two neighbouring elements: which of them are kept, and where the first that is has its value.
+struct Pair {
+  bool low, high;
+  uint32_t index;
+};
+
+// What is kept of a pair of elements, +0 for the others. Reads values[index] and the one after it: there are
+// 32 more than are kept.
+template <Dtype kDtype>
+WANDA_DEVICE void pair_values(const typename Element<kDtype>::Bits* values, const Pair& pair,
+                              typename Element<kDtype>::Bits& low, typename Element<kDtype>::Bits& high) {
+  const auto first = __ldg(values + pair.index), second = __ldg(values + pair.index + 1);
+  low = pair.low ? first : 0;
+  high = pair.high ? (pair.low ? second : first) : 0;
+}
+
+// visit(column, pairs): this lane's columns `column` and `column` + 1 in each of kRows rows of the block's.
+// All threads of the block call it. Rows past the weight's last are its last again.
+template <int kRows, class Visit>
+WANDA_DEVICE void walk_bitmap(const PackedWeight& weight, int64_t first_row, BitmapShared<kRows>& shared,
+                              Visit visit) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = lane_of(threadIdx.x);
+  const uint32_t own_bit = 1u << (2 * lane % kWarp),
+                 words_in_row = static_cast<uint32_t>(weight.cols / kWarp);
+  const uint32_t* bits[kRows];
+  uint32_t begin[kRows];  // where the values of this round's pieces begin
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = min(first_row + r, weight.rows - 1);
+    bits[r] = reinterpret_cast<const uint32_t*>(weight.codes) + row * words_in_row;
+    begin[r] = static_cast<uint32_t>(__ldg(weight.starts + row));
+  }
+  const uint32_t pieces = (words_in_row + kWarp - 1) / kWarp, rounds = (pieces + warps - 1) / warps;
+  for (uint32_t round = 0; round < rounds; ++round) {
+    const uint32_t first_word = (round * warps + warp) * kWarp;
+    uint32_t word[kRows], offset[kRows];
+    uint32_t (*const counts)[kBitmapWarps] = shared.counts[round & 1];  // the other half may still be read
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      word[r] = first_word + lane < words_in_row ? __ldg(bits[r] + first_word + lane) : 0;
+      const uint32_t own = __popc(word[r]);
+      uint32_t through = own;
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const uint32_t other = __shfl_up_sync(kFullMask, through, step);
+        if (lane >= step) through += other;
+      }
+      offset[r] = through - own;
+      if (lane == kWarp - 1) counts[r][warp] = through;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      offset[r] += begin[r];
+      for (int w = 0; w < warps; ++w) {
+        const uint32_t count = counts[r][w];
+        if (w < warp) offset[r] += count;
+        begin[r] += count;
+      }
+    }
+    if (first_word >= words_in_row) continue;
+    const uint32_t steps = min((words_in_row - first_word) / 2, 16u);
+#pragma unroll 4
+    for (uint32_t step = 0; step < steps; ++step) {
+      Pair pairs[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const uint32_t source = 2 * step + lane / 16;
+        const uint32_t bits_32 = __shfl_sync(kFullMask, word[r], source);
+        const uint32_t begins = __shfl_sync(kFullMask, offset[r], source);
+        const uint32_t before = __popc(bits_32 & (own_bit - 1));
+        pairs[r] = {(bits_32 & own_bit) != 0, (bits_32 & 2 * own_bit) != 0, begins + before};
+      }
+      visit((first_word + 2 * step) * kWarp + 2 * lane, pairs);
+    }
+  }
+}
+
+}  // namespace wanda::cuda
