@@ -135,7 +135,7 @@ class _Packed:
 
     def __init__(self, packed: tuple[Tensor, ...]) -> None:
         self.rows, self.cols, self.dtype = packed[1].shape[0], packed[1].shape[1] * 8, packed[0].dtype
-        self.buffers = [Buffer(tensor, "values codes starts".split()[i], False) for i, tensor in enumerate(packed)]
+        self.buffers = [Buffer(tensor, ["values", "codes", "starts"][i], False) for i, tensor in enumerate(packed)]
         pointers = [buffer.pointer for buffer in self.buffers]
         self.struct = PackedWeight(
             *pointers, *[None] * (3 - len(pointers)), self.rows, self.cols, DTYPES[packed[0].dtype]
