@@ -119,6 +119,8 @@ def _elements(kernel: str) -> int | None:
         return rows * max(m, 16 if is_mask else 4 if match[1] == "float32" else 8)
     if match := re.match(r"nm_any_kernel<\w+, (\d+)>", kernel):
         return int(match[1])
+    if match := re.match(r"sparse24_linear_kernel<\w+, (\d+),", kernel):
+        return 2 * 32 * int(match[1])  # two stretches of a tile's 1,024 elements, by 32 lanes
     return 128 if "pack_24" in kernel else None
 
 
@@ -130,6 +132,10 @@ def _short(mangled: str) -> str:
         name = name.replace(f"(Dtype){number}", dtype)
     for number, output in enumerate(("prune", "prune+sums", "mask")):
         name = re.sub(rf"\((Rows|Nm)Output\){number}\b", output, name)
+    if name.startswith("sparse24_linear"):
+        return re.sub(r", (\d+), (\d+)>", lambda m: f", {16 * int(m[1])} rows, {8 * int(m[2])} tokens>", name)
+    if name.startswith("bitmap_linear"):
+        return re.sub(r", (\d+)>", r", \1 tokens>", name)
     true, false = ("staged", "direct") if name.startswith("rows_kernel") else ("select", "pack only")
     return name.replace("true", true).replace("false", false)
 
