@@ -11,6 +11,7 @@ from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
 
 from wanda_kernels import ops, reference
 from wanda_kernels.packed import pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
+from wanda_kernels.packed.bands import BAND_BYTES, banded_linear, rows_of_band
 from wanda_kernels.packed.format import PADDING, choose_format, is_24, packed_bytes
 
 BACKENDS = backends.names()
@@ -58,6 +59,42 @@ def test_minus_zero_and_nan_payloads_are_kept():
     assert same_bits(ops.unpack_bitmap(*pack_bitmap(weight)), weight)
     weight[:, 2:4] = 0
     assert same_bits(ops.unpack_sparse24(*pack_sparse24(weight)), weight)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@settings(max_examples=60)
+@given(weight=sparse_weights(is_24=True), data=st.data())
+def test_a_band_of_rows_is_unpacked(backend, weight, data):
+    first = data.draw(st.integers(0, weight.shape[0] - 1))
+    last = data.draw(st.integers(first + 1, weight.shape[0]))
+    values, bitmap, starts = pack_bitmap(weight)
+    band = backends.implementation(backend, "unpack_bitmap")(values, bitmap[first:last], starts[first : last + 1])
+    assert same_bits(band, weight[first:last])
+    values, indices = pack_sparse24(weight)
+    band = backends.implementation(backend, "unpack_sparse24")(values[first:last], indices[first:last])
+    assert same_bits(band, weight[first:last])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pack", [pack_bitmap, pack_sparse24])
+@pytest.mark.parametrize(("rows", "band"), [(1, 1), (7, 1), (7, 3), (8, 4), (130, 64), (5, 9)])
+@pytest.mark.parametrize("shape", [(17,), (2, 9), (1, 0), ()])
+def test_a_product_by_bands_is_the_product(dtype, pack, rows, band, shape):
+    """Small integers: every sum is exact, in whatever order a BLAS adds."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, x, bias = (
+        torch.randint(-2, 3, size, generator=generator).to(dtype) for size in ((rows, 64), (*shape, 64), (rows,))
+    )
+    weight.masked_fill_(reference.nm_mask(weight, torch.ones(64), 2, 4), 0)
+    for added in (None, bias):
+        expected = torch.nn.functional.linear(x, weight, added)
+        assert torch.equal(banded_linear(x, pack(weight), added, band), expected)
+
+
+def test_bands_fit_their_size():
+    for cols, size in ((64, 2), (4096, 2), (11008, 4), (1 << 24, 4)):
+        rows = rows_of_band(cols, size)
+        assert rows == 1 or rows * cols * size <= BAND_BYTES < (rows + 1) * cols * size
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

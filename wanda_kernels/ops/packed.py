@@ -46,7 +46,10 @@ def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | N
 
 
 def unpack_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
-    """The dense weight, [C_out, C_in], bit for bit what was packed. Arguments as in :func:`bitmap_linear`."""
+    """The dense weight, [C_out, C_in], bit for bit what was packed. Arguments as in :func:`bitmap_linear`.
+
+    ``bitmap[a:b]`` and ``starts[a : b + 1]``, with all values, give rows a to b.
+    """
     return torch.ops.wanda.unpack_bitmap(values, bitmap, starts)
 
 

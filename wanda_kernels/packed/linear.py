@@ -11,11 +11,13 @@ from torch.nn.functional import linear
 
 from ..ops import bitmap_linear, sparse24_linear, unpack_bitmap, unpack_sparse24
 from . import dispatch
+from .bands import banded_linear
 from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
 
 
 class PackedLinear(nn.Module):
-    """``nn.Linear`` on a packed weight. One copy of the weight is resident; what it is unpacked into is freed again.
+    """``nn.Linear`` on a packed weight. One copy of the weight is resident; what it is unpacked into, on the CPU
+    a band of rows at a time (bands.py), is freed again.
 
     State dict: ``weight`` (the values: another shape than a dense weight's, so that nothing takes one for the other),
     and ``weight_bitmap`` [C_out, C_in / 8] and ``weight_starts`` [C_out + 1], or ``weight_indices`` [C_out, C_in / 8].
@@ -105,11 +107,17 @@ class PackedLinear(nn.Module):
         tokens = x.numel() // self.in_features
         candidates = {
             "packed": lambda: product(x, *self.packed(), self.bias),
-            "unpack": lambda: linear(x, self.unpacked(), self.bias),
+            "unpack": lambda: self._dense_product(x),
         }
         return dispatch.run(
             (self.form, self.weight.dtype, self.out_features, self.in_features, tokens, x.device), candidates
         )
+
+    def _dense_product(self, x: Tensor) -> Tensor:
+        # On CUDA a band would be too small a product; a compiled graph would hold every band; bands have no gradient.
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return linear(x, self.unpacked(), self.bias)
+        return banded_linear(x, self.packed(), self.bias)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._is_valid = False

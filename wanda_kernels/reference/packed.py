@@ -14,7 +14,8 @@ def unpack_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
     kept = (bitmap[:, :, None] >> torch.arange(8, device=bitmap.device)) & 1
     kept = kept.bool().flatten(1)
     weight = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
-    weight[kept] = values[: int(kept.sum())]
+    first = int(starts[0])  # not 0 where a band of rows is given
+    weight[kept] = values[first : first + int(kept.sum())]
     return weight
 
 
