@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .options import Debug
 
-PACKAGES = ("wanda_kernels", "torch", "transformers", "triton", "safetensors", "datasets", "gguf")
+PACKAGES = ("wanda_kernels", "torch", "transformers", "triton", "safetensors", "datasets", "gguf", "lm_eval")
 
 
 def _version(package: str) -> str:
