@@ -49,7 +49,7 @@ def main() -> None:
     batches = [int(batch) for batch in options.batches.split(",")]
     models = build()
     with bar() as shown:
-        task = shown.add_task("generating", total=len(batches) * (options.rounds + 1) * len(models))
+        task = shown.add_task("generating", total=len(batches) * (options.rounds + 2) * len(models))
         rows = measure(models, batches, PROMPT, TOKENS, options.rounds, lambda: shown.advance(task))
     screen = Console()
     screen.width = max(screen.width, 110)

@@ -9,8 +9,9 @@ import saved
 import tiny
 import torch
 
-from wanda_kernels import compress, prune, speed
+from wanda_kernels import compress, memory, prune, speed
 from wanda_kernels.cli.app import main
+from wanda_kernels.memory import added_peak
 from wanda_kernels.models import save_pretrained
 
 
@@ -38,14 +39,38 @@ def test_rows():
     steps = []
     models = {"dense": tiny.model(hidden_size=128, intermediate_size=192), "packed": packed_model()}
     rows = speed.measure(models, (1, 3), prompt=6, tokens=3, rounds=2, on_step=lambda: steps.append(1))
-    assert len(steps) == 2 * 3 * 2
+    assert len(steps) == 2 * 4 * 2
     assert [(row["model"], row["batch"]) for row in rows] == [("dense", 1), ("packed", 1), ("dense", 3), ("packed", 3)]
     for row in rows:
         assert row["prefill_tokens_s"] == pytest.approx(row["batch"] * 6 / row["first_token_s"])
-        assert row["peak_bytes"] is None
+        assert row["peak_bytes"] is None or row["peak_bytes"] >= row["weight_bytes"] > 0
     assert rows[0]["decode_ratio"] == 1
     assert rows[1]["decode_ratio"] == pytest.approx(rows[1]["decode_tokens_s"] / rows[0]["decode_tokens_s"])
     assert rows[1]["weight_bytes"] < rows[0]["weight_bytes"]
+
+
+def test_peak_memory_of_a_piece_of_work():
+    size, near = 64 << 20, 1 << 20  # the kernel counts pages in batches
+    cpu = torch.device("cpu")
+    if added_peak(lambda: None, cpu) is None:
+        pytest.skip("this system does not tell the peak of a part of a run")
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            torch.ones(size, dtype=torch.uint8)
+
+    added = added_peak(lambda: work(3), cpu)  # one after the other: the peak is one of them
+    assert size - near <= added < size + (16 << 20)
+    kept = torch.ones(2 * size, dtype=torch.uint8)  # there before: does not count
+    assert added_peak(lambda: kept.add_(1), cpu) < 16 << 20
+    assert added_peak(lambda: work(1), cpu) >= size - near
+
+
+def test_peak_memory_that_cannot_be_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "no" / "such")
+    assert added_peak(lambda: None, torch.device("cpu")) is None
+    (row,) = speed.measure({"dense": tiny.model()}, (1,), prompt=6, tokens=3, rounds=1)
+    assert row["peak_bytes"] is None
 
 
 def test_shared_weights_count_once():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .memory import added_peak
 
 BATCHES = (1, 4, 16)
 
@@ -63,33 +66,37 @@ def measure(
     rounds: int = 3,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Medians over ``rounds``, in which the models take turns; the first round warms up and does not count.
+    """Medians over ``rounds``, in which the models take turns. Two rounds go before and do not count: the first warms
+    up, the second measures memory.
 
     Args:
         models: name -> model, all on one device. The first one is what the others are compared with.
         batches: prompts at a time.
         prompt, tokens: length of the prompts, the same random ids for all models, and of what is generated.
-        on_step: called after each of ``len(batches) * (rounds + 1) * len(models)`` generations.
+        on_step: called after each of ``len(batches) * (rounds + 2) * len(models)`` generations.
 
     Returns:
         One row per batch and model: ``first_token_s``, ``prefill_tokens_s``, ``decode_tokens_s``, ``weight_bytes``,
-        ``peak_bytes`` (of a CUDA device, else None) and ``decode_ratio``, to the first model's.
+        ``peak_bytes`` (the weights, and what generating adds to them at its peak, :func:`added_peak`; None where that
+        cannot be told) and ``decode_ratio``, to the first model's.
     """
     rows = []
     for batch in batches:
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         peaks: dict[str, int | None] = {}
-        for number in range(rounds + 1):
+        for number in range(rounds + 2):
             for name, model in models.items():
                 device = next(model.parameters()).device
                 vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
                 ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(batch))
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                first, gaps = time_generation(model, ids.to(device), tokens)
-                peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-                if number > 0:
-                    seconds[name].append((first, statistics.median(gaps)))
+                generate = functools.partial(time_generation, model, ids.to(device), tokens)
+                if number == 1:  # apart from the timed ones: it makes every page of memory a new one
+                    added = added_peak(generate, device)
+                    peaks[name] = None if added is None else weight_bytes(model) + added
+                else:
+                    first, gaps = generate()
+                    if number > 1:
+                        seconds[name].append((first, statistics.median(gaps)))
                 on_step()
         reference = None
         for name, model in models.items():

@@ -43,7 +43,7 @@ def speed_command(
         with working(f"loading {name}"):
             models[name] = load_model(name, dtype, device)
     with bar() as shown:
-        task = shown.add_task("generating", total=len(sizes) * (rounds + 1) * len(models))
+        task = shown.add_task("generating", total=len(sizes) * (rounds + 2) * len(models))
         rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task))
     screen = Console()
     screen.width = max(screen.width, 110)  # not folded in a log
@@ -65,7 +65,8 @@ def _parse_batches(text: str) -> list[int]:
 
 
 def draw(rows: list[dict[str, Any]], prompt: int, tokens: int) -> Table:
-    table = Table(title=f"prompts of {prompt} tokens, {tokens} generated, medians", title_justify="left")
+    title = f"prompts of {prompt} tokens, {tokens} generated, medians; peak: weights and what generating adds to them"
+    table = Table(title=title, title_justify="left")
     headings = ("model", "batch", "first token s", "prefill tokens/s", "decode tokens/s", "x first", "weights MiB")
     for heading in (*headings, "peak MiB"):
         table.add_column(heading, justify="left" if heading == "model" else "right")

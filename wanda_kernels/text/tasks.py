@@ -110,7 +110,7 @@ class TaskEvaluation:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        adapter: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        adapter: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         found: Any = simple_evaluate(
             adapter, tasks=self._names, num_fewshot=few_shot, limit=limit, log_samples=False,
             task_manager=self._manager,
