@@ -15,9 +15,9 @@ _RESET_PEAK = "5"  # proc(5): the peak resident set begins again at what is resi
 def added_peak(work: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that ``work`` has at its peak beyond those before it.
 
-    CUDA: what torch allocates. CPU: the process's resident set (VmHWM of Linux), after memory that was freed before has
-    been given back to the system (glibc's malloc_trim); to about a megabyte. What a library keeps between calls does not
-    count; what other threads of the process touch meanwhile does.
+    CUDA: what torch allocates. CPU: the process's resident set (VmHWM of Linux, to about a megabyte), after memory that
+    was freed before has been given back to the system (glibc's malloc_trim). What a library keeps between calls does
+    not count; what other threads of the process touch meanwhile does.
 
     Returns:
         None where it cannot be told: another system than Linux, or one that does not let a process reset its peak.

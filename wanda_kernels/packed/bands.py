@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import unpack_bitmap, unpack_sparse24
 
-# Zen 2 (512 KB of L2), one thread, 2:4, 11008 x 4096, time as a multiple of the dense product's, by size of a band:
+# Zen 3 (512 KB of L2), one thread, 2:4, 11008 x 4096, time as a multiple of the dense product's, by size of a band:
 #                         128 KiB   512 KiB   1 MiB   2 MiB   4 MiB   the whole weight
 # float32,   17 tokens       2.87      1.41    1.49    1.24    1.67               4.64
 # float32,  256 tokens       3.36      1.26    1.22    1.10    1.05               1.62

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DIRECT_TOKENS = 16  # more rows of x than that go through the unpacked weight
+DIRECT_TOKENS = 16  # rows of x that a packed product takes at a time
 _ENVIRONMENT = "WANDA_KERNELS_DISPATCH"
 _ROUNDS = 3
 
@@ -36,7 +36,7 @@ def name_of(key: Key) -> str:
 def run(key: Key, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
     """The result of the candidate that is fastest for the key: ``packed``, or ``unpack`` and a dense product."""
     tokens, device = key[4], key[5]
-    if tokens > DIRECT_TOKENS:
+    if tokens > DIRECT_TOKENS and (device.type != "cpu" or torch.compiler.is_compiling()):
         return candidates["unpack"]()
     if tokens == 0 or torch.compiler.is_compiling():
         return candidates["packed"]()
@@ -45,13 +45,14 @@ def run(key: Key, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
     if chosen is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return candidates["packed"]()  # nothing can be timed now
-        chosen = _choices[name] = _fastest(candidates, device)
+        # Many tokens take long enough to be timed twice only.
+        chosen = _choices[name] = _fastest(candidates, device, _ROUNDS if tokens <= DIRECT_TOKENS else 2)
     return candidates[chosen]()
 
 
-def _fastest(candidates: Mapping[str, Callable[[], Tensor]], device: torch.device) -> str:
+def _fastest(candidates: Mapping[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> str:
     seconds = dict.fromkeys(candidates, float("inf"))
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for name, candidate in candidates.items():
             _wait(device)
             start = time.perf_counter()
