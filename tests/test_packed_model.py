@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_kernels import compress, decompress, prune
 from wanda_kernels.cli.app import main
-from wanda_kernels.packed import PackedLinear, dispatch
+from wanda_kernels.packed import PackedLinear, dispatch, keep_prefill_copies
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
 
@@ -242,9 +242,20 @@ def test_dispatch_times_once_remembers_and_can_be_fixed(tmp_path, monkeypatch):
     layer(x)
     assert dispatch.choices() == {name: other}
     (tmp_path / "choices.json").write_text(json.dumps({name: "fast"}))
-    with pytest.raises(ValueError, match="must map shapes to 'packed' or 'unpack'"):
+    with pytest.raises(ValueError, match="must map shapes to packed, unpack or semi_structured"):
         dispatch.load(tmp_path / "choices.json")
     (tmp_path / "choices.json").write_text("{")
     for path in ("choices.json", "none.json"):
         with pytest.raises(ValueError, match=r"dispatch file .* \(WANDA_KERNELS_DISPATCH\) could not be read"):
             dispatch.load(tmp_path / path)
+
+
+def test_prefill_copies_that_cannot_be():
+    layer = torch.nn.Linear(64, 32).to(torch.bfloat16)
+    layer.weight.data[:, ::2] = 0
+    message = r"needs 2:4 in a 16-bit type on CUDA, got a layer of \[32, 64\], {}, torch.bfloat16 on cpu"
+    for form in ("bitmap", "2:4"):
+        with pytest.raises(ValueError, match=message.format(form)):
+            PackedLinear.from_linear(layer, form).keep_prefill_copy()
+    with pytest.raises(ValueError, match="no layer that is packed as 2:4"):
+        keep_prefill_copies(layer)

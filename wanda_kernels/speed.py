@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory import added_peak
+from .packed.model import packed_layers
 
 BATCHES = (1, 4, 16)
 
@@ -53,9 +54,10 @@ def time_generation(model: Any, prompt: Tensor, tokens: int) -> tuple[float, lis
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, shared ones once."""
+    """Of parameters and buffers, shared ones once, and of copies kept for prefill."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    copies = sum(layer.prefill_bytes() for layer in packed_layers(model).values())
+    return copies + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def measure(

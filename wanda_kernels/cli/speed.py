@@ -20,6 +20,12 @@ def speed_command(
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of a prompt.")] = 128,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens to generate.")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="In which the models take turns.")] = 3,
+    prefill_copy: Annotated[
+        bool,
+        typer.Option(
+            "--prefill-copy", help="CUDA: 2:4 layers also keep torch's semi-structured tensor, for many tokens."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -27,7 +33,8 @@ def speed_command(
 ) -> None:
     """Prefill and decode tokens per second, same prompts, in turns in one run."""
     from ..models import load_model
-    from ..packed import dispatch
+    from ..packed import dispatch, keep_prefill_copies
+    from ..packed.model import packed_layers
     from ..speed import measure
     from .display import bar, quiet_libraries, working
 
@@ -42,6 +49,8 @@ def speed_command(
     for name in names:
         with working(f"loading {name}"):
             models[name] = load_model(name, dtype, device)
+            if prefill_copy and packed_layers(models[name]):
+                keep_prefill_copies(models[name])
     with bar() as shown:
         task = shown.add_task("generating", total=len(sizes) * (rounds + 2) * len(models))
         rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task))

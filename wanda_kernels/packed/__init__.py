@@ -6,7 +6,7 @@
 
 from .format import FORMATS, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
 from .linear import PackedLinear
-from .model import PackedReport, compress, decompress
+from .model import PackedReport, compress, decompress, keep_prefill_copies
 from .register import register
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PackedReport",
     "compress",
     "decompress",
+    "keep_prefill_copies",
     "pack_bitmap",
     "pack_sparse24",
     "validate_bitmap",

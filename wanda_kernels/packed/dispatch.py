@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+WAYS = ("packed", "unpack", "semi_structured")
 DIRECT_TOKENS = 16  # rows of x that a packed product takes at a time
+CUDA_24_TOKENS = 32  # the same, for 2:4 on CUDA
 _ENVIRONMENT = "WANDA_KERNELS_DISPATCH"
 _ROUNDS = 3
 
@@ -35,16 +37,20 @@ def name_of(key: Key) -> str:
 
 def run(key: Key, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
     """The result of the candidate that is fastest for the key: ``packed``, or ``unpack`` and a dense product."""
-    tokens, device = key[4], key[5]
-    if tokens > DIRECT_TOKENS and (device.type != "cpu" or torch.compiler.is_compiling()):
-        return candidates["unpack"]()
+    form, tokens, device = key[0], key[4], key[5]
+    is_direct = tokens <= (CUDA_24_TOKENS if device.type == "cuda" and form.startswith("2:4") else DIRECT_TOKENS)
+    unasked = "packed" if is_direct else "unpack"
     if tokens == 0 or torch.compiler.is_compiling():
-        return candidates["packed"]()
+        return candidates[unasked]()
+    if device.type == "cuda" and not is_direct:  # launch after launch would read the weight as often
+        candidates = {way: call for way, call in candidates.items() if way != "packed"}
+    if len(candidates) == 1:
+        return candidates[unasked]()
     name = name_of(key)
     chosen = choices().get(name)
     if chosen is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return candidates["packed"]()  # nothing can be timed now
+            return candidates[unasked]()  # nothing can be timed now
         # Many tokens take long enough to be timed twice only.
         chosen = _choices[name] = _fastest(candidates, device, _ROUNDS if tokens <= DIRECT_TOKENS else 2)
     return candidates[chosen]()
@@ -83,8 +89,8 @@ def load(path: str | Path) -> None:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"dispatch file {path} ({_ENVIRONMENT}) could not be read: {error}") from error
-    if not isinstance(found, dict) or not set(found.values()) <= {"packed", "unpack"}:
-        raise ValueError(f"dispatch file {path} must map shapes to 'packed' or 'unpack'")
+    if not isinstance(found, dict) or not set(found.values()) <= set(WAYS):
+        raise ValueError(f"dispatch file {path} must map shapes to {', '.join(WAYS[:-1])} or {WAYS[-1]}")
     _choices.update(found)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.sparse import to_sparse_semi_structured
 
 from ..ops import bitmap_linear, sparse24_linear, unpack_bitmap, unpack_sparse24
 from . import dispatch
@@ -60,6 +61,7 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(values, requires_grad=False)
         self.bias = nn.Parameter(empty(out_features), requires_grad=False) if bias else None
         self._is_valid = False
+        self._prefill: Tensor | None = None
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, form: str) -> PackedLinear:
@@ -110,13 +112,45 @@ class PackedLinear(nn.Module):
             "packed": lambda: self._packed_product(x),
             "unpack": lambda: self._dense_product(x),
         }
+        form, copy = self.form, self._prefill
+        if copy is not None:
+            form += " + copy"
+            candidates["semi_structured"] = lambda: linear(x, copy, self.bias)
         return dispatch.run(
-            (self.form, self.weight.dtype, self.out_features, self.in_features, tokens, x.device), candidates
+            (form, self.weight.dtype, self.out_features, self.in_features, tokens, x.device), candidates
         )
 
+    def keep_prefill_copy(self) -> None:
+        """Keep the weight as torch's semi-structured tensor too, for products with many tokens: 9/16 of the dense size
+        once more. It is not saved, and gone when the layer moves or is loaded again.
+
+        Raises:
+            ValueError: the layer is not 2:4, not on CUDA, not of a 16-bit type, or of a shape that torch does not take.
+        """
+        where = f"a layer of [{self.out_features}, {self.in_features}], {self.form}, {self.weight.dtype}"
+        if self.form != "2:4" or self.weight.element_size() != 2 or self.weight.device.type != "cuda":
+            raise ValueError(f"a prefill copy needs 2:4 in a 16-bit type on CUDA, got {where} on {self.weight.device}")
+        try:
+            self._prefill = to_sparse_semi_structured(self.unpacked())
+        except RuntimeError as error:
+            raise ValueError(f"torch has no semi-structured tensor for {where}: {error}") from error
+
+    def prefill_bytes(self) -> int:
+        """Of the copy that :meth:`keep_prefill_copy` made."""
+        if self._prefill is None:
+            return 0
+        parts, _ = self._prefill.__tensor_flatten__()  # type: ignore[attr-defined]
+        tensors = [getattr(self._prefill, name) for name in parts]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        self._prefill = None
+        return super()._apply(fn, recurse)
+
     def _packed_product(self, x: Tensor) -> Tensor:
-        # As many tokens at a time as the operators multiply without unpacking: for processors whose dense product is slow
-        # in 16-bit types. Without AVX-512, 256 tokens of bfloat16 took 0.30 of torch's dense time (Zen 3, 4096 x 4096).
+        # As many tokens at a time as the operators multiply without unpacking: for processors whose dense product is
+        # slow in 16-bit types. Without AVX-512, 256 tokens of bfloat16 took 0.30 of torch's dense time (Zen 3, 4096 x
+        # 4096).
         product: Callable[..., Tensor] = bitmap_linear if self.form == "bitmap" else sparse24_linear
         if x.numel() <= dispatch.DIRECT_TOKENS * self.in_features:
             return product(x, *self.packed(), self.bias)
@@ -132,6 +166,7 @@ class PackedLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._is_valid = False
+        self._prefill = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

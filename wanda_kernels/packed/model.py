@@ -83,6 +83,21 @@ def decompress(model: nn.Module) -> None:
     _set_config(model, None)
 
 
+def keep_prefill_copies(model: nn.Module) -> int:
+    """Give every 2:4 layer torch's semi-structured tensor beside its packed weight, for products with many tokens on
+    CUDA (:meth:`PackedLinear.keep_prefill_copy`). Returns the bytes that they take.
+
+    Raises:
+        ValueError: the model has no 2:4 layer, or one cannot have a copy.
+    """
+    layers = [layer for layer in packed_layers(model).values() if layer.form == "2:4"]
+    if not layers:
+        raise ValueError("the model has no layer that is packed as 2:4")
+    for layer in layers:
+        layer.keep_prefill_copy()
+    return sum(layer.prefill_bytes() for layer in layers)
+
+
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
