@@ -1,4 +1,4 @@
-// The best dense bf16 matrix-vector product that we could write: the peer of benchmarks/sparse_linear.py that torch
+// The best dense bf16 matrix-vector product that we could write: the peer of benchmarks/operators.py that torch
 // is not. Eight accumulators, whole rows, the next row prefetched. Built with -march=native; needs AVX-512 BF16.
 #include <immintrin.h>
 

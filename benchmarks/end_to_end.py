@@ -1,37 +1,34 @@
 """The whole pruning run against a plain reimplementation of the official loop, in turns, masks compared.
 
-python -m benchmarks.end_to_end [--record] [--repeats 2]: SmolLM2-135M, float32, 16 x 512 tokens, 50 % and 2:4.
+SmolLM2-135M, float32, 50 % and 2:4 (quick: a small random LLaMA).
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import smollm2
-from benchmarks.circumstances import write_result
+from benchmarks.harness import Settings, spread
 from benchmarks.official import OfficialRun
+from benchmarks.operators import backend_of
+from benchmarks.records import Row
+from benchmarks.scaling import SMALL
 from wanda_kernels import prune
-from wanda_kernels.cli.display import bar, quiet_libraries
 from wanda_kernels.pruning import Pattern
-from wanda_kernels.pruning.blocks import find_blocks
 
-PARTS = ("forward", "statistics", "selection")
-
-
-def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
-    if pattern is None:
-        return None
-    parsed = Pattern.parse(pattern)
-    return parsed.n, parsed.m
-
+PARTS = ("total", "forward", "statistics", "selection")
+OFFICIAL = "official loop"
+SAMPLES, LENGTH = 8, 512
+TARGETS = (None, "2:4")
 
 # Options of prune() for each of our runs, by the flag that gives them. Fused statistics count as part of the forward
 # passes: only --no-fuse shows what all of them cost.
@@ -40,6 +37,14 @@ OURS: dict[str, dict[str, Any]] = {
     "--no-fuse": {"fuse_statistics": False},
     "--propagate dense": {"propagate": "dense"},
 }
+FIRST = next(iter(OURS))
+
+
+def parse_pattern(pattern: str | None) -> tuple[int, int] | None:
+    if pattern is None:
+        return None
+    parsed = Pattern.parse(pattern)
+    return parsed.n, parsed.m
 
 
 def run_ours(model: nn.Module, calibration: Tensor, pattern: str | None, options: dict[str, Any]) -> dict[str, float]:
@@ -61,66 +66,82 @@ def differing_bits(left: nn.Module, right: nn.Module) -> int:
     return sum(int(((a == 0) != (b == 0)).sum()) for a, b in pairs)
 
 
-def compare(dense: nn.Module, calibration: Tensor, pattern: str | None, repeats: int) -> dict[str, Any]:
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ("official", *OURS)}
-    differing = 0
-    with bar() as shown:
-        task = shown.add_task(f"{pattern or '50 %'}", total=(2 + len(OURS)) * repeats)
-        for _ in range(repeats):
-            official = copy.deepcopy(dense)
-            seconds["official"].append(run_official(official, calibration, pattern))
-            shown.advance(task)
-            if pattern is not None:  # once more, with equal scores decided as documented
-                official = copy.deepcopy(dense)
-                OfficialRun(stable=True).prune(official, calibration, 0.5, parse_pattern(pattern))
-            shown.advance(task)
-            for name, options in OURS.items():
-                ours = copy.deepcopy(dense)
-                seconds[name].append(run_ours(ours, calibration, pattern, options))
-                if "propagate" not in options:
-                    differing = max(differing, differing_bits(official, ours))
-                shown.advance(task)
-    medians = {
-        name: {part: statistics.median(run[part] for run in runs) for part in ("total", *PARTS)}
-        for name, runs in seconds.items()
-    }
-    return {"target": pattern or "50 %", "mask bits that differ": differing, "seconds": medians}
+@cache
+def dense_model(quick: bool) -> tuple[nn.Module, Tensor, str]:
+    """The model, its calibration data and its name."""
+    if quick:
+        torch.manual_seed(0)
+        config = LlamaConfig(**SMALL, num_hidden_layers=2)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.float32).eval()
+        return model, torch.randint(SMALL["vocab_size"], (2, 16)), "random LLaMA"
+    model, tokenizer = smollm2.load("float32")
+    return model, smollm2.calibration_and_evaluation(tokenizer, SAMPLES, LENGTH)[0], smollm2.NAME
 
 
-def draw(results: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{smollm2.NAME}, float32, 16 x 512 tokens, medians", title_justify="left")
-    for heading in ("target", "run", "total s", *(f"{part} s" for part in PARTS), "stat. + sel.", "x official"):
-        table.add_column(heading, justify="left" if heading in ("target", "run") else "right")
-    for result in results:
-        official = result["seconds"]["official"]["total"]
-        for name, parts in result["seconds"].items():
-            share = (parts["statistics"] + parts["selection"]) / parts["total"]
-            label = "official loop" if name == "official" else f"wanda_kernels, {name}"
-            cells = [f"{parts[part]:.2f}" for part in ("total", *PARTS)]
-            table.add_row(result["target"], label, *cells, f"{share:.1%}", f"{official / parts['total']:.2f}")
-    return table
+class Comparison:
+    """One target: each step runs one of the models once, and the last one gives the rows."""
+
+    def __init__(self, settings: Settings, pattern: str | None, repeats: int) -> None:
+        self.settings, self.pattern, self.repeats = settings, pattern, repeats
+        self.seconds: dict[str, list[dict[str, float]]] = {name: [] for name in (OFFICIAL, *OURS)}
+        self.official: nn.Module | None = None
+        self.differing = 0
+
+    def _load(self) -> tuple[nn.Module, Tensor]:
+        model, calibration, _ = dense_model(self.settings.quick)
+        return copy.deepcopy(model).to(self.settings.device), calibration.to(self.settings.device)
+
+    def steps(self) -> list[tuple[str, Callable[[], list[Row]]]]:
+        target = self.pattern or "50 %"
+        found: list[tuple[str, Callable[[], list[Row]]]] = []
+        for _ in range(self.repeats):
+            found.append((f"{target}, {OFFICIAL}", self._run_official))
+            if self.pattern is not None:  # once more, with equal scores decided as documented
+                found.append((f"{target}, {OFFICIAL} with our order among equals", self._run_stable))
+            found += [(f"{target}, {name}", partial(self._run_ours, name)) for name in OURS]
+        return [*found, (f"{target}, rows", self._rows)]
+
+    def _run_official(self) -> list[Row]:
+        self.official, calibration = self._load()
+        self.seconds[OFFICIAL].append(run_official(self.official, calibration, self.pattern))
+        return []
+
+    def _run_stable(self) -> list[Row]:
+        self.official, calibration = self._load()
+        OfficialRun(stable=True).prune(self.official, calibration, 0.5, parse_pattern(self.pattern))
+        return []
+
+    def _run_ours(self, name: str) -> list[Row]:
+        ours, calibration = self._load()
+        self.seconds[name].append(run_ours(ours, calibration, self.pattern, OURS[name]))
+        if "propagate" not in OURS[name]:
+            assert self.official is not None
+            self.differing = max(self.differing, differing_bits(self.official, ours))
+        return []
+
+    def _rows(self) -> list[Row]:
+        name_of_model = dense_model(self.settings.quick)[2]
+        samples, length = dense_model(self.settings.quick)[1].shape
+        rows = []
+        for name, runs in self.seconds.items():
+            checked = "other statistics" if name == "--propagate dense" else f"{self.differing} mask bits differ"
+            for part in PARTS:
+                mine = [run[part] for run in runs]
+                row: Row = {
+                    "suite": "end-to-end", "operator": f"prune {self.pattern or '50 %'}", "shape": name_of_model,
+                    "tokens": f"{samples} x {length}", "dtype": "float32",
+                    "backend": backend_of("prune_rows_", self.settings.device), "implementation": name, "part": part,
+                    **spread(mine), "check": "" if name == OFFICIAL else checked,
+                }  # fmt: skip
+                if part == "total":
+                    firsts = [run[part] for run in self.seconds[FIRST]]
+                    row["ratio"] = statistics.median(a / b for a, b in zip(mine, firsts, strict=True))
+                    row["ratio_to"] = FIRST
+                rows.append(row)
+        self.official = None
+        return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--record", action="store_true", help="write the result to benchmarks/results")
-    options = parser.parse_args()
-    quiet_libraries()
-    dense, tokenizer = smollm2.load(options.dtype)
-    calibration, _ = smollm2.calibration_and_evaluation(tokenizer)
-    results = [compare(dense, calibration, pattern, options.repeats) for pattern in (None, "2:4")]
-    screen = Console()
-    screen.width = max(screen.width, 110)  # not folded in a log
-    screen.print(draw(results))
-    weights = sum(linear.weight.numel() for block in find_blocks(dense) for linear in block.linears.values())
-    for result in results:
-        screen.print(f"{result['target']}: {result['mask bits that differ']} of {weights:,} mask bits differ")
-    if options.record:
-        name = "end_to_end" if options.dtype == "float32" else f"end_to_end_{options.dtype}"
-        write_result(name, {"dtype": options.dtype, "repeats": options.repeats, "results": results})
-
-
-if __name__ == "__main__":
-    main()
+def steps(settings: Settings) -> list[tuple[str, Callable[[], list[Row]]]]:
+    repeats = max(1, min(settings.repeats // 15, 2))
+    return [step for pattern in TARGETS for step in Comparison(settings, pattern, repeats).steps()]

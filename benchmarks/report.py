@@ -1,140 +1,120 @@
-"""Writes the README's tables from the result files, between markers; --check fails where they disagree.
+"""Writes the README's tables (between markers) and docs/benchmarks.md from the result files, and the pictures.
 
-python -m benchmarks.report [--check]
+python -m benchmarks.report [--check]: --check changes nothing, and fails where they disagree.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks import pictures, tables
 from benchmarks.circumstances import RESULTS, ROOT
-from benchmarks.end_to_end import OURS
+from benchmarks.records import Row, read
+from benchmarks.tables import NOT_MEASURED
 
 README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+SUITES = ("select", "stats", "nm", "sparse", "scaling", "end-to-end")
+HOW = """# Benchmarks
+
+Written by `python -m benchmarks.report` from `benchmarks/results/<device>/`; CI fails where they disagree. `make bench`
+measures all suites on the machine at hand, `wanda-kernels bench --suite S` one of them, `make gpu` everything on a GPU.
+
+- The result is checked before anything is timed, on the very inputs; a red check gives no figure.
+- An operator and its peers run in turns, on data that rotates through more memory than the last cache holds; what was
+  changed in place is put back outside the timed part. Median, p20 and p80 are of at most 15 repetitions.
+- On a GPU the time between two events, with launches queued before; on a CPU one thread for selection and statistics.
+- `GB/s`: the bytes that must be moved, over the median. `x copy`: the time a byte as a multiple of what a copy of that
+  size, between the same repetitions, takes a byte.
+- `ratio`: the median over the repetitions of its time over that of `wanda_kernels` in the same one; on the CPU on the
+  first 1,024 rows of a weight. Of `generate` and `prune` rows: over that of the dense model, of the first run.
+- Peak memory: the weights, and what generating adds to what is resident, in a round that is not timed.
+- `wanda-kernels bench --compare A.csv B.csv` shows what changed, and where by more than the spread.
+"""
 
 
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    rule = ["---" if number == 0 else "---:" for number in range(len(headings))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, rule, *rows])
+@dataclass
+class Device:
+    """A folder of results."""
+
+    folder: Path
+
+    def rows(self, suite: str) -> list[Row]:
+        path = self.folder / f"{suite}.csv"
+        return read(path) if path.exists() else []
+
+    @property
+    def is_gpu(self) -> bool:
+        first = next((rows[0] for suite in SUITES if (rows := self.rows(suite))), None)
+        return first is not None and first["device_type"] == "cuda"
+
+    def date(self, suites: tuple[str, ...]) -> str:
+        return max((row["date"] for suite in suites for row in self.rows(suite)), default="")
 
 
-def _source(name: str, result: dict[str, Any]) -> str:
-    found = result["circumstances"]
-    return (
-        f"`benchmarks/results/cpu/{name}.json`: {found['device']}, {found['cores']} cores, {found['kernels']}, "
-        f"torch {found['torch']}, transformers {found['transformers']}, Python {found['python']}, {found['date']}."
-    )
+@dataclass
+class Section:
+    """A table of the README: the suites it needs, and how it is drawn from their rows."""
+
+    suites: tuple[str, ...]
+    draw: Callable[[list[Row]], str]
+    is_gpu: bool = False
 
 
-def demo(result: dict[str, Any]) -> str:
-    rows = []
-    for row in result["rows"]:
-        seconds = row["seconds"]
-        parts = [f"{seconds[p]:.2f}" if p in seconds else "" for p in ("forward", "statistics", "selection", "saving")]
-        rows.append([row["model"], f"{row['perplexity']:.2f}", f"{row['sparsity']:.2%}", *parts])
-    headings = ["model", "perplexity", "sparsity", "forward s", "statistics s", "selection s", "saving s"]
-    return _table(headings, rows)
-
-
-def end_to_end(result: dict[str, Any]) -> str:
-    rows = []
-    for target in result["results"]:
-        official = target["seconds"]["official"]
-        for name in OURS:
-            ours = target["seconds"][name]
-            share = (ours["statistics"] + ours["selection"]) / ours["total"]
-            differ = f"{target['mask bits that differ']}" if name != "--propagate dense" else "other statistics"
-            cells = [f"{ours['total']:.1f}", f"{ours['forward']:.1f}", f"{share:.1%}"]
-            cells += [f"{official['total']:.1f}", f"{official['forward']:.1f}"]
-            rows.append(
-                [
-                    f"{target['target']}, `{name}`",
-                    *cells,
-                    f"{official['total'] / ours['total']:.2f} x",
-                    differ,
-                ]
-            )
-    headings = [
-        "",
-        "seconds",
-        "forward s",
-        "stat. + sel.",
-        "official s",
-        "forward s",
-        "faster",
-        "mask bits that differ",
-    ]
-    return _table(headings, rows)
-
-
-def cpu_kernels(result: dict[str, Any]) -> str:
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        if row["isa"] == "avx512":
-            grouped.setdefault((row["kernel"], row["dtype"]), []).append(row)
-    shapes = [row["shape"] for row in next(iter(grouped.values()))]
-    rows = []
-    for (kernel, dtype), measured in grouped.items():
-        peers: dict[str, list[float]] = {}
-        for row in measured:
-            for name, ratio in row["peers"].items():
-                peers.setdefault(name, []).append(ratio)
-        faster = ", ".join(f"{name} {min(ratios):.0f}-{max(ratios):.0f}" for name, ratios in peers.items())
-        ratios = [f"{row['ratio_to_floor']:.2f}" for row in measured]
-        rows.append([f"{kernel}, {dtype}", *ratios, measured[0]["floor"], faster])
-    return _table(["kernel", *shapes, "times that of", "times faster than"], rows)
-
-
-def sparse_linear(result: dict[str, Any]) -> str:
-    rows = []
-    for row in result["rows"]:
-        seconds = row["seconds"]
-        gemv = seconds.get("dense gemv")
-        cells = [f"{row['threads']}", f"{row['batch']}", f"{seconds['torch'] * 1e3:.2f}"]
-        for name in ("bitmap", "2:4"):
-            cells += [f"{seconds[name] * 1e3:.2f}", f"{seconds['torch'] / seconds[name]:.2f} x"]
-            cells.append(f"{gemv / seconds[name]:.2f} x" if gemv else "")
-        rows.append([" x ".join(map(str, row["shape"])), *cells])
-    headings = ["weight", "threads", "batch", "torch ms"]
-    for name in ("bitmap", "2:4"):
-        headings += [f"{name} ms", "faster than torch", "than our dense GEMV"]
-    return _table(headings, rows)
-
-
-def generate(result: dict[str, Any]) -> str:
-    rows = []
-    for row in result["rows"]:
-        cells = [f"{row['batch']}", f"{row['weight_bytes'] / 2**20:.0f}", f"{row['first_token_s']:.2f}"]
-        cells += [f"{row['prefill_tokens_s']:.0f}", f"{row['decode_tokens_s']:.1f}", f"{row['decode_ratio']:.2f} x"]
-        rows.append([row["model"], *cells])
-    headings = ["model", "batch", "weights MiB", "first token s", "prefill tokens/s", "decode tokens/s", "of dense"]
-    return _table(headings, rows)
-
-
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "demo": demo,
-    "end_to_end": end_to_end,
-    "generate": generate,
-    "sparse_linear": sparse_linear,
-    "cpu_kernels": cpu_kernels,
+SECTIONS = {
+    "prune": Section(("end-to-end",), tables.prune),
+    "generate": Section(("end-to-end",), tables.generate),
+    "products": Section(("sparse",), tables.products),
+    "layers": Section(("sparse",), tables.layers),
+    "kernels": Section(("select", "nm", "stats"), tables.kernels),
+    "gpu kernels": Section(("select", "nm", "stats"), tables.kernels, is_gpu=True),
+    "gpu products": Section(("sparse",), tables.products, is_gpu=True),
 }
 
 
-def render(text: str, results: Path = RESULTS / "cpu") -> str:
-    """``text`` with each section between its markers replaced by what its result file says."""
-    for name, section in SECTIONS.items():
-        path = results / f"{name}.json"
-        if path.exists():
-            result = json.loads(path.read_text())
-            body = f"{section(result)}\n\n{_source(name, result)}"
-        else:
-            body = "not measured"
+def devices(results: Path) -> list[Device]:
+    return [Device(path) for path in sorted(results.iterdir()) if path.is_dir()]
+
+
+def newest(results: Path, section: Section) -> Device | None:
+    """The device whose record is the newest, of those that have all the suites."""
+    having = [d for d in devices(results) if d.is_gpu == section.is_gpu and all(d.rows(s) for s in section.suites)]
+    return max(having, key=lambda device: device.date(section.suites), default=None)
+
+
+def _body(results: Path, section: Section) -> str:
+    device = newest(results, section)
+    if device is None:
+        return NOT_MEASURED
+    rows = [row for suite in section.suites for row in device.rows(suite)]
+    drawn = section.draw(rows)
+    if drawn == NOT_MEASURED:
+        return drawn
+    names = ",".join(section.suites)
+    names = f"{{{names}}}" if len(section.suites) > 1 else names
+    return f"{drawn}\n\n{tables.source(f'benchmarks/results/{device.folder.name}/{names}.csv', rows[-1])}"
+
+
+def _demo(results: Path) -> str:
+    found = [(json.loads(path.read_text()), path) for path in sorted(results.glob("*/demo.json"))]
+    if not found:
+        return NOT_MEASURED
+    result, path = max(found, key=lambda pair: pair[0]["circumstances"]["date"])
+    about = {"device_type": "cpu", "driver": "", **result["circumstances"]}
+    return f"{tables.demo(result)}\n\n{tables.source(f'benchmarks/results/{path.parent.name}/demo.json', about)}"
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """``text`` with each section between its markers replaced by what its result files say."""
+    bodies = {"demo": _demo(results)} | {name: _body(results, section) for name, section in SECTIONS.items()}
+    for name, body in bodies.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{README.name} has no markers for {name}")
@@ -142,16 +122,54 @@ def render(text: str, results: Path = RESULTS / "cpu") -> str:
     return text
 
 
+def document(results: Path = RESULTS) -> str:
+    """docs/benchmarks.md: every row of every device, GPUs first, and the pictures."""
+    found = devices(results)
+    parts = [HOW]
+    if not any(device.is_gpu for device in found):
+        parts.append("## GPU\n\nnot measured\n")
+    for device in sorted(found, key=lambda d: (not d.is_gpu, d.folder.name)):
+        parts.append(f"## {device.folder.name}\n")
+        for suite in SUITES:
+            rows = device.rows(suite)
+            parts.append(f"### {suite}\n")
+            if not rows:
+                parts.append(f"{NOT_MEASURED}\n")
+                continue
+            parts.append(f"{tables.source(f'benchmarks/results/{device.folder.name}/{suite}.csv', rows[-1])}\n")
+            for name in pictures.names(suite, rows):
+                parts.append(f"![{name}](pictures/{device.folder.name}/{name}.svg)\n")
+            parts.append(f"{tables.every_row(rows)}\n")
+    return "\n".join(parts)
+
+
+def out_of_date(results: Path = RESULTS) -> list[str]:
+    """What does not say what the result files say."""
+    readme = README.read_text()
+    found = [] if render(readme, results) == readme else [README.name]
+    if not DOCUMENT.exists() or DOCUMENT.read_text() != document(results):
+        found.append(f"docs/{DOCUMENT.name}")
+    for device in devices(results):
+        for suite in SUITES:
+            found += pictures.out_of_date(device.folder.name, suite, device.rows(suite))
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is out of date")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where something is out of date")
     options = parser.parse_args()
-    before = README.read_text()
-    after = render(before)
-    if options.check and before != after:
-        sys.exit("README.md does not say what the result files say: run python -m benchmarks.report")
-    if not options.check:
-        README.write_text(after)
+    if options.check:
+        if found := out_of_date():
+            sys.exit(f"{', '.join(found)}: not what the result files say: run python -m benchmarks.report")
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.exit("the pictures are drawn by matplotlib: pip install 'wanda_kernels[plot]'")
+    README.write_text(render(README.read_text()))
+    DOCUMENT.write_text(document())
+    for device in devices(RESULTS):
+        for suite in SUITES:
+            pictures.draw(device.folder.name, suite, device.rows(suite))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""Products with packed weights against dense ones, at LLaMA's shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from benchmarks import peers
+from benchmarks.harness import Case, Inputs, Settings, WrongResultError
+from benchmarks.operators import Shapes, backend_of
+from wanda_kernels import ops
+from wanda_kernels.packed import PackedLinear, dispatch, pack_bitmap, pack_sparse24
+
+BATCHES = (1, 4, 16)
+MANY_TOKENS = (64, 256)  # through PackedLinear, which chooses
+FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Tensor]]] = {
+    "bitmap": ("bitmap_linear", pack_bitmap, ops.bitmap_linear),
+    "2:4": ("sparse24_linear", pack_sparse24, ops.sparse24_linear),
+}
+
+
+def sparse(settings: Settings, shapes: Shapes) -> Iterator[Case]:
+    """bfloat16, half of the weights kept (2:4 in both formats)."""
+    on_cpu = settings.device.type == "cpu"
+    threads: tuple[int | str, ...] = tuple(dict.fromkeys((1, os.cpu_count() or 1))) if on_cpu else ("",)
+    for rows, cols in shapes:
+        for form in FORMATS:
+            for count in threads:
+                for tokens in BATCHES:
+                    yield _product(settings, rows, cols, tokens, form, count)
+    for tokens in MANY_TOKENS:
+        for form in FORMATS:
+            yield _layer(settings, *shapes[0], tokens, form, threads[-1])
+
+
+def _pruned(settings: Settings, rows: int, cols: int) -> Tensor:
+    weight = torch.randn(rows, cols, device=settings.device).to(torch.bfloat16)
+    ops.prune_nm_(weight, torch.ones(cols, device=settings.device), 2, 4)
+    return weight
+
+
+def _product(settings: Settings, rows: int, cols: int, tokens: int, form: str, threads: int | str) -> Case:
+    operator, pack, product = FORMATS[form]
+
+    def make() -> Inputs:
+        """x, the dense weight, the packed one."""
+        weight = _pruned(settings, rows, cols)
+        x = torch.randn(tokens, cols, device=settings.device).to(torch.bfloat16)
+        return x, weight, pack(weight)
+
+    others: dict[str, Callable[[Inputs], Any]] = {"torch linear": lambda inputs: linear(inputs[0], inputs[1])}
+    gemv = peers.dense_gemv() if tokens == 1 and settings.device.type == "cpu" else None
+    if gemv is not None:
+        y = torch.empty(rows)
+        others["dense GEMV"] = lambda inputs: gemv(inputs[1], inputs[0], y)
+    return Case(
+        "sparse", operator, f"{rows} x {cols}", torch.bfloat16, backend_of(operator, settings.device), make,
+        lambda inputs: product(inputs[0], *inputs[2]), lambda inputs: _check(inputs, product(inputs[0], *inputs[2])),
+        rows * cols * 2 * 9 // 16 + tokens * (rows + cols) * 2, others, tokens=tokens, threads=threads,
+    )  # fmt: skip
+
+
+def _layer(settings: Settings, rows: int, cols: int, tokens: int, form: str, threads: int | str) -> Case:
+    """The layer of a packed model, which takes the fastest way for the shape, against nn.Linear."""
+    if threads:
+        torch.set_num_threads(int(threads))
+    dispatch.clear()
+
+    def make() -> Inputs:
+        weight = _pruned(settings, rows, cols)
+        dense = nn.Linear(cols, rows, bias=False, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        x = torch.randn(tokens, cols, device=settings.device).to(torch.bfloat16)
+        return x, weight, PackedLinear.from_linear(dense, form)
+
+    return Case(
+        "sparse", f"PackedLinear {form}", f"{rows} x {cols}", torch.bfloat16,
+        backend_of(FORMATS[form][0], settings.device), make, lambda inputs: inputs[2](inputs[0]),
+        lambda inputs: _check(inputs, inputs[2](inputs[0])),
+        rows * cols * 2 * 9 // 16 + tokens * (rows + cols) * 2,
+        {"torch linear": lambda inputs: linear(inputs[0], inputs[1])}, tokens=tokens, threads=threads,
+    )  # fmt: skip
+
+
+def _check(inputs: Inputs, got: Tensor) -> str:
+    """Against float64, with the dense product's own error beside it."""
+    x, weight = inputs[:2]
+    exact = x.double() @ weight.double().T
+    largest = exact.abs().max()
+    ours, dense = (float((y.double() - exact).abs().max() / largest) for y in (got, linear(x, weight)))
+    if not ours <= 1e-2:
+        raise WrongResultError(f"its result is off by {ours:.2e} of the largest output")
+    return f"relative error {ours:.1e}, dense {dense:.1e}"

@@ -1,0 +1,89 @@
+"""The suites of ``wanda-kernels bench``: what each measures, as steps that give rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from benchmarks import end_to_end, generate, operators, products, scaling, shapes
+from benchmarks.circumstances import circumstances
+from benchmarks.harness import Case, Settings, keep_freed_memory, measure
+from benchmarks.records import Row, writer
+from wanda_kernels.cli import interrupt
+
+Step = tuple[str, Callable[[], list[Row]]]  # what it does, and its rows
+
+KERNELS: dict[str, Callable[[Settings, operators.Shapes], Iterator[Case]]] = {
+    "select": operators.select,
+    "stats": operators.stats,
+    "nm": operators.nm,
+    "sparse": products.sparse,
+}
+MODELS = {"cpu": ("7B", "3-70B"), "cuda": tuple(shapes.MODELS)}  # measured where nothing else is asked for
+SPARSE_MODELS = {"cpu": ("7B",), "cuda": ("7B", "65B", "3-8B", "3-70B")}
+SUITES = (*KERNELS, "scaling", "end-to-end")
+
+
+def steps_of(suite: str, settings: Settings, models: Sequence[str] | None) -> list[Step]:
+    """Everything a suite measures, in order."""
+    if suite in KERNELS:
+        default = SPARSE_MODELS if suite == "sparse" else MODELS
+        wanted = shapes.weights_of(list(models or default[settings.device.type]))
+        cases = _distinct(KERNELS[suite](settings, shapes.QUICK if settings.quick else wanted))
+        return [(str(case), lambda case=case: measure(case, settings)) for case in cases]  # type: ignore[misc]
+    if suite == "scaling":
+        return scaling.steps(settings)
+    return [*end_to_end.steps(settings), *generate.steps(settings)]
+
+
+def _distinct(cases: Iterator[Case]) -> list[Case]:
+    """Each operator and shape once, with its peers: several weights may have the same first rows."""
+    found: dict[tuple[object, ...], Case] = {}
+    for case in cases:
+        key = (case.operator, case.shape, case.dtype, case.tokens, case.threads)
+        if key not in found or (case.peers and not found[key].peers):
+            found[key] = case
+    return list(found.values())
+
+
+def run(suite: str, settings: Settings, models: Sequence[str] | None, out: Path | None, shown: Progress) -> list[Row]:
+    """Measures a suite and writes ``<out>/<suite>.csv``, row by row."""
+    if settings.device.type == "cpu":
+        keep_freed_memory()
+    steps = steps_of(suite, settings, models)
+    task = shown.add_task(suite, total=len(steps))
+    common = {"device_type": settings.device.type, **circumstances(settings.device)}
+    rows: list[Row] = []
+
+    def work(write: Callable[[Row], None] | None) -> None:
+        threads = torch.get_num_threads()
+        for name, measured in steps:
+            shown.update(task, description=f"{suite}: {name}")
+            interrupt.check()
+            for row in measured():
+                row |= common
+                rows.append(row)
+                if write is not None:
+                    write(row)
+            torch.set_num_threads(threads)
+            shown.advance(task)
+
+    if out is None:
+        work(None)
+    else:
+        with writer(out / f"{suite}.csv") as write:
+            work(write)
+    shown.remove_task(task)
+    return rows
+
+
+def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The slope of the least-squares line through (log size, log value): 1 where the cost grows as the work."""
+    xs, ys = [math.log(size) for size in sizes], [math.log(value) for value in values]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    covariance = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
+    return covariance / sum((x - x_mean) ** 2 for x in xs)

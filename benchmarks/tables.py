@@ -1,0 +1,194 @@
+"""Result rows -> Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.harness import OURS
+from benchmarks.records import Row, number
+
+NOT_MEASURED = "not measured"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---" if number == 0 else "---:" for number in range(len(headings))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, rule, *rows])
+
+
+def source(path: str, row: Row) -> str:
+    """Where a table comes from: its file and the circumstances of its last row."""
+    driver = f"driver {row['driver']}, " if row["driver"] else ""
+    where = f"{row['device']}, {row['cores']} cores" if row["device_type"] == "cpu" else row["device"]
+    return (
+        f"`{path}`: {where}, {driver}{row['kernels']}, torch {row['torch']}, transformers {row['transformers']}, "
+        f"Python {row['python']}, {row['date']}."
+    )
+
+
+def native(rows: Iterable[Row]) -> list[Row]:
+    """Without those of an instruction set that was forced."""
+    return [row for row in rows if not row["backend"].startswith("cpu") or row["kernels"].endswith(row["backend"][4:])]
+
+
+def span(values: Iterable[float | None], digits: int) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return ""
+    low, high = f"{min(found):.{digits}f}", f"{max(found):.{digits}f}"
+    return low if low == high else f"{low}-{high}"
+
+
+def _groups(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return found
+
+
+def kernels(rows: list[Row]) -> str:
+    """Selection, statistics, N:M: each operator over all its shapes."""
+    cells = []
+    for (operator, dtype), group in _groups(native(rows), "operator", "dtype").items():
+        ours = [row for row in group if row["implementation"] == OURS and not _is_for_peers(row)]
+        peers = _groups((row for row in group if row["ratio_to"] == OURS), "implementation")
+        faster = ", ".join(f"{name} {_ratios(found)}" for (name,), found in peers.items())
+        shapes = f"{len({row['shape'] for row in ours})}"
+        spans = [span((number(row, column) for row in ours), digits) for column, digits in
+                 (("gb_per_s", 0), ("copy_ratio", 2))]  # fmt: skip
+        cells.append([f"`{operator}`", dtype, shapes, *spans, faster])
+    headings = ["operator", "dtype", "shapes", "GB/s", "time of a copy of as many bytes", "time of others to ours"]
+    return table(headings, cells)
+
+
+def _is_for_peers(row: Row) -> bool:
+    """The first rows of a weight, on which the CPU's peers run."""
+    return row["device_type"] == "cpu" and row["shape"].startswith("1024 x ")
+
+
+def _ratios(rows: list[Row]) -> str:
+    values = [number(row, "ratio") for row in rows]
+    return span(values, 0 if all(value is None or value >= 10 for value in values) else 1)
+
+
+def products(rows: list[Row]) -> str:
+    """torch's dense product and the packed ones."""
+    cells = []
+    chosen = [row for row in native(rows) if not row["operator"].startswith("PackedLinear")]
+    for (shape, threads, tokens), group in _groups(chosen, "shape", "threads", "tokens").items():
+        line = [shape, threads, tokens]
+        for operator in ("bitmap_linear", "sparse24_linear"):
+            by_name = {row["implementation"]: row for row in group if row["operator"] == operator}
+            dense = by_name.get("torch linear")
+            if operator == "bitmap_linear":
+                line.append(_ms(dense))
+            line.append(_ms(by_name.get(OURS)))
+            line += [_times(by_name.get(name)) for name in ("torch linear", "dense GEMV")]
+        cells.append(line)
+    headings = ["weight", "threads", "batch", "torch ms"]
+    for name in ("bitmap", "2:4"):
+        headings += [f"{name} ms", "faster than torch", "than our dense GEMV"]
+    return table(headings, sorted(cells, key=lambda line: (_area(line[0]), line[0], line[1], int(line[2]))))
+
+
+def layers(rows: list[Row]) -> str:
+    """More tokens than the packed product takes at a time: what a packed layer then does, against nn.Linear."""
+    cells = []
+    for row in native(rows):
+        if row["operator"].startswith("PackedLinear") and row["implementation"] != OURS:
+            form = row["operator"].removeprefix("PackedLinear ")
+            cells.append([form, row["shape"], row["threads"], row["tokens"], _ms(row), _times(row)])
+    if not cells:
+        return NOT_MEASURED
+    return table(["packed layer", "weight", "threads", "tokens", "torch ms", "faster than torch"], cells)
+
+
+def _area(shape: str) -> int:
+    rows, cols = shape.split(" x ")
+    return int(rows) * int(cols)
+
+
+def _ms(row: Row | None) -> str:
+    value = None if row is None else number(row, "median_ms")
+    return "" if value is None else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _times(row: Row | None) -> str:
+    value = None if row is None else number(row, "ratio")
+    return "" if value is None else f"{value:.2f} x"
+
+
+def prune(rows: list[Row]) -> str:
+    """Whole runs against the official loop."""
+    cells = []
+    for (operator,), group in _groups((row for row in rows if row["operator"] != "generate"), "operator").items():
+        parts = {(row["implementation"], row["part"]): row for row in group}
+        official = {part: _seconds(parts["official loop", part]) for part in ("total", "forward")}
+        for name in dict.fromkeys(row["implementation"] for row in group):
+            if name == "official loop":
+                continue
+            ours = {part: _seconds(parts[name, part]) for part in ("total", "forward", "statistics", "selection")}
+            share = (ours["statistics"] + ours["selection"]) / ours["total"]
+            cells.append([
+                f"{operator.removeprefix('prune ')}, `{name}`", f"{ours['total']:.1f}", f"{ours['forward']:.1f}",
+                f"{share:.1%}", f"{official['total']:.1f}", f"{official['forward']:.1f}",
+                f"{official['total'] / ours['total']:.2f} x", parts[name, "total"]["check"],
+            ])  # fmt: skip
+    headings = ["", "seconds", "forward s", "stat. + sel.", "official s", "forward s", "faster", "checked"]
+    return table(headings, cells)
+
+
+def _seconds(row: Row) -> float:
+    value = number(row, "median_ms")
+    if value is None:
+        raise ValueError(f"{row['operator']}, {row['implementation']}, {row['part']} has no time")
+    return value / 1e3
+
+
+def generate(rows: list[Row]) -> str:
+    cells = []
+    for (batch, model), group in _groups(
+        (row for row in rows if row["operator"] == "generate"), "tokens", "implementation"
+    ).items():
+        parts = {row["part"]: row for row in group}
+        first, decode = _seconds(parts["first token"]), _seconds(parts["decode"])
+        peak = number(parts["first token"], "peak_bytes")
+        ratio = number(parts["decode"], "ratio") or 1.0
+        cells.append([
+            model, batch, f"{(number(parts['decode'], 'bytes') or 0) / 2**20:.0f}",
+            NOT_MEASURED if peak is None else f"{peak / 2**20:.0f}", f"{first:.2f}",
+            f"{int(batch) * int(parts['decode']['size']) / first:.0f}", f"{int(batch) / decode:.1f}",
+            f"{1 / ratio:.2f} x",
+        ])  # fmt: skip
+    headings = ["model", "batch", "weights MiB", "peak MiB", "first token s", "prefill tokens/s", "decode tokens/s",
+                "of dense"]  # fmt: skip
+    return table(headings, cells)
+
+
+def demo(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        parts = [f"{seconds[p]:.2f}" if p in seconds else "" for p in ("forward", "statistics", "selection", "saving")]
+        rows.append([row["model"], f"{row['perplexity']:.2f}", f"{row['sparsity']:.2%}", *parts])
+    headings = ["model", "perplexity", "sparsity", "forward s", "statistics s", "selection s", "saving s"]
+    return table(headings, rows)
+
+
+def every_row(rows: list[Row]) -> str:
+    """All of a file."""
+    cells = []
+    for row in rows:
+        name = " ".join(part for part in (row["operator"], row["part"], row["size"]) if part)
+        figures = [number(row, column) for column in ("median_ms", "p20_ms", "p80_ms", "gb_per_s", "copy_ratio")]
+        ms, low, high = ("" if value is None else f"{value:.4g}" for value in figures[:3])
+        speed, copy = ("" if value is None else f"{value:.2f}" for value in figures[3:])
+        ratio = number(row, "ratio")
+        about = [row[column] for column in ("shape", "tokens", "dtype", "backend", "threads")]
+        cells.append([
+            name, row["implementation"], *about, ms, f"{low}-{high}" if low else "", speed, copy,
+            "" if ratio is None else f"{ratio:.2f}", row["check"],
+        ])  # fmt: skip
+    headings = ["operator", "implementation", "shape", "tokens", "dtype", "backend", "threads", "ms", "p20-p80",
+                "GB/s", "x copy", "ratio", "checked"]  # fmt: skip
+    return table(headings, cells)
