@@ -1,6 +1,7 @@
 # make demo   prune a real model and see what it costs and what it keeps
 # make test   the test suite                make lint   ruff, clang-format, mypy
-# make bench  the CPU kernels and the whole run, measured side by side here
+# make bench  every suite, measured side by side here, into benchmarks/results and the README (a quarter of an hour)
+# make gpu    on a machine with a GPU: build, test, measure, record, in nine minutes
 # make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
 #
 # PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs.
@@ -23,11 +24,11 @@ else
 PROVIDE_TORCH = $(BIN)/python -m pip install --quiet "$(TORCH)"
 endif
 
-.PHONY: demo test test-fast lint format bench sass install clean help
+.PHONY: demo test test-fast lint format bench gpu sass install clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
@@ -78,9 +79,14 @@ format: $(STAMP)/linters
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-bench: $(STAMP)/gguf $(STAMP)/model
-	$(BIN)/python -m benchmarks.cpu_kernels
-	$(BIN)/python -m benchmarks.end_to_end
+bench: $(STAMP)/test $(STAMP)/model
+	$(BIN)/python -m wanda_kernels bench --device cpu
+	$(BIN)/python -m benchmarks.report
+
+# With the interpreter's own torch, Triton and transformers: nothing is installed, nothing is downloaded.
+GPU_OUT ?= gpu-results-$(shell date +%Y%m%d-%H%M%S)
+gpu:
+	$(PYTHON) -m benchmarks.gpu_suite --minutes 9 --out $(GPU_OUT)
 
 sass: $(STAMP)/torch
 	$(BIN)/python -m benchmarks.sass

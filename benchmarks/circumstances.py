@@ -67,6 +67,11 @@ def folder_name(device: torch.device | None = None) -> str:
     name = found["device"]
     if device is None or device.type == "cpu":
         name += f" {found['cores']} cores {_backend.extension.isa() if _backend.extension else 'reference'}"
+    return slug(name)
+
+
+def slug(name: str) -> str:
+    """In lower case, words with hyphens between them."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

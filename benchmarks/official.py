@@ -6,26 +6,29 @@ Written from the paper's algorithm and the behaviour of its reference code (locu
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
 from wanda_kernels.pruning.blocks import find_blocks
 from wanda_kernels.pruning.recording import record_calls, run_block
+from wanda_kernels.pruning.stopwatch import Stopwatch
 
 
-@dataclass
 class OfficialRun:
-    """Seconds by part, as the driver's own report has them.
+    """One run; ``seconds()`` by part, as the driver's own report has them.
 
-    ``stable``: among equal scores of an N:M group the lowest column goes first. torch.topk leaves it open, and on
-    SmolLM2 a handful of the 26.5 million groups tie: enough for other masks from there on.
+    Args:
+        stable: among equal scores of an N:M group the lowest column goes first. torch.topk leaves it open, and on
+            SmolLM2 a handful of the 26.5 million groups tie: enough for other masks from there on.
+        device: where the model is [default: the CPU].
     """
 
-    stable: bool = False
-    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "statistics": 0.0, "selection": 0.0})
+    def __init__(self, stable: bool = False, device: torch.device | None = None) -> None:
+        self.stable = stable
+        self._stopwatch = Stopwatch(device)
+
+    def seconds(self) -> dict[str, float]:
+        return dict.fromkeys(("forward", "statistics", "selection"), 0.0) | self._stopwatch.seconds()
 
     def prune(self, model: nn.Module, input_ids: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> None:
         with torch.no_grad():
@@ -34,7 +37,8 @@ class OfficialRun:
             for index, block in enumerate(blocks):
                 calls = recording.calls[index]
                 mean_squares: dict[str, Tensor] = {
-                    name: torch.zeros(linear.in_features) for name, linear in block.linears.items()
+                    name: torch.zeros(linear.in_features, device=linear.weight.device)
+                    for name, linear in block.linears.items()
                 }
                 seen = dict.fromkeys(mean_squares, 0)
                 hooks = [
@@ -45,28 +49,22 @@ class OfficialRun:
                 for hook in hooks:
                     hook.remove()
                 for name, linear in block.linears.items():
-                    start = time.perf_counter()
-                    self._select(linear.weight.data, mean_squares[name], sparsity, pattern)
-                    self.seconds["selection"] += time.perf_counter() - start
+                    with self._stopwatch.measure("selection"):
+                        self._select(linear.weight.data, mean_squares[name], sparsity, pattern)
                 recording.hidden = self._forward(block, recording.hidden, calls)
 
     def _forward(self, block, hidden, calls) -> list[Tensor]:  # type: ignore[no-untyped-def]
-        before = self.seconds["statistics"]
-        start = time.perf_counter()
-        outputs = [run_block(block, one, call) for one, call in zip(hidden, calls, strict=True)]
-        nested = self.seconds["statistics"] - before
-        self.seconds["forward"] += time.perf_counter() - start - nested
-        return outputs
+        with self._stopwatch.measure("forward"):
+            return [run_block(block, one, call) for one, call in zip(hidden, calls, strict=True)]
 
     def _hook(self, name: str, mean_squares: dict[str, Tensor], seen: dict[str, int]):  # type: ignore[no-untyped-def]
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            start = time.perf_counter()
-            x = inputs[0]
-            tokens = x.reshape(-1, x.shape[-1]).t().float()
-            mean_squares[name] *= seen[name] / (seen[name] + 1)
-            seen[name] += 1
-            mean_squares[name] += torch.norm(tokens, p=2, dim=1) ** 2 / seen[name]
-            self.seconds["statistics"] += time.perf_counter() - start
+            with self._stopwatch.measure("statistics"):
+                x = inputs[0]
+                tokens = x.reshape(-1, x.shape[-1]).t().float()
+                mean_squares[name] *= seen[name] / (seen[name] + 1)
+                seen[name] += 1
+                mean_squares[name] += torch.norm(tokens, p=2, dim=1) ** 2 / seen[name]
 
         return hook
 

@@ -106,12 +106,22 @@ def _ratio_bars(axes: Axes, rows: list[Row]) -> None:
         [max(values) - mid for mid, values in zip(middle, bars.values(), strict=True)],
     ]
     colours = [BLUE if value >= 1 else RED for value in middle]
-    axes.barh(list(bars), middle, xerr=spread, color=colours, height=0.7, error_kw={"ecolor": GREY})
+    widths = [value - 1 for value in middle]
+    axes.barh(list(bars), widths, left=1, xerr=spread, color=colours, height=0.7, error_kw={"ecolor": GREY})
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
+    _log_axis(axes)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("time of the peer / time of wanda_kernels (median over shapes; whiskers: all shapes)")
+    axes.set_xlabel("time of the peer / ours; median over shapes, whiskers: all of them", fontsize=9)
+
+
+def _log_axis(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _roofline(axes: Axes, rows: list[Row]) -> None:

@@ -65,7 +65,7 @@ def _cell(value: Any) -> Any:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a result file, as text.
+    """The rows of a result file, as text; a last one that was cut off is left out.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, or no result file.
@@ -77,7 +77,7 @@ def read(path: Path) -> list[Row]:
         missing = set(COLUMNS) - set(rows.fieldnames or ())
         if missing:
             raise ValueError(f"{path} is no result file of the benchmarks: it lacks {', '.join(sorted(missing))}")
-        return list(rows)
+        return [row for row in rows if None not in row.values()]
 
 
 def compare(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:

@@ -1,36 +1,120 @@
-"""The README says what the result files say."""
+"""README, docs/benchmarks.md and pictures say what the result files say."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
-from benchmarks import report
+from benchmarks import pictures, records, report
 
 
-def test_readme_is_up_to_date():
-    text = report.README.read_text()
-    assert report.render(text) == text
+@pytest.fixture
+def results(tmp_path):
+    return shutil.copytree(report.RESULTS, tmp_path / "results")
 
 
-def test_a_changed_figure_is_noticed(tmp_path):
-    for path in (report.RESULTS / "cpu").glob("*.json"):
-        (tmp_path / path.name).write_text(path.read_text())
-    result = json.loads((tmp_path / "demo.json").read_text())
+def change(path, column: str, value: str, **where: str) -> None:
+    rows = records.read(path)
+    chosen = [row for row in rows if all(row[name] == wanted for name, wanted in where.items())]
+    assert chosen
+    for row in chosen:
+        row[column] = value
+    with records.writer(path) as write:
+        for row in rows:
+            write(row)
+
+
+def on_a_gpu(results) -> None:
+    """As if a card had been measured: for the tests only."""
+    source = report.newest(results, report.SECTIONS["products"]).folder
+    target = results / "some-card"
+    target.mkdir()
+    for suite in ("select", "nm", "stats", "sparse"):
+        rows = records.read(source / f"{suite}.csv")
+        with records.writer(target / f"{suite}.csv") as write:
+            for row in rows:
+                about = {
+                    "device_type": "cuda",
+                    "device": "Some Card",
+                    "backend": "cuda",
+                    "driver": "1.2",
+                    "threads": "",
+                }
+                write(row | about)
+
+
+def test_all_is_up_to_date():
+    assert report.out_of_date() == []
+
+
+def test_a_changed_figure_is_noticed(results):
+    text, page = report.README.read_text(), report.document(results)
+    folder = report.newest(results, report.SECTIONS["products"]).folder
+    where = {"operator": "bitmap_linear", "implementation": "wanda_kernels"}
+    change(folder / "sparse.csv", "median_ms", "31415.9", **where)
+    assert "31415.90" in report.render(text, results)
+    assert "3.142e+04" in report.document(results)
+    assert report.document(results) != page
+    assert {"README.md", "docs/benchmarks.md"} <= set(report.out_of_date(results))
+
+
+def test_a_picture_of_other_rows_is_noticed(results):
+    folder = report.newest(results, report.SECTIONS["products"]).folder
+    change(folder / "sparse.csv", "ratio", "31.4", implementation="torch linear")
+    assert f"docs/pictures/{folder.name}/sparse-ratios.svg" in report.out_of_date(results)
+
+
+def test_the_demo(results):
+    (path,) = sorted(results.glob("*/demo.json"))[-1:]
+    result = json.loads(path.read_text())
     result["rows"][0]["perplexity"] = 3.14159
-    (tmp_path / "demo.json").write_text(json.dumps(result))
-    text = report.README.read_text()
-    changed = report.render(text, tmp_path)
-    assert changed != text
-    assert "3.14" in changed
+    result["circumstances"]["date"] = "2100-01-01 00:00 UTC"
+    path.write_text(json.dumps(result))
+    assert "| 3.14 |" in report.render(report.README.read_text(), results)
 
 
 def test_missing_results_are_not_measured(tmp_path):
     text = report.render(report.README.read_text(), tmp_path)
-    assert text.count("\nnot measured\n") == len(report.SECTIONS)
+    assert text.count(" -->\nnot measured\n") == len(report.SECTIONS) + 1
+    assert "## GPU\n\nnot measured" in report.document(tmp_path)
+
+
+def test_a_gpu_fills_its_tables_and_the_newest_record_of_a_cpu_the_others(results):
+    on_a_gpu(results)
+    text = report.render(report.README.read_text(), results)
+    body = text.split("<!-- gpu kernels -->")[1].split("<!-- /gpu kernels -->")[0]
+    assert "Some Card, driver 1.2" in body
+    assert "`prune_rows_`" in body
+    assert "Some Card" not in text.split("<!-- kernels -->")[1].split("<!-- /kernels -->")[0]
+    assert "## some-card" in report.document(results)
 
 
 def test_a_readme_without_markers_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no markers for demo"):
         report.render("no markers", tmp_path)
+
+
+def test_pictures_are_drawn(results, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(pictures, "FOLDER", tmp_path / "pictures")
+    base = {column: "" for column in records.COLUMNS} | {"device": "x", "kernels": "y", "backend": "cuda"}
+    scaling = [
+        {**base, "operator": "prune_rows_", "part": "rows", "size": str(size), "median_ms": str(size / 10)}
+        for size in (1, 2, 4)
+    ]
+    ours = {"implementation": "wanda_kernels", "copy_ratio": "1", "copy_gb_per_s": "20", "gb_per_s": "19"}
+    timed = [{**base, **ours, "operator": "o", "bytes": str(10**size), "median_ms": "1"} for size in (5, 6)]
+    timed += [{**base, "operator": "o", "implementation": "peer", "ratio": "0.5", "ratio_to": "wanda_kernels"}]
+    for suite, rows, names in (
+        ("scaling", scaling, ["scaling"]),
+        ("select", timed, ["select-ratios", "select-roofline"]),
+    ):
+        assert pictures.names(suite, rows) == names
+        assert len(pictures.out_of_date("d", suite, rows)) == len(names)
+        pictures.draw("d", suite, rows)
+        assert pictures.out_of_date("d", suite, rows) == []
+        for name in names:
+            assert (tmp_path / "pictures" / "d" / f"{name}.png").stat().st_size > 1000
+    assert "exponent 1.00" in (tmp_path / "pictures" / "d" / "scaling.svg").read_text()

@@ -1,0 +1,205 @@
+"""The benchmarks: that a wrong result gives no figure, what is written, what is compared; never how fast."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, operators, products, records, shapes, suites
+from benchmarks.harness import OURS, Case, Settings, WrongResultError, measure
+from wanda_kernels import ops
+from wanda_kernels.cli import bench
+from wanda_kernels.cli.app import main
+
+QUICK = Settings(repeats=2, quick=True)
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    return exit_.value.code
+
+
+def case(**changes) -> Case:
+    about = {
+        "suite": "select", "operator": "prune_rows_", "shape": "64 x 128", "dtype": torch.float32, "backend": "cpu",
+        "make": lambda: operators.weighted(64, 128, torch.float32, QUICK), "run": lambda i: ops.prune_rows_(*i, 0.5),
+        "check": lambda _: "right", "bytes": 64 * 128 * 8, "in_place": True, "threads": 1,
+    }  # fmt: skip
+    return Case(**(about | changes))
+
+
+def test_rows_of_a_case():
+    seen = []
+
+    def peer(inputs):
+        seen.append(bool((inputs[0] != 0).all()))  # every repetition begins with the whole weight
+        inputs[0].zero_()
+
+    ours, other = measure(case(peers={"zero": peer}), QUICK)
+    assert len(seen) == 3
+    assert all(seen)
+    assert (ours["implementation"], other["implementation"]) == (OURS, "zero")
+    assert ours["p20_ms"] <= ours["median_ms"] <= ours["p80_ms"]
+    assert ours["gb_per_s"] == pytest.approx(64 * 128 * 8 / ours["median_ms"] / 1e6)
+    assert ours["copy_gb_per_s"] > 0
+    assert ours["copy_ratio"] > 0
+    assert ours["check"] == "right"
+    assert other["ratio_to"] == OURS
+    assert set(ours) | set(other) <= set(records.COLUMNS)
+
+
+def test_a_red_check_times_nothing():
+    def check(_inputs):
+        raise WrongResultError("its rows differ")
+
+    with pytest.raises(WrongResultError, match="its rows differ"):
+        measure(case(check=check, run=lambda _: pytest.fail("was run")), QUICK)
+
+
+@pytest.mark.parametrize("suite", ["select", "nm", "stats", "sparse"])
+def test_checks_notice_wrong_results(suite, monkeypatch):
+    """Each operator of each suite, made wrong in one element."""
+    kernels = [*suites.KERNELS[suite](QUICK, shapes.QUICK)]
+    assert kernels
+    for one in kernels:
+        torch.manual_seed(0)
+        inputs = one.make()
+        assert one.check(harness.clone(inputs))
+
+    def spoil(function):
+        def spoiled(*args, **kwargs):
+            result = function(*args, **kwargs)
+            target = args[0] if result is None else result[0] if isinstance(result, tuple) else result
+            if target.dtype == torch.bool:
+                target[0, 0] ^= True
+            else:
+                target.flatten()[0] += 1000  # rows of zeros would hide a factor
+            return result
+
+        return spoiled
+
+    for name in ops.__all__:
+        if name == "add_sqnorm_" or not name.startswith("unpack"):  # its first argument is what is wrong
+            monkeypatch.setattr(ops, name, spoil(getattr(ops, name)))
+    spoiled_formats = {
+        form: (name, pack, getattr(ops, name)) for form, (name, pack, _) in products.FORMATS.items()
+    }  # fmt: skip
+    monkeypatch.setattr(products, "FORMATS", spoiled_formats)
+    wrong = [*suites.KERNELS[suite](QUICK, shapes.QUICK)]
+    for one in wrong:
+        if one.operator.startswith("PackedLinear"):  # it has its own references to the operators
+            continue
+        torch.manual_seed(0)
+        with pytest.raises(WrongResultError):
+            one.check(one.make())
+
+
+def test_every_suite_has_steps_and_the_operators_of_the_gpu_are_in_them():
+    names = {
+        one.operator.split()[0] for suite in suites.KERNELS.values() for one in suite(QUICK, shapes.QUICK)
+    }  # fmt: skip
+    assert names >= set(ops.__all__) - {"unpack_24", "unpack_bitmap", "unpack_sparse24"}
+    for suite in suites.SUITES:
+        assert suites.steps_of(suite, QUICK, None)
+
+
+def test_shapes():
+    assert shapes.weights_of(["7B", "3-8B"])[:4] == [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096)]
+    with pytest.raises(ValueError, match="model must be one of 7B, 13B"):
+        shapes.weights_of(["8B"])
+
+
+def test_peers_of_several_weights_run_once():
+    settings = Settings(repeats=2)
+    cases = suites._distinct(operators.select(settings, [(2048, 512), (4096, 512), (1024, 512)]))
+    assert [(one.shape, bool(one.peers)) for one in cases if one.dtype == torch.bfloat16][:3] == [
+        ("2048 x 512", False), ("1024 x 512", True), ("4096 x 512", False),
+    ]  # fmt: skip
+
+
+def test_command_line_writes_rows_and_compares_them(tmp_path, capsys):
+    for name in ("a", "b"):
+        assert run("bench", "--suite", "select", "--device", "cpu", "--quick", "--out", tmp_path / name) == 0
+    shown = capsys.readouterr().out
+    assert "sort + scatter" in shown
+    assert f"wrote {tmp_path / 'b' / 'select.csv'}" in shown
+    rows = records.read(tmp_path / "a" / "select.csv")
+    assert {row["operator"] for row in rows} == {"prune_rows_", "row_mask"}
+    assert all(row["device"] and row["torch"] and row["commit"] and row["date"] for row in rows)
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "select.csv"]
+    assert run("bench", "--compare", tmp_path / "a" / "select.csv", tmp_path / "b" / "select.csv") == 0
+    assert f"{len(rows)} rows in both" in capsys.readouterr().out
+
+
+def test_comparison_flags_only_what_the_spread_does_not_explain():
+    def row(median: float, **changes) -> records.Row:
+        figures = {"median_ms": median, "p20_ms": median * 0.9, "p80_ms": median * 1.1}
+        return {column: "" for column in records.COLUMNS} | {"operator": "x"} | figures | changes
+
+    before = [row(10.0), row(10.0, operator="y"), row(10.0, operator="z"), row(1.0, operator="gone")]
+    after = [row(11.0), row(13.0, operator="y"), row(7.0, operator="z"), row(1.0, operator="new")]
+    compared = records.compare(before, after)
+    assert [(r["operator"], r["verdict"]) for r in compared] == [("x", ""), ("y", "slower"), ("z", "faster")]
+    assert [round(r["ratio"], 2) for r in compared] == [1.1, 1.3, 0.7]
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+    path = tmp_path / "select.csv"
+    path.write_text("before")
+
+    def interrupted() -> None:
+        with records.writer(path) as write:
+            write({"suite": "select", "median_ms": 1.5})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "before"
+    partial = tmp_path / "select.csv.partial"
+    partial.write_text(partial.read_text() + "select,cut")
+    assert [row["median_ms"] for row in records.read(partial)] == ["1.5"]
+    with pytest.raises(ValueError, match="is no result file of the benchmarks"):
+        records.read(path)
+
+
+def test_fitted_exponents():
+    sizes = [1, 2, 4, 8]
+    assert suites.fitted_exponent(sizes, [3 * size**2 for size in sizes]) == pytest.approx(2)
+    assert suites.fitted_exponent(sizes, [5.0] * 4) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "sparsity"], "--suite must be one of select, stats, nm, sparse, scaling, end-to-end"),
+        (["--models", "8B"], "model must be one of 7B"),
+        (["--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["--compare", "none.csv", "none.csv"], "result file none.csv does not exist"),
+    ],
+)
+def test_wrong_use(arguments, message, capsys):
+    assert run("bench", "--quick", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "lib" / "wanda_kernels" / "cli" / "bench.py"))
+    assert run("bench") == 1
+    assert "run this in a checkout of the repository" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_a_suite_from_another_folder(suite, tmp_path):
+    command = [sys.executable, "-m", "wanda_kernels", "bench", "--suite", suite, "--device", "cpu", "--quick"]
+    root = Path(bench.__file__).parents[2]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(root)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert records.read(tmp_path / "out" / f"{suite}.csv")
