@@ -41,7 +41,7 @@ class Settings:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     repeats: int = 15
-    seconds: float = 2.0
+    seconds: float = 1.0
     cache_bytes: int = 256 << 20  # several times the last-level cache
     quick: bool = False
 

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from benchmarks import end_to_end, generate, operators, products, scaling, shapes
 from benchmarks.circumstances import circumstances
-from benchmarks.harness import Case, Settings, keep_freed_memory, measure
+from benchmarks.harness import Case, Settings, WrongResultError, keep_freed_memory, measure
 from benchmarks.records import Row, writer
 from wanda_kernels.cli import interrupt
 
@@ -23,7 +23,7 @@ KERNELS: dict[str, Callable[[Settings, operators.Shapes], Iterator[Case]]] = {
     "nm": operators.nm,
     "sparse": products.sparse,
 }
-MODELS = {"cpu": ("7B", "3-70B"), "cuda": tuple(shapes.MODELS)}  # measured where nothing else is asked for
+MODELS = {"cpu": ("7B", "13B"), "cuda": tuple(shapes.MODELS)}  # measured where nothing else is asked for
 SPARSE_MODELS = {"cpu": ("7B",), "cuda": ("7B", "65B", "3-8B", "3-70B")}
 SUITES = (*KERNELS, "scaling", "end-to-end")
 
@@ -50,21 +50,36 @@ def _distinct(cases: Iterator[Case]) -> list[Case]:
     return list(found.values())
 
 
-def run(suite: str, settings: Settings, models: Sequence[str] | None, out: Path | None, shown: Progress) -> list[Row]:
-    """Measures a suite and writes ``<out>/<suite>.csv``, row by row."""
+def run(
+    suite: str, settings: Settings, models: Sequence[str] | None, out: Path | None, shown: Progress
+) -> tuple[list[Row], list[str]]:
+    """Measures a suite and writes ``<out>/<suite>.csv``, row by row.
+
+    Returns:
+        Its rows, and what was found wrong: such cases have no row.
+    """
     if settings.device.type == "cpu":
         keep_freed_memory()
     steps = steps_of(suite, settings, models)
     task = shown.add_task(suite, total=len(steps))
     common = {"device_type": settings.device.type, **circumstances(settings.device)}
     rows: list[Row] = []
+    wrong: list[str] = []
+    if not shown.console.is_terminal:  # no bar there
+        shown.console.print(f"{suite}: {len(steps)} steps", highlight=False)
 
     def work(write: Callable[[Row], None] | None) -> None:
         threads = torch.get_num_threads()
         for name, measured in steps:
             shown.update(task, description=f"{suite}: {name}")
             interrupt.check()
-            for row in measured():
+            try:
+                found = measured()
+            except WrongResultError as error:
+                wrong.append(f"{name}: {error}")
+                shown.console.print(f"WRONG, and not timed: {wrong[-1]}", highlight=False, markup=False)
+                found = []
+            for row in found:
                 row |= common
                 rows.append(row)
                 if write is not None:
@@ -78,7 +93,7 @@ def run(suite: str, settings: Settings, models: Sequence[str] | None, out: Path 
         with writer(out / f"{suite}.csv") as write:
             work(write)
     shown.remove_task(task)
-    return rows
+    return rows, wrong
 
 
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -137,6 +137,13 @@ def test_command_line_writes_rows_and_compares_them(tmp_path, capsys):
     assert f"{len(rows)} rows in both" in capsys.readouterr().out
 
 
+def test_wrong_results_have_no_row_and_end_the_command_with_an_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ops, "row_mask", lambda weight, *_: weight == 7)
+    assert run("bench", "--suite", "select", "--device", "cpu", "--quick", "--out", tmp_path) == 1
+    assert "2 cases are wrong and were not timed: row_mask bfloat16 64 x 128" in capsys.readouterr().err
+    assert {row["operator"] for row in records.read(tmp_path / "select.csv")} == {"prune_rows_"}
+
+
 def test_comparison_flags_only_what_the_spread_does_not_explain():
     def row(median: float, **changes) -> records.Row:
         figures = {"median_ms": median, "p20_ms": median * 0.9, "p80_ms": median * 1.1}

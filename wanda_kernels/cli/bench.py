@@ -80,12 +80,16 @@ def _measure(
     settings = harness.Settings(device=target, repeats=min(repeats, 2) if quick else repeats, quick=quick)
     if out is None and not quick:
         out = places.RESULTS / places.folder_name(target)
+    wrong: list[str] = []
     with bar() as shown:
         for name in suites or registry.SUITES:
-            rows = registry.run(name, settings, models, out, shown)
+            rows, found = registry.run(name, settings, models, out, shown)
+            wrong += found
             screen.print(draw(name, rows))
             if out is not None:
                 screen.print(f"wrote {out / name}.csv", highlight=False, soft_wrap=True)
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} cases are wrong and were not timed: {'; '.join(wrong)}")
 
 
 def _compare(before: Path, after: Path, screen: Console) -> None:
