@@ -89,6 +89,27 @@ def test_variants(work, tmp_path, capsys, options, dtype):
     assert not (weights["model.embed_tokens.weight"] == 0).all()
 
 
+METHODS = [
+    ["--variant"],
+    ["--method", "sparsegpt", "--block-size", "32", "--damping", "0.1"],
+    ["--method", "sparsegpt", "--no-weight-update", "--group", "column"],
+    ["--method", "ria", "--ria-power", "1", "--owl", "--owl-outlier", "3"],
+    ["--method", "ablate_wanda_seq", "--pattern", "2:4"],
+]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=lambda options: " ".join(options))
+def test_methods(work, tmp_path, capsys, options):
+    out = tmp_path / "out"
+    code, stdout, stderr = call(capsys, "prune", work / "model", "--out", out, *options, *calibrated(work))
+    assert code == 0, stderr
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert report["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert len(report["options"]) == sum(option.startswith("--") for option in options) - ("--method" in options) - (
+        "--pattern" in options
+    ) - ("--owl-outlier" in options)
+
+
 def test_ready_token_ids(work, tmp_path, capsys):
     save_file({"input_ids": torch.randint(3, 120, (4, 16))}, tmp_path / "ids.safetensors")
     arguments = ("prune", work / "model", "--out", tmp_path / "out", "--calibration", tmp_path / "ids.safetensors")
@@ -103,7 +124,14 @@ BAD = [
     (["--pattern", "4:2"], 1, "pattern must be N:M with 0 < N < M, for instance 2:4, got '4:2'"),
     (["--pattern", "2:5"], 1, "has 64 input columns, not a multiple of the pattern's M = 5"),
     (["--pattern", "2:4", "--sparsity", "0.5"], 1, "give sparsity or pattern, not both"),
-    (["--method", "magic"], 1, "method must be one of wanda, magnitude, got 'magic'"),
+    (
+        ["--method", "magic"],
+        1,
+        "method must be one of wanda, magnitude, sparsegpt, ria, ablate_mag_seq, ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter, got 'magic'",
+    ),
+    (["--group", "rows"], 1, "group must be row, layer or column, or row:N or column:N, got 'rows'"),
+    (["--owl-lambda", "0.1"], 1, "--owl-lambda 0.1 needs --owl"),
+    (["--damping", "0.1"], 1, "damping is an option of sparsegpt"),
     (["--propagate", "x"], 1, "propagate must be one of pruned, dense, got 'x'"),
     (["--dtype", "int8"], 1, "dtype must be one of"),
     (["--device", "tpu"], 1, "device must be auto, cpu or cuda, got 'tpu'"),

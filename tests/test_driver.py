@@ -230,7 +230,10 @@ def test_non_finite_inputs_name_the_layer():
         ({"pattern": "0:4"}, "pattern must be N:M"),
         ({"pattern": "two"}, "pattern must be N:M"),
         ({"pattern": "2:5"}, r"model\.layers\.0\.self_attn\.q_proj has 64 input columns, not a multiple of .* M = 5"),
-        ({"method": "wonda"}, "method must be one of wanda, magnitude, got 'wonda'"),
+        (
+            {"method": "wonda"},
+            "method must be one of wanda, magnitude, sparsegpt, ria, ablate_mag_seq, ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter, got 'wonda'",
+        ),
         ({"propagate": "both"}, "propagate must be one of pruned, dense, got 'both'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"input_ids": None}, "method 'wanda' needs input_ids"),

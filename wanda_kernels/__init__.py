@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 from . import ops
 from .packed import compress, decompress
-from .pruning import LayerReport, PruningReport, prune
+from .pruning import LayerReport, Owl, PruningReport, prune
 from .text import perplexity
 
 __version__ = version("wanda_kernels")
-__all__ = ["LayerReport", "PruningReport", "__version__", "compress", "decompress", "ops", "perplexity", "prune"]
+__all__ = ["LayerReport", "Owl", "PruningReport", "__version__", "compress", "decompress", "ops", "perplexity", "prune"]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import method_options as methods
 from .options import BatchSize, Debug, Device, Dtype, Model, check_length
 
 
@@ -22,7 +23,13 @@ def prune_command(
         str | None, typer.Option("--pattern", metavar="N:M", help="Keep N of every M inputs, for instance 2:4.")
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", metavar="wanda|magnitude", help="How weights are scored.")
+        str,
+        typer.Option(
+            "--method",
+            metavar="wanda|magnitude|sparsegpt|ria|ablate_...",
+            help="How weights are chosen. ablate_mag_seq, ablate_wanda_seq, ablate_mag_iter, ablate_wanda_iter: their "
+            "mask with SparseGPT's update.",
+        ),
     ] = "wanda",
     calibration: Annotated[
         str,
@@ -49,6 +56,15 @@ def prune_command(
             "(one forward pass, about half the time).",
         ),
     ] = "pruned",
+    group: methods.Group = None,
+    variant: methods.Variant = False,
+    weight_update: methods.WeightUpdate = None,
+    block_size: methods.BlockSize = None,
+    damping: methods.Damping = None,
+    ria_power: methods.RiaPower = None,
+    owl: methods.UseOwl = False,
+    owl_lambda: methods.OwlLambda = None,
+    owl_outlier: methods.OwlOutlier = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
@@ -78,7 +94,10 @@ def prune_command(
     from ..text import load_calibration
     from .display import PruningDisplay, bar, quiet_libraries, tell_reference, working
 
-    Target.resolve(method, sparsity, pattern)
+    chosen = methods.method_options(
+        group, variant, weight_update, block_size, damping, ria_power, methods.owl_of(owl, owl_lambda, owl_outlier)
+    )
+    target = Target.resolve(method, sparsity, pattern, **chosen)
     check_output(out, overwrite)
     quiet_libraries()
     outer = Stopwatch()
@@ -86,7 +105,7 @@ def prune_command(
         with working(f"loading the tokenizer of {model}"):
             tokenizer = load_tokenizer(model)
         input_ids = None
-        if method != "magnitude":
+        if target.needs_calibration:
             with working(f"loading calibration data from {calibration}"):
                 input_ids = load_calibration(calibration, tokenizer, samples, length, seed)
         with working(f"loading {model}"):
@@ -107,6 +126,7 @@ def prune_command(
             exact_error=exact_error,
             fuse_statistics=fuse,
             progress=PruningDisplay(shown),
+            **chosen,
         )
     packing = pack(loaded) if compress else None
     # Without the seconds, so that the same command gives the same bytes.

@@ -6,20 +6,26 @@ before it is pruned, then every linear layer in it is pruned, then it runs again
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Block, find_blocks, refuse_non_finite
-from .exact_error import exact_errors
+from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
+from .methods.apply import prune_layer_
+from .methods.inputs import LayerInputs
+from .methods.options import OptionArguments
+from .methods.owl import Owl, outlier_ratio
 from .progress import Progress
 from .recording import Call, Recording, record_calls, run_block
 from .report import LayerReport, PruningReport, relative_error
-from .selection import Pattern, Target, prune_weight_
+from .selection import Pattern, Target
 from .statistics import BlockStatistics
 from .stopwatch import Stopwatch
 
@@ -41,6 +47,7 @@ def prune(
     exact_error: bool = False,
     fuse_statistics: bool = True,
     progress: Progress | None = None,
+    **options: Unpack[OptionArguments],
 ) -> PruningReport:
     """Prune the linear layers of a transformers decoder in place.
 
@@ -51,8 +58,11 @@ def prune(
         input_ids: [samples, length], int64: the calibration sequences. Not needed for ``magnitude``.
         sparsity: share of each row to prune, in [0, 1); 0.5 where neither it nor ``pattern`` is given.
         pattern: ``"N:M"``: keep N of every M consecutive inputs.
-        method: ``"wanda"`` (``|W| * ||X||_2`` within each row) or ``"magnitude"`` (``|W|``, one threshold per
-            matrix as in the official code).
+        method: ``"wanda"`` (``|W| * ||X||_2`` within each row), ``"magnitude"`` (``|W|``, one threshold per
+            matrix as in the official code), ``"sparsegpt"`` (blocks of columns, with its weight update), ``"ria"``
+            (one threshold per matrix), or an ablation of the official code, ``"ablate_mag_seq"``,
+            ``"ablate_wanda_seq"``, ``"ablate_mag_iter"``, ``"ablate_wanda_iter"``: the mask of magnitude or Wanda
+            with SparseGPT's update, chosen at once or block of columns by block.
         propagate: ``"pruned"``: each block sees the outputs of the pruned blocks before it, as in the paper;
             ``"dense"``: all statistics come from one forward pass of the dense model, about half the time.
         batch_size: sequences per forward pass; None chooses by device. It does not change the masks where it
@@ -62,6 +72,15 @@ def prune(
             gives what they give (on the CPU the same bits; on CUDA to rounding). False: a pass of its own for each
             distinct input.
         progress: told about each step and block.
+        group: (wanda, magnitude, ria, sparsegpt without update) what weights are compared with: ``"row"``,
+            ``"layer"``, ``"column"``, or ``"row:N"``, ``"column:N"`` for N neighbours together.
+        variant: (wanda) the appendix's variant: rows lose what carries the least of their score.
+        weight_update: (sparsegpt) False: prune by its metric and leave the other weights alone.
+        block_size: (sparsegpt, ablate) columns in a block, 128.
+        damping: (sparsegpt, ablate) of the Hessian, as a share of its mean diagonal, 0.01. Where it cannot be
+            factorised, ten times as much; the layer's report says so.
+        ria_power: (ria) exponent of the norm, 0.5.
+        owl: an :class:`Owl`, or True for its defaults: blocks with more outliers keep more (a dense pass more).
 
     Returns:
         A :class:`PruningReport`.
@@ -70,7 +89,7 @@ def prune(
         ValueError, TypeError: bad arguments or a model that cannot be pruned, before anything is changed. Inputs
             that hold NaN or inf are found when their block is reached: the blocks before are pruned by then.
     """
-    target = Target.resolve(method, sparsity, pattern)
+    target = Target.resolve(method, sparsity, pattern, **options)
     if propagate not in PROPAGATE:
         raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got '{propagate}'")
     if batch_size is not None and batch_size < 1:
@@ -83,11 +102,11 @@ def prune(
     device = next(iter(blocks[0].linears.values())).weight.device
     run = _Run(target, Stopwatch(device), progress or Progress())
     with torch.no_grad(), _evaluating(model):
-        if method == "magnitude":
+        if not target.needs_calibration:
             run.without_calibration(blocks)
             samples, length = 0, 0
         else:
-            input_ids = _check_input_ids(model, input_ids)
+            input_ids = _check_input_ids(model, input_ids, target)
             samples, length = input_ids.shape
             size = batch_size or max(1, BATCH_TOKENS.get(device.type, 1024) // length)
             run.with_calibration(model, blocks, input_ids.to(device), size, propagate, exact_error, fuse_statistics)
@@ -98,14 +117,16 @@ def prune(
         propagate=propagate,
         samples=samples,
         length=length,
+        options=target.options.to_dict(),
         layers=run.layers,
         seconds=run.stopwatch.seconds(),
     )
 
 
-def _check_input_ids(model: nn.Module, input_ids: Tensor | None) -> Tensor:
+def _check_input_ids(model: nn.Module, input_ids: Tensor | None, target: Target) -> Tensor:
     if input_ids is None:
-        raise ValueError("method 'wanda' needs input_ids: [samples, length], int64")
+        owl = " with owl" if target.options.owl else ""
+        raise ValueError(f"method '{target.method}'{owl} needs input_ids: [samples, length], int64")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be int64, got {input_ids.dtype}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -143,7 +164,7 @@ class _Run:
     def without_calibration(self, blocks: list[Block]) -> None:
         self.progress.start(len(blocks))
         for block in blocks:
-            self.prune_block(block, None, None)
+            self.prune_block(block, self.target, None, None)
             self.progress.advance()
 
     def with_calibration(
@@ -158,28 +179,59 @@ class _Run:
     ) -> None:
         batches = list(input_ids.split(batch_size))
         passes = len(blocks) * (2 if propagate == "pruned" else 1) - (propagate == "pruned")
+        passes += len(blocks) if self.target.options.owl else 0
         self.progress.start(len(batches) * (passes + exact_error * len(blocks)))
         with self.stopwatch.measure("forward"):
             recording = record_calls(model, blocks, batches)
         plans: dict[tuple, Plan] = {}
+
+        def statistics_of(index: int, hessians: bool) -> BlockStatistics:
+            kind = kind_of(blocks[index])
+            if kind not in plans:
+                with self.stopwatch.measure("forward"):
+                    first = recording.calls[index][0]
+                    plans[kind] = observe(blocks[index], recording.hidden[0], first, fuse_statistics)
+            return BlockStatistics(blocks[index], len(input_ids), plans[kind], self.stopwatch, hessians)
+
+        targets = [self.target] * len(blocks)
+        if self.target.options.owl:
+            targets = self.owl_targets(self.target.options.owl, blocks, recording, statistics_of)
         for index, block in enumerate(blocks):
             calls = recording.calls[index]
             last = index == len(blocks) - 1
-            kind = kind_of(block)
-            if kind not in plans:
-                with self.stopwatch.measure("forward"):
-                    plans[kind] = observe(block, recording.hidden[0], calls[0], fuse_statistics)
-            statistics = BlockStatistics(block, len(input_ids), plans[kind], self.stopwatch)
+            statistics = statistics_of(index, self.target.needs_hessian)
             dense_outputs = self.collect(statistics, recording, calls, whole=propagate == "dense" and not last)
             dense = {n: linear.weight.clone() for n, linear in block.linears.items()} if exact_error else {}
-            self.prune_block(block, statistics.norms(), statistics)
+            inputs = statistics.inputs()
+            self.prune_block(block, targets[index], inputs, statistics)
             if exact_error:
-                self.measure_errors(block, recording.hidden, calls, dense)
+                self.measure_errors(block, recording.hidden, calls, dense, inputs)
             if dense_outputs:
                 recording.hidden = dense_outputs
             elif not last:
                 self.advance_hidden(block, recording.hidden, calls)
             calls.clear()
+
+    def owl_targets(
+        self,
+        owl: Owl,
+        blocks: list[Block],
+        recording: Recording,
+        statistics_of: Callable[[int, bool], BlockStatistics],
+    ) -> list[Target]:
+        """A pass of the dense model over all blocks, and the target that its outliers give each of them."""
+        hidden = recording.hidden
+        ratios = []
+        for index, block in enumerate(blocks):
+            statistics = statistics_of(index, False)
+            outputs = self.collect(statistics, recording, recording.calls[index], whole=index < len(blocks) - 1)
+            weights = {name: linear.weight.data for name, linear in block.linears.items()}
+            with self.stopwatch.measure("selection"):
+                ratios.append(outlier_ratio(weights, statistics.inputs(), owl.outlier))
+            recording.hidden = outputs or recording.hidden
+        recording.hidden = hidden
+        shares = owl.sparsities(ratios, self.target.sparsity)
+        return [dataclasses.replace(self.target, sparsity=share) for share in shares]
 
     def collect(
         self, statistics: BlockStatistics, recording: Recording, calls: list[Call], whole: bool
@@ -201,19 +253,34 @@ class _Run:
                 hidden[batch] = run_block(block, hidden[batch], call)
             self.progress.advance()
 
-    def measure_errors(self, block: Block, hidden: list[Tensor], calls: list[Call], dense: dict[str, Tensor]) -> None:
+    def measure_errors(
+        self,
+        block: Block,
+        hidden: list[Tensor],
+        calls: list[Call],
+        dense: dict[str, Tensor],
+        inputs: dict[str, LayerInputs],
+    ) -> None:
         with self.stopwatch.measure("exact error"):
             errors = exact_errors(block, hidden, calls, dense, self.progress)
         for layer in self.layers[-len(errors) :]:
-            layer.exact_error = errors[layer.name.removeprefix(f"{block.name}.")]
+            name = layer.name.removeprefix(f"{block.name}.")
+            layer.exact_error = errors[name]
+            layer.threshold = mean_threshold(dense[name], block.linears[name].weight.data, inputs[name].norm)
 
-    def prune_block(self, block: Block, norms: dict[str, Tensor] | None, statistics: BlockStatistics | None) -> None:
+    def prune_block(
+        self,
+        block: Block,
+        target: Target,
+        inputs: dict[str, LayerInputs] | None,
+        statistics: BlockStatistics | None,
+    ) -> None:
         reports = []
         for name, linear in block.linears.items():
             weight = linear.weight.data
             start = time.perf_counter()
             with self.stopwatch.measure("selection"):
-                pruned, total = prune_weight_(weight, None if norms is None else norms[name], self.target)
+                outcome = prune_layer_(weight, None if inputs is None else inputs[name], target)
                 zeros = weight.numel() - int(torch.count_nonzero(weight))
             reports.append(
                 LayerReport(
@@ -221,9 +288,10 @@ class _Run:
                     shape=(weight.shape[0], weight.shape[1]),
                     sparsity=zeros / max(1, weight.numel()),
                     seconds=time.perf_counter() - start,
-                    estimated_error=relative_error(pruned, total),
+                    estimated_error=relative_error(outcome.pruned, outcome.total),
                     input_of=None if statistics is None else f"{block.name}.{statistics.source[name]}",
                     statistics=None if statistics is None else statistics.path(name),
+                    damping=outcome.damping,
                 )
             )
         self.layers += reports

@@ -47,3 +47,9 @@ def exact_errors(
         for name, linear in block.linears.items():
             linear.weight.data = pruned[name]
     return {name: relative_error(lost[name], whole[name]) for name in pruned}
+
+
+def mean_threshold(dense: Tensor, pruned: Tensor, norm: Tensor) -> float:
+    """The mean over rows of the largest Wanda score ``|W| * norm`` that was pruned; 0 for rows that lost nothing."""
+    score = dense.float().abs() * norm
+    return float(score.masked_fill_(pruned != 0, 0).amax(dim=1).mean())

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+
+from .methods.options import MethodOptions
 
 
 @dataclass
@@ -25,6 +28,8 @@ class LayerReport:
         input_of: the layer whose input statistics it shares, None where the method uses none.
         statistics: what added them up: ``rms_norm``, ``silu_mul`` or ``gelu_tanh_mul`` while making that input, or
             ``standalone``; None where the method uses none.
+        threshold: mean over rows of the largest Wanda score that was pruned, where the exact error was asked for.
+        damping: of the Hessian, where the method has one: more than asked for where it could not be factorised.
     """
 
     name: str
@@ -35,6 +40,8 @@ class LayerReport:
     exact_error: float | None = None
     input_of: str | None = None
     statistics: str | None = None
+    threshold: float | None = None
+    damping: float | None = None
 
     @property
     def numel(self) -> int:
@@ -57,6 +64,7 @@ class PruningReport:
 
     Attributes:
         method, sparsity, pattern, propagate: what was asked for.
+        options: of the method, where they are not the default.
         samples, length: calibration sequences and tokens in each (0 where the method uses none).
         layers: one :class:`LayerReport` per pruned linear layer, in the model's order.
         seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``; the command line adds
@@ -69,6 +77,7 @@ class PruningReport:
     propagate: str
     samples: int
     length: int
+    options: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -100,7 +109,8 @@ class PruningReport:
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
-        table = Table(title=f"{self.method} {target}: {len(self.layers)} layers", title_justify="left")
+        options = "".join(f", {name} {value}" for name, value in self.options.items())
+        table = Table(title=f"{self.method} {target}{options}: {len(self.layers)} layers", title_justify="left")
         for heading in ("layer", "layers", "shape", "statistics", "sparsity", "estimated error"):
             table.add_column(heading, justify="left" if heading in ("layer", "statistics") else "right")
         exact = any(layer.exact_error is not None for layer in self.layers)
@@ -117,4 +127,8 @@ class PruningReport:
             table.add_row(*row)
         yield table
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.seconds.items())
+        asked = self.options.get("damping", MethodOptions.damping)
+        for layer in self.layers:
+            if layer.damping is not None and layer.damping > asked:
+                yield f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did"
         yield f"sparsity {self.achieved_sparsity:.2%}; {parts}"

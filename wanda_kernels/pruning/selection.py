@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ..ops import prune_nm_, prune_rows_
-
-METHODS = ("wanda", "magnitude")
+from .methods.options import ABLATIONS, METHODS, MethodOptions, OptionArguments
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,16 @@ class Target:
     method: str
     sparsity: float
     pattern: Pattern | None
+    options: MethodOptions = field(default_factory=MethodOptions)
 
     @classmethod
-    def resolve(cls, method: str, sparsity: float | None, pattern: str | Pattern | None) -> Target:
+    def resolve(
+        cls,
+        method: str,
+        sparsity: float | None,
+        pattern: str | Pattern | None,
+        **arguments: Unpack[OptionArguments],
+    ) -> Target:
         """Checks the options together. Neither sparsity nor pattern means a sparsity of 0.5."""
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got '{method}'")
@@ -48,11 +55,20 @@ class Target:
             raise ValueError(f"give sparsity or pattern, not both: got sparsity {sparsity} and pattern {pattern}")
         if pattern is not None:
             parsed = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
-            return cls(method, 1 - parsed.n / parsed.m, parsed)
+            share = 1 - parsed.n / parsed.m
+            return cls(method, share, parsed, MethodOptions.resolve(method, share, parsed.m, arguments))
         sparsity = 0.5 if sparsity is None else float(sparsity)
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
-        return cls(method, sparsity, None)
+        return cls(method, sparsity, None, MethodOptions.resolve(method, sparsity, None, arguments))
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method != "magnitude" or self.options.owl is not None
+
+    @property
+    def needs_hessian(self) -> bool:
+        return self.method == "sparsegpt" or self.method in ABLATIONS
 
     def check(self, name: str, weight: Tensor) -> None:
         """Raises ValueError where the pattern does not fit ``weight``, [C_out, C_in]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import add_sqnorm_
 from .blocks import Block
 from .fusion import Plan
+from .methods.inputs import LayerInputs
 from .recording import Call, run_block
 from .stopwatch import Stopwatch
 
@@ -30,9 +31,10 @@ class BlockStatistics:
         block: the block to watch.
         samples: the number of calibration sequences, over all batches.
         plan: what a run of a block of this kind has shown.
+        hessians: also accumulate the Hessian of each distinct input, in the same pass.
     """
 
-    def __init__(self, block: Block, samples: int, plan: Plan, stopwatch: Stopwatch) -> None:
+    def __init__(self, block: Block, samples: int, plan: Plan, stopwatch: Stopwatch, hessians: bool = False) -> None:
         self._block = block
         self._samples = samples
         self._plan = plan
@@ -42,6 +44,7 @@ class BlockStatistics:
         self._held: list[tuple[str, Tensor, int]] = []
         self._rows = slice(0, 0)
         self._sqnorm: dict[str, Tensor] = {}
+        self._hessians: dict[str, Tensor] | None = {} if hessians else None
         self.source: dict[str, str] = {}  # layer -> the layer whose input it shares
 
     def path(self, layer: str) -> str:
@@ -91,6 +94,17 @@ class BlockStatistics:
 
     def _hold(self, source: str, x: Tensor) -> None:
         self._held.append((source, x, x._version))
+        if self._hessians is not None:
+            with self._stopwatch.measure("statistics"):
+                self._add_hessian(self._hessians, source, x)
+
+    def _add_hessian(self, hessians: dict[str, Tensor], source: str, x: Tensor) -> None:
+        """Running mean over sequences of 2 x^T x, one at a time: the batch size does not change a bit."""
+        if source not in hessians:
+            hessians[source] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
+        for seen, one in enumerate(x.reshape(self._rows.stop - self._rows.start, -1, x.shape[-1]), self._rows.start):
+            tokens = one.float()
+            hessians[source].addmm_(tokens.t(), tokens, beta=seen / (seen + 1), alpha=2 / (seen + 1))
 
     def _add(self, name: str, x: Tensor) -> None:
         self._called.append(name)
@@ -120,8 +134,10 @@ class BlockStatistics:
             self._sqnorm[name] = torch.zeros(self._samples, x.shape[-1], dtype=torch.float32, device=x.device)
         return self._sqnorm[name][self._rows]
 
-    def norms(self) -> dict[str, Tensor]:
-        """Layer -> norm of its input channels, [C_in], float32 (see :func:`norm_of_sequences`).
+    def inputs(self) -> dict[str, LayerInputs]:
+        """Layer -> what is known of its inputs, one object for all that share them.
+
+        The norms are [C_in], float32 (see :func:`norm_of_sequences`).
 
         Raises:
             ValueError: where an input held NaN or inf.
@@ -134,7 +150,7 @@ class BlockStatistics:
                     raise ValueError(
                         f"the input of {self._block.name}.{name} holds NaN or inf, or its squares overflow float32"
                     )
-                by_source[name] = norm
+                by_source[name] = LayerInputs(norm, self._hessians[name] if self._hessians is not None else None)
         return {name: by_source[source] for name, source in self.source.items()}
 
 
