@@ -245,7 +245,7 @@ def test_sparsity_zero_changes_nothing(method):
     [
         ({"group": "rows"}, "group must be row, layer or column, or row:N or column:N, got 'rows'"),
         ({"group": "layer:2"}, "group must be row, layer or column"),
-        ({"group": "layer", "pattern": "2:4"}, "group is for a sparsity, a pattern leaves it nothing to choose"),
+        ({"group": "layer", "pattern": "2:4"}, "group is for a sparsity, a pattern leaves it no choice"),
         ({"variant": True, "pattern": "2:4"}, "variant is for a sparsity"),
         ({"owl": True, "pattern": "2:4"}, "owl is for a sparsity"),
         ({"variant": True, "method": "magnitude"}, "variant is an option of wanda, not of magnitude"),

@@ -109,8 +109,8 @@ class PruningReport:
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
-        options = "".join(f", {name} {value}" for name, value in self.options.items())
-        table = Table(title=f"{self.method} {target}{options}: {len(self.layers)} layers", title_justify="left")
+        told = "".join(f", {name} {value}" for name, value in self.options.items())
+        table = Table(title=f"{self.method} {target}{told}: {len(self.layers)} layers", title_justify="left")
         for heading in ("layer", "layers", "shape", "statistics", "sparsity", "estimated error"):
             table.add_column(heading, justify="left" if heading in ("layer", "statistics") else "right")
         exact = any(layer.exact_error is not None for layer in self.layers)

@@ -71,9 +71,7 @@ class MethodOptions:
         if m is not None:
             for name in ("group", "variant", "owl"):
                 if getattr(self, name):
-                    raise ValueError(
-                        f"{name} is for a sparsity, a pattern leaves it nothing to choose: give one of them"
-                    )
+                    raise ValueError(f"{name} is for a sparsity, a pattern leaves it no choice: give one of them")
         solved = "block_size" in _TAKES[method] and self.weight_update
         if self.block_size < 1 or (m is not None and solved and self.block_size % m):
             what = "at least 1" if m is None else f"a multiple of the pattern's M = {m}"
