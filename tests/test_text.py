@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from wanda_kernels import perplexity
 from wanda_kernels.text import evaluation_ids, hub, load_calibration, sample_windows, split_windows
+from wanda_kernels.text.windows import tokenize
 
 
 def test_windows_do_not_overlap_and_depend_on_the_seed():
@@ -62,7 +64,7 @@ def test_broken_files(tmp_path):
     broken.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         load_calibration(str(broken), None)
-    with pytest.raises(FileNotFoundError, match=r"c4, wikitext2 or a file; .*missing.txt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"c4, .*owner/name.* or a file; .*missing.txt does not exist"):
         load_calibration(str(tmp_path / "missing.txt"), None)
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
@@ -95,6 +97,72 @@ def test_c4_draws_windows_of_long_documents(monkeypatch):
         load_calibration("c4", saved.tokenizer(), samples=1, length=64)
 
 
+def test_c4_packed(monkeypatch):
+    documents = Documents({"text": saved.text(10, seed=i)} for i in range(20))
+    monkeypatch.setattr(hub, "load", lambda name, split: documents)
+    ids = load_calibration("c4", saved.tokenizer(), samples=3, length=64, pack=True)
+    assert ids.shape == (3, 64)
+    assert int((ids == 2).sum()) == 3 * 64 // 11  # documents of 10 words, </s> after each
+
+
+def jsonl(path, sizes, column="text"):
+    path.write_text("".join(json.dumps({column: saved.text(n, seed=n)}) + "\n" for n in sizes) + "\n")
+    return str(path)
+
+
+def test_jsonl_documents_are_skipped_or_packed(tmp_path):
+    source = jsonl(tmp_path / "documents.jsonl", [10, 20, 33, 40, 50, 31, 32])
+    ids = load_calibration(source, saved.tokenizer(), samples=3, length=32)
+    long = [tokenize(saved.tokenizer(), saved.text(n, seed=n)).tolist() for n in (33, 40, 50)]
+    for window in ids.tolist():
+        assert any(window == one[begin : begin + 32] for one in long for begin in range(len(one) - 31))
+    assert torch.equal(ids, load_calibration(source, saved.tokenizer(), samples=3, length=32))
+    assert not torch.equal(ids, load_calibration(source, saved.tokenizer(), samples=3, length=32, seed=1))
+    with pytest.raises(ValueError, match=r"3 of 7 documents are longer than 32 tokens, 4 samples .* or pass --pack"):
+        load_calibration(source, saved.tokenizer(), samples=4, length=32)
+    # 216 words and 7 ends of text
+    assert load_calibration(source, saved.tokenizer(), samples=6, length=32, pack=True).shape == (6, 32)
+    with pytest.raises(ValueError, match="packed, 7 documents make 6 windows, 7 samples of 32 are required"):
+        load_calibration(source, saved.tokenizer(), samples=7, length=32, pack=True)
+
+
+def test_bad_jsonl(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    source = jsonl(path, [40], column="body")
+    with pytest.raises(ValueError, match=r"line 1 has no text in column 'text' \(it has: body\): choose .* --column"):
+        load_calibration(source, saved.tokenizer(), samples=1, length=32)
+    assert load_calibration(source, saved.tokenizer(), samples=1, length=32, column="body").shape == (1, 32)
+    for content, message in (
+        ("\n", "holds no documents"),
+        ('{"text": "x"}\n{', "line 2 is not JSON"),
+        ("3", "it has: int"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_calibration(source, saved.tokenizer(), samples=1, length=32)
+
+
+def test_hub_data_sets(monkeypatch):
+    asked = []
+
+    def stream(*arguments):
+        asked.append(arguments)
+        return iter([{"text": saved.text(40)}, {"text": saved.text(9)}, {"text": saved.text(50)}])
+
+    monkeypatch.setattr(hub, "stream", stream)
+    assert load_calibration("me/my.data:en", saved.tokenizer(), 2, 32, 5, split="validation").shape == (2, 32)
+    assert load_calibration("me/data", saved.tokenizer(), 3, 32, pack=True).shape == (3, 32)
+    assert asked == [("me/my.data", "en", "validation", 5), ("me/data", None, "train", 0)]
+    with pytest.raises(ValueError, match="data set me/data has no text in column 'x'"):
+        load_calibration("me/data", saved.tokenizer(), 2, 32, column="x")
+
+
+@pytest.mark.parametrize("source", ["wikitext2", "notes.txt", "ids.safetensors"])
+def test_pack_needs_documents(source):
+    with pytest.raises(ValueError, match=f"--pack puts documents together: calibration data {source} has none"):
+        load_calibration(source, None, pack=True)
+
+
 def test_wikitext2(monkeypatch):
     documents = Documents({"text": saved.text(50, seed=i)} for i in range(10))
     monkeypatch.setattr(hub, "load", lambda name, split: documents)
@@ -106,8 +174,10 @@ def test_wikitext2(monkeypatch):
 
 def test_without_network_the_hub_says_so():
     pytest.importorskip("datasets")
-    with pytest.raises(OSError, match="data set c4 could not be had from the Hugging Face hub"):
+    with pytest.raises(OSError, match=r"data set c4 could not be had from the Hugging Face hub.* pass a file: --cal"):
         hub.load("c4", "train")
+    with pytest.raises(OSError, match=r"data set me/nothing could not be had from the Hugging Face hub"):
+        load_calibration("me/nothing", saved.tokenizer(), 1, 32)
 
 
 def test_perplexity_is_exp_of_the_mean_loss_over_windows():

@@ -35,9 +35,9 @@ def prune_command(
         str,
         typer.Option(
             "--calibration",
-            metavar="c4|wikitext2|FILE",
-            help="Calibration data: a data set, a text file, or a .safetensors file with input_ids "
-            "\\[samples, length], int64.",
+            metavar="c4|wikitext2|HUB_ID|FILE",
+            help="Calibration data: a data set (owner/name or owner/name:configuration of the hub), a text file, a "
+            ".jsonl file, or a .safetensors file with input_ids \\[samples, length], int64.",
         ),
     ] = "c4",
     samples: Annotated[
@@ -46,6 +46,11 @@ def prune_command(
     length: Annotated[
         int | None, typer.Option("--length", min=2, help="Tokens in each of them. [default: 2048]")
     ] = None,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Put documents together; otherwise those shorter than --length are skipped.")
+    ] = False,
+    column: Annotated[str, typer.Option("--column", help="Of a data set or .jsonl file: holds the text.")] = "text",
+    split: Annotated[str, typer.Option("--split", help="Of a data set of the hub.")] = "train",
     seed: Annotated[int, typer.Option("--seed", help="Of the drawing of calibration sequences.")] = 0,
     propagate: Annotated[
         str,
@@ -87,7 +92,7 @@ def prune_command(
     """Prune MODEL and save it as a Hugging Face folder."""
     from ..models import load_model, load_tokenizer, save_pretrained
     from ..models.save import check_output, check_space
-    from ..packed import compress as pack
+    from ..packed import compress as pack_weights
     from ..pruning import prune
     from ..pruning.selection import Target
     from ..pruning.stopwatch import Stopwatch
@@ -107,7 +112,9 @@ def prune_command(
         input_ids = None
         if target.needs_calibration:
             with working(f"loading calibration data from {calibration}"):
-                input_ids = load_calibration(calibration, tokenizer, samples, length, seed)
+                input_ids = load_calibration(
+                    calibration, tokenizer, samples, length, seed, pack=pack, column=column, split=split
+                )
         with working(f"loading {model}"):
             loaded = load_model(model, dtype, device)
     if input_ids is not None:
@@ -128,7 +135,7 @@ def prune_command(
             progress=PruningDisplay(shown),
             **chosen,
         )
-    packing = pack(loaded) if compress else None
+    packing = pack_weights(loaded) if compress else None
     # Without the seconds, so that the same command gives the same bytes.
     extra = {"pruning_report.json": json.dumps(report.to_dict(seconds=False), indent=2)}
     with outer.measure("saving"), working(f"saving to {out}"):

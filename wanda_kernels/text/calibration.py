@@ -1,8 +1,10 @@
-"""Calibration sequences: c4 or wikitext2 as the paper draws them, a text file, or ready token ids."""
+"""Calibration sequences: c4 or wikitext2 as the paper draws them, documents, a text file, or ready token ids."""
 
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import hub
-from .windows import sample_windows
+from .documents import draw_windows, read_jsonl, shuffled, text_of
+from .windows import sample_windows, tokenize
 
 SAMPLES = 128
 LENGTH = 2048
-
-
-def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Token ids of a whole text: [tokens], int64. Special tokens as the tokenizer adds them."""
-    # verbose=False: a text longer than the model's context is what is wanted here, not a mistake
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+FILES = {".txt", ".md", ".json", ".jsonl", ".csv", ".gz", ".parquet", ".safetensors"}  # no hub id ends so
+HUB_ID = r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?"  # owner/name, and a configuration
 
 
 def read_text(path: Path, argument: str) -> str:
@@ -35,33 +34,56 @@ def read_text(path: Path, argument: str) -> str:
 
 
 def load_calibration(
-    source: str, tokenizer: Any, samples: int | None = None, length: int | None = None, seed: int = 0
+    source: str,
+    tokenizer: Any,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    *,
+    pack: bool = False,
+    column: str = "text",
+    split: str = "train",
 ) -> Tensor:
     """Calibration sequences, [samples, length], int64.
 
     Args:
-        source: ``c4``, ``wikitext2``, a text file, or a ``.safetensors`` file with ``input_ids`` [samples, length],
-            int64.
+        source: ``c4``, ``wikitext2``, ``owner/name`` or ``owner/name:configuration`` of a data set on the hub, a
+            ``.jsonl`` file, a text file, or a ``.safetensors`` file with ``input_ids`` [samples, length], int64.
         tokenizer: of the model; not used for ``.safetensors``.
         samples: 128 if None (of a ``.safetensors`` file: all).
         length: tokens per sequence, 2048 if None (of a ``.safetensors`` file: as they are).
         seed: of the drawing.
+        pack: (c4, hub, ``.jsonl``) put documents together; otherwise those that are too short are skipped.
+        column: (hub, ``.jsonl``) which holds the text.
+        split: (hub) of the data set.
 
     Raises:
-        ValueError: an empty or too short text; token ids of the wrong shape or dtype.
+        ValueError: ``pack`` for what has no documents; a text that is too short; token ids of the wrong shape or dtype.
         FileNotFoundError, OSError, ImportError: a source that cannot be had.
     """
+    path = Path(source).expanduser()
+    named = re.fullmatch(HUB_ID, source) if not path.exists() and path.suffix not in FILES else None
+    if pack and not (source == "c4" or path.suffix == ".jsonl" or named):
+        raise ValueError(f"--pack puts documents together: calibration data {source} has none to tell apart")
     if source.endswith(".safetensors"):
         return _load_ids(Path(source), samples, length)
     samples = SAMPLES if samples is None else samples
     length = LENGTH if length is None else length
     if source == "c4":
-        return _draw_c4(tokenizer, samples, length, seed)
+        return _draw_c4(tokenizer, samples, length, seed, pack)
     if source == "wikitext2":
         return _draw_wikitext2(tokenizer, samples, length, seed)
-    path = Path(source).expanduser()
+    if named:
+        rows = hub.stream(named[1], named[2], split, seed)
+        texts: Iterator[str] = (text_of(row, column, f"data set {source}") for row in rows)
+        return draw_windows(texts, tokenizer, samples, length, seed, pack, source)
     if not path.is_file():
-        raise FileNotFoundError(f"calibration must be c4, wikitext2 or a file; {source} does not exist")
+        raise FileNotFoundError(
+            f"calibration must be c4, wikitext2, a data set of the hub (owner/name) or a file; {source} does not exist"
+        )
+    if path.suffix == ".jsonl":
+        texts = shuffled(read_jsonl(path, column), seed)
+        return draw_windows(texts, tokenizer, samples, length, seed, pack, source)
     ids = tokenize(tokenizer, read_text(path, "calibration"))
     return sample_windows(ids, samples, length, seed, source)
 
@@ -87,10 +109,14 @@ def _load_ids(path: Path, samples: int | None, length: int | None) -> Tensor:
     return ids[:samples, :length].contiguous()
 
 
-def _draw_c4(tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
+def _draw_c4(tokenizer: Any, samples: int, length: int, seed: int, pack: bool) -> Tensor:
     """One random window of each of ``samples`` random documents that are long enough, as the official code has it."""
     documents = hub.load("c4", "train")
     draw = random.Random(seed)
+    if pack:
+        order = draw.sample(range(len(documents)), len(documents))
+        texts = (documents[index]["text"] for index in order)
+        return draw_windows(texts, tokenizer, samples, length, seed, True, "c4")
     windows: list[Tensor] = []
     tried = 0
     while len(windows) < samples:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from . import hub
-from .calibration import read_text, tokenize
-from .windows import split_windows
+from .calibration import read_text
+from .windows import split_windows, tokenize
 
 
 def evaluation_ids(source: str, tokenizer: Any) -> Tensor:

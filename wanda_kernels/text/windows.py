@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Token ids of a whole text: [tokens], int64. Special tokens as the tokenizer adds them."""
+    # verbose=False: a text longer than the model's context is what is wanted here, not a mistake
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def split_windows(ids: Tensor, length: int) -> Tensor:
