@@ -1,0 +1,76 @@
+"""``python -m wanda_kernels.official``: the official flags and log."""
+
+from __future__ import annotations
+
+import pytest
+import saved
+from transformers import AutoModelForCausalLM
+
+from wanda_kernels.official import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("official")
+    saved.save_model(folder / "model")
+    (folder / "text.txt").write_text(saved.text(3000))
+    return folder
+
+
+def arguments(files, *more):
+    text = str(files / "text.txt")
+    fixed = ["--model", str(files / "model"), "--calibration", text, "--text", text, "--length", "64"]
+    return [*fixed, "--nsamples", "8", *map(str, more)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [
+        (("--prune_method", "wanda", "--sparsity_ratio", "0.5", "--sparsity_type", "2:4"), "0.5000"),
+        (("--prune_method", "sparsegpt", "--sparsity_ratio", "0.5", "--sparsity_type", "unstructured"), "0.50"),
+        (("--prune_method", "wanda", "--sparsity_ratio", "0.4", "--use_variant"), "0.4"),
+        (("--prune_method", "magnitude", "--sparsity_ratio", "0.3"), "0.30"),
+        (("--prune_method", "ablate_mag_iter", "--sparsity_ratio", "0.5"), "0.50"),
+        ((), "0.0000"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_the_official_log(files, tmp_path, capsys, flags, share):
+    out, folder = tmp_path / "out" / "here", tmp_path / "model"
+    main(arguments(files, *flags, "--save", out, "--save_model", folder))
+    stdout = capsys.readouterr().out
+    assert stdout.count("layer ") == 3
+    assert f"sparsity sanity check {share}" in stdout
+    method = flags[1] if flags else "wanda"
+    header, line = (out / f"log_{method}.txt").read_text().splitlines()
+    assert header == "method\tactual_sparsity\tppl_test"
+    name, sparsity, value = line.split("\t")
+    assert name == method
+    assert sparsity.startswith(share)
+    assert f"perplexity {value}"[:-1] in stdout  # the screen has more digits
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sparsity_ratio", "0.6", "--sparsity_type", "2:4"), "--sparsity_ratio must be 0.5 for 2:4, got 0.6"),
+        (("--sparsity_ratio", "1.5"), "sparsity must be in [0, 1), got 1.5"),
+        (("--use_variant", "--prune_method", "magnitude"), "--use_variant is for --prune_method wanda"),
+        (("--sparsity_ratio", "0.5", "--nsamples", "5000"), "5000 samples are required"),
+        (("--length", "9000"), "is shorter than one window of 9000 tokens"),
+    ],
+)
+def test_errors_are_one_line(files, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments(files, *flags, "--save", tmp_path / "out"))
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_dir_of_the_hub(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "unset")
+    with pytest.raises(SystemExit):
+        main(["--model", "nobody/nothing", "--cache_dir", str(tmp_path / "weights")])
+    assert "nobody/nothing is no local path and could not be had" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""``python -m wanda_kernels.official``: the flags of the official ``main.py`` (locuslab/wanda), and its log file.
+
+A script that calls ``python main.py --model ... --save out/`` changes one word. What differs: ``--sparsity_type`` may
+be left out, ``--save`` too, ``--nsamples`` may exceed 128, and ``--calibration`` and ``--text`` take files, for machines
+without network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# LLaMA-2's context, and the paper's windows for it; LLaMA's is 2048. Newer models announce more than fits a GPU.
+LONGEST = 4096
+SPARSITY_TYPES = ("unstructured", "4:8", "2:4")
+METHODS = (
+    "magnitude", "wanda", "sparsegpt", "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter",
+)  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(prog="python -m wanda_kernels.official", description=__doc__)
+    add = arguments.add_argument
+    add("--model", required=True, help="hub id, folder, or .gguf file")
+    add("--seed", type=int, default=0, help="of the drawing of calibration data")
+    add("--nsamples", type=int, default=128, help="calibration samples")
+    add("--sparsity_ratio", type=float, default=0.0, help="0: prune nothing, evaluate only")
+    add("--sparsity_type", choices=SPARSITY_TYPES, default="unstructured")
+    add("--prune_method", choices=METHODS, default="wanda")
+    add("--cache_dir", default=None, help="where the hub's files are kept [default: the hub's own]")
+    add("--use_variant", action="store_true", help="the appendix's variant of wanda")
+    add("--save", type=Path, default=None, help="folder for log_METHOD.txt")
+    add("--save_model", type=Path, default=None, help="folder for the pruned model")
+    add("--eval_zero_shot", action="store_true", help="the paper's seven tasks, by lm-eval")
+    ours = arguments.add_argument_group("not in the official code")
+    ours.add_argument("--calibration", default="c4", help="c4, wikitext2, a hub id or a file [default: c4]")
+    ours.add_argument("--text", default="wikitext2", help="what perplexity is measured on [default: wikitext2]")
+    ours.add_argument("--length", type=int, default=None, help=f"tokens a sequence [the model's context, <= {LONGEST}]")
+    ours.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    ours.add_argument("--dtype", default=None, help="[default: float16 on CUDA, the checkpoint's on the CPU]")
+    ours.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return arguments
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, prune, evaluate, log, save: in the official order."""
+    from .cli.display import PruningDisplay, bar, quiet_libraries, working
+    from .models import load_model, load_tokenizer, save_pretrained
+    from .models.load import choose_device
+    from .models.save import check_output
+    from .pruning import prune
+    from .pruning.selection import Target
+    from .text import evaluation_ids, load_calibration, perplexity, split_windows
+
+    pattern = None if options.sparsity_type == "unstructured" else options.sparsity_type
+    if pattern and options.sparsity_ratio != 0.5:
+        raise ValueError(f"--sparsity_ratio must be 0.5 for {pattern}, got {options.sparsity_ratio:g}")
+    if options.use_variant and (options.prune_method != "wanda" or pattern):
+        raise ValueError("--use_variant is for --prune_method wanda and --sparsity_type unstructured")
+    target: dict[str, Any] = {"pattern": pattern} if pattern else {"sparsity": options.sparsity_ratio}
+    target |= {"method": options.prune_method, "variant": options.use_variant}
+    resolved = Target.resolve(**({"sparsity": None, "pattern": None} | target))
+    for folder in (options.save, options.save_model):
+        if folder is not None:
+            check_output(folder, overwrite=True)
+    zero_shot = _zero_shot_tasks() if options.eval_zero_shot else None
+    quiet_libraries()
+    device = choose_device(options.device)
+    dtype = options.dtype or ("float16" if device.type == "cuda" else "auto")
+    with working(f"loading llm model {options.model}"):
+        tokenizer = load_tokenizer(options.model)
+        model: Any = load_model(options.model, dtype, options.device)
+    print("use device ", device, model.dtype)
+    length = options.length or min(getattr(model.config, "max_position_embeddings", LONGEST), LONGEST)
+    windows = split_windows(evaluation_ids(options.text, tokenizer), length)
+    if len(windows) == 0:
+        raise ValueError(f"text {options.text} is shorter than one window of {length} tokens: lower --length")
+    if options.sparsity_ratio != 0:
+        input_ids = None
+        if resolved.needs_calibration:
+            with working("loading calibration data"):
+                input_ids = load_calibration(options.calibration, tokenizer, options.nsamples, length, options.seed)
+        print("pruning starts")
+        with bar() as shown:
+            prune(model, input_ids, progress=PruningDisplay(shown), **target)
+    sparsity = sparsity_by_layer(model)
+    print("*" * 30)
+    print(f"sparsity sanity check {sparsity:.4f}")
+    print("*" * 30)
+    with bar() as shown:
+        task = shown.add_task("evaluating", total=len(windows))
+        value = perplexity(model, windows, length, on_window=lambda done: shown.update(task, completed=done))
+    print(f"wikitext perplexity {value}" if options.text == "wikitext2" else f"{options.text} perplexity {value}")
+    if options.save is not None:
+        options.save.mkdir(parents=True, exist_ok=True)
+        log = options.save / f"log_{options.prune_method}.txt"
+        log.write_text(f"method\tactual_sparsity\tppl_test\n{options.prune_method}\t{sparsity:.4f}\t{value:.4f}\n")
+    if zero_shot is not None:
+        print("*" * 32)
+        print("zero_shot evaluation results")
+        for row in zero_shot.run(model, tokenizer, few_shot=0):
+            print({"task": row["task"], **row["metrics"]})
+    if options.save_model is not None:
+        save_pretrained(options.save_model, model, tokenizer, overwrite=True)
+
+
+def _zero_shot_tasks() -> Any:
+    from .text.tasks import PAPER_TASKS, TaskEvaluation
+
+    return TaskEvaluation(PAPER_TASKS)
+
+
+def sparsity_by_layer(model: torch.nn.Module) -> float:
+    """Prints each block's share of zeros as the official code does; returns that of all blocks."""
+    from .pruning.blocks import find_blocks
+
+    zeros = total = 0
+    for index, block in enumerate(find_blocks(model)):
+        weights = [linear.weight for linear in block.linears.values()]
+        mine = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)
+        size = sum(weight.numel() for weight in weights)
+        print(f"layer {index} sparsity {mine / size:.6f}")
+        zeros, total = zeros + mine, total + size
+    return zeros / total
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.cache_dir is not None:
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_CACHE = options.cache_dir
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
+        if options.debug:
+            traceback.print_exc()
+        print(f"wanda_kernels.official: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
