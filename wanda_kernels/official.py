@@ -1,7 +1,7 @@
 """``python -m wanda_kernels.official``: the flags of the official ``main.py`` (locuslab/wanda), and its log file.
 
 A script that calls ``python main.py --model ... --save out/`` changes one word. What differs: ``--sparsity_type`` may
-be left out, ``--save`` too, ``--nsamples`` may exceed 128, and ``--calibration`` and ``--text`` take files, for machines
+be left out, ``--save`` too, ``--nsamples`` may exceed 128; ``--calibration`` and ``--text`` take files, for machines
 without network.
 """
 

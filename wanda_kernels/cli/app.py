@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from . import bench, compress, info, interrupt, prune, speed
+from . import bench, compress, info, interrupt, prune, speed, study
 from . import eval as evaluate
 from .options import debug_wanted
 
@@ -26,6 +26,7 @@ app.command("prune")(prune.prune_command)
 app.command("compress")(compress.compress_command)
 app.command("decompress")(compress.decompress_command)
 app.command("eval")(evaluate.eval_command)
+app.command("study")(study.study_command)
 app.command("speed")(speed.speed_command)
 app.command("bench")(bench.bench_command)
 app.command("info")(info.info_command)

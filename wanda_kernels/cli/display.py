@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from .. import _backend
@@ -59,6 +59,28 @@ def tell_reference(device: torch.device) -> None:
     status = _backend.cpu_status if device.type == "cpu" else _backend.cuda_status
     if _backend.serves_reference(device.type):
         console.print(f"note: running on the PyTorch reference: {status}", highlight=False, soft_wrap=True)
+
+
+class _OneBar(Progress):
+    def __init__(self, shown: Bar, task: TaskID) -> None:
+        self._bar, self._task = shown, task
+
+    def start(self, steps: int) -> None:
+        self._bar.update(self._task, total=steps, completed=0)
+
+    def advance(self) -> None:
+        interrupt.check()
+        self._bar.advance(self._task)
+
+
+@contextmanager
+def pruning_bar(shown: Bar, what: str) -> Iterator[Progress]:
+    """A bar for one of many pruning runs, without lines per block; it goes away afterwards."""
+    task = shown.add_task(what, total=None)
+    try:
+        yield _OneBar(shown, task)
+    finally:
+        shown.remove_task(task)
 
 
 class PruningDisplay(Progress):

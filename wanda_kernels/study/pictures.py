@@ -1,0 +1,200 @@
+"""A study's pictures as inline SVG: text and lines in the page's own colour, for a light and a dark page."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+from . import tables
+
+Row = dict[str, Any]
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+# Told apart on white and on near-black, and by most colour-blind people; markers and line styles differ as well.
+COLOURS = {"magnitude": "#8a8a8a", "sparsegpt": "#d9822b", "wanda": "#3d85d8", "ria": "#2f9e6e"}
+MARKERS = {"magnitude": "^", "sparsegpt": "s", "wanda": "o", "ria": "D"}
+WIDTH, HEIGHT = 7.2, 3.6
+
+
+def check_library() -> None:
+    """Raises ImportError without matplotlib: call it before the long work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the pictures of a study need matplotlib: pip install 'wanda_kernels[plot]'")
+
+
+def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: float = HEIGHT) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        paint(figure, axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    wanted = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg))
+    # ids that nothing refers to would repeat in the page
+    svg = re.sub(r" id=\"([^\"]*)\"", lambda match: match[0] if match[1] in wanted else "", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+
+def bars(data: Row) -> str | None:
+    """Perplexity by method and pattern, on a logarithmic axis, with the dense model as a line."""
+    runs = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["method"] in COLOURS]
+    targets = [target for target in tables.PATTERNS if any(run["target"] == target for run in runs)]
+    methods = [method for method in COLOURS if any(run["method"] == method for run in runs)]
+    if not targets:
+        return None
+
+    def paint(_figure: Any, axes: Any) -> None:
+        width = 0.8 / len(methods)
+        for number, method in enumerate(methods):
+            found = [(i, tables.lookup(runs, method=method, target=target)) for i, target in enumerate(targets)]
+            shown = [(i, value) for i, value in found if value is not None]
+            places = [i + (number - (len(methods) - 1) / 2) * width for i, _ in shown]
+            heights = [value for _, value in shown]
+            drawn = axes.bar(places, heights, width * 0.92, color=COLOURS[method], label=method)
+            axes.bar_label(drawn, [tables.figure(value) for value in heights], padding=2, fontsize=8, color=_INK)
+        _perplexity_axis(axes, data)
+        axes.set_xticks(range(len(targets)), targets)
+        axes.set_xlabel("pattern")
+        axes.margins(y=0.12)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
+
+    return _draw("bars", "Perplexity by method and pattern", paint)
+
+
+def _perplexity_axis(axes: Any, data: Row) -> None:
+    """Logarithmic, labelled by plain numbers, with the dense model as a line."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.set_ylabel("perplexity (log)")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 10 * low else NullFormatter())
+    if data["dense"]:
+        axes.axhline(data["dense"]["perplexity"], color=_INK, linewidth=1, linestyle="--", label="dense")
+
+
+def _curves(data: Row, runs: list[Row], along: str, label: str, name: str, title: str, log_x: bool) -> str | None:
+    lines = {}
+    for method in COLOURS:
+        points = sorted({(run[along], run["perplexity"]) for run in runs if run["method"] == method and run[along]})
+        if len(points) > 1:
+            lines[method] = points
+    if not lines:
+        return None
+
+    def paint(_figure: Any, axes: Any) -> None:
+        for method, points in lines.items():
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=COLOURS[method], marker=MARKERS[method], label=method)
+        _perplexity_axis(axes, data)
+        if log_x:
+            axes.set_xscale("log", base=2)
+            ticks = sorted({point[0] for points in lines.values() for point in points})
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel(label)
+        axes.grid(axis="y", which="both", alpha=0.25)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
+
+    return _draw(name, title, paint)
+
+
+def sparsity_curves(data: Row) -> str | None:
+    runs = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["pattern"] is None]
+    return _curves(data, runs, "sparsity", "sparsity", "sparsity", "Perplexity by sparsity", False)
+
+
+def calibration_curves(data: Row) -> str | None:
+    seed = min((run["seed"] for run in data["runs"]), default=0)
+    runs = [r for r in data["runs"] if tables.is_plain(r) and r["sparsity"] == 0.5 and r["seed"] == seed]
+    title = "Perplexity by number of calibration samples"
+    return _curves(data, runs, "samples", "calibration samples (log)", "calibration", title, True)
+
+
+def heat_map(run: Row, what: str) -> str | None:
+    """``what`` of each layer: blocks along, kinds of layer up."""
+    layers = [layer for layer in run.get("layers", []) if layer[what] is not None]
+    if not layers:
+        return None
+    places = []
+    for layer in layers:
+        numbers = [part for part in layer["name"].split(".") if part.isdigit()]
+        places.append((int(numbers[0]), layer["name"].rsplit(".", 1)[-1], layer[what]))
+    kinds = list(dict.fromkeys(kind for _, kind, _ in places))
+    blocks = sorted({block for block, _, _ in places})
+    values = [[float("nan")] * len(blocks) for _ in kinds]
+    for block, kind, value in places:
+        values[kinds.index(kind)][blocks.index(block)] = value
+
+    def paint(figure: Any, axes: Any) -> None:
+        mesh = axes.pcolormesh(values, cmap="viridis", edgecolors="none")
+        axes.set_yticks([i + 0.5 for i in range(len(kinds))], kinds)
+        step = max(1, len(blocks) // 10)
+        axes.set_xticks([i + 0.5 for i in range(0, len(blocks), step)], [str(b) for b in blocks[::step]])
+        axes.invert_yaxis()
+        axes.set_xlabel("block")
+        bar = figure.colorbar(mesh, ax=axes)
+        bar.set_label(what.replace("_", " "))
+        bar.outline.set_edgecolor(_INK)
+
+    title = f"{what.replace('_', ' ')} of each layer, {run['label']} {run['target']}"
+    return _draw(f"{what}-{run['label']}", title, paint, height=0.9 + 0.27 * len(kinds))
+
+
+def cost_bars(data: Row) -> str | None:
+    """Seconds of pruning at 50 %, by part."""
+    runs = [run for run in tables.at_base(data["runs"]) if run["target"] == "50%" and not run["group"]]
+    if not runs:
+        return None
+    parts = {"forward": "#3d85d8", "statistics": "#d9822b", "selection": "#2f9e6e"}
+
+    def paint(_figure: Any, axes: Any) -> None:
+        left = [0.0] * len(runs)
+        for part, colour in parts.items():
+            seconds = [run["parts"].get(part, 0.0) for run in runs]
+            axes.barh(range(len(runs)), seconds, left=left, color=colour, label=part)
+            left = [a + b for a, b in zip(left, seconds, strict=True)]
+        axes.set_yticks(range(len(runs)), [run["label"] for run in runs])
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds")
+        axes.legend()
+
+    return _draw("cost", "Seconds of pruning by part", paint, height=1.2 + 0.3 * len(runs))
+
+
+def all_pictures(data: Row) -> dict[str, list[tuple[str, str]]]:
+    """Section -> (caption, SVG) of each picture that there are figures for."""
+    detailed = [run for run in data["runs"] if run.get("layers")]
+    found: dict[str, list[tuple[str, str | None]]] = {
+        "perplexity": [("Perplexity by method and pattern.", bars(data))],
+        "sparsity": [("Sparsity against perplexity.", sparsity_curves(data))],
+        "calibration": [("Robustness to the number of calibration samples, at 50 %.", calibration_curves(data))],
+        "cost": [("Seconds of pruning at 50 %, by part.", cost_bars(data))],
+        "layers": [
+            (f"{title}: {run['label']} {run['target']}.", heat_map(run, what))
+            for run in detailed
+            for what, title in (
+                ("exact_error", "Relative output error of each layer on the calibration data"),
+                ("threshold", "Largest pruned Wanda score, mean over rows"),
+            )
+        ],
+    }
+    return {name: [(text, svg) for text, svg in some if svg is not None] for name, some in found.items()}

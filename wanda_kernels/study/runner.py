@@ -1,0 +1,96 @@
+"""Does the runs of a study on one loaded model, whose dense weights come back after each."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..memory import added_peak
+from ..pruning import prune
+from ..pruning.blocks import find_blocks
+from ..pruning.progress import Progress
+from ..pruning.report import PruningReport
+from ..text import perplexity
+from .plan import Run
+
+# (samples, seed) -> [samples, length], int64
+Calibration = Callable[[int, int], Tensor]
+
+
+class Runner:
+    """A model, its dense weights, and what it is calibrated and evaluated on.
+
+    Args:
+        windows: of the evaluation, [windows, length].
+        on_window: told how many windows are done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Calibration,
+        windows: Tensor,
+        on_window: Callable[[int], None] | None = None,
+    ) -> None:
+        self._model = model
+        self._calibration = calibration
+        self._windows = windows
+        self._on_window = on_window
+        self._device = next(model.parameters()).device
+        linears = [linear for block in find_blocks(model) for linear in block.linears.values()]
+        self._dense = [(linear.weight, linear.weight.detach().to("cpu", copy=True)) for linear in linears]
+
+    def evaluate(self) -> float:
+        return perplexity(self._model, self._windows, self._windows.shape[1], on_window=self._on_window)
+
+    def dense(self) -> dict[str, Any]:
+        return {"perplexity": self.evaluate()}
+
+    def run(self, run: Run, progress: Progress | None = None) -> dict[str, Any]:
+        """Prune, evaluate, and put the dense weights back, whatever happens.
+
+        Returns:
+            perplexity, achieved_sparsity, seconds (of the pruning), parts (seconds by part), peak_memory_bytes
+            (beyond the model; None where it cannot be told), damped (layers whose Hessian needed more damping);
+            with details also layers: name, exact_error, estimated_error, threshold, sparsity.
+        """
+        ids = self._calibration(run.samples, run.seed) if run.samples else None
+        reports: list[PruningReport] = []
+
+        def work() -> None:
+            # details come from a run of their own: seconds and memory are those of the pruning alone
+            reports.append(prune(self._model, ids, progress=progress, **run.arguments()))
+
+        try:
+            start = time.perf_counter()
+            peak = added_peak(work, self._device)
+            seconds = time.perf_counter() - start
+            report = reports[0]
+            outcome = {
+                "perplexity": self.evaluate(),
+                "achieved_sparsity": report.achieved_sparsity,
+                "seconds": seconds,
+                "parts": report.seconds,
+                "peak_memory_bytes": peak,
+                "damped": sum((layer.damping or 0.0) > 0.01 for layer in report.layers),
+            }
+            if run.detail and run.check().needs_calibration:
+                self._restore()
+                report = prune(self._model, ids, exact_error=True, progress=progress, **run.arguments())
+                names = ("name", "exact_error", "estimated_error", "threshold", "sparsity")
+                outcome["layers"] = [{name: getattr(layer, name) for name in names} for layer in report.layers]
+            elif run.detail:
+                outcome["layers"] = []
+            return copy.deepcopy(outcome)
+        finally:
+            self._restore()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for weight, dense in self._dense:
+            weight.copy_(dense)

@@ -1,0 +1,191 @@
+"""A study's results as tables: heading, rows and a caption each, empty ones left out."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from ..pruning.methods.options import ABLATIONS
+from .plan import COMPARED, GROUPS
+
+Row = dict[str, Any]
+PATTERNS = ("50%", "4:8", "2:4")
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    caption: str
+    heading: list[str]
+    rows: list[list[str]]
+
+
+def figure(value: float | None) -> str:
+    """A perplexity, readable at any size."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def is_plain(run: Row) -> bool:
+    """A method without options."""
+    return not (run["group"] or run["variant"] or run["owl"] or run["weight_update"] is False)
+
+
+def base_samples(runs: list[Row]) -> int:
+    """The number of samples that most runs have."""
+    counts = [run["samples"] for run in runs if run["samples"]]
+    return max(set(counts), key=counts.count) if counts else 0
+
+
+def at_base(runs: list[Row]) -> list[Row]:
+    """Runs with the usual number of samples and the first seed."""
+    samples = base_samples(runs)
+    seed = min((run["seed"] for run in runs), default=0)
+    return [run for run in runs if run["samples"] in (0, samples) and run["seed"] == seed]
+
+
+def lookup(runs: list[Row], **wanted: Any) -> float | None:
+    """The perplexity of the first run that has all of ``wanted``."""
+    return next((run["perplexity"] for run in runs if all(run[k] == v for k, v in wanted.items())), None)
+
+
+def _methods(runs: list[Row]) -> list[str]:
+    order = [*COMPARED, "ria", *ABLATIONS]
+    return sorted({run["method"] for run in runs}, key=order.index)
+
+
+def _targets(runs: list[Row]) -> list[str]:
+    found = {run["target"]: (run["pattern"] is not None, -(run["sparsity"] or 0), run["target"]) for run in runs}
+    order = {target: number for number, target in enumerate(PATTERNS)}
+    return sorted(found, key=lambda target: (order.get(target, len(order)), found[target]))
+
+
+def _grid(runs: list[Row], rows: list[str], columns: list[str], by: str) -> list[list[str]]:
+    cells = [[row, *(figure(lookup(runs, **{by: row, "target": column})) for column in columns)] for row in rows]
+    return [row for row in cells if any(row[1:])]
+
+
+def perplexity_table(data: Row, published: dict[str, dict[str, float]] | None) -> Table:
+    runs = [run for run in at_base(data["runs"]) if is_plain(run) and run["method"] not in ABLATIONS]
+    columns = [target for target in _targets(runs) if target in PATTERNS] or _targets(runs)
+    rows = _grid(runs, _methods(runs), columns, "method")
+    dense = data["dense"]["perplexity"] if data["dense"] else None
+    rows.insert(0, ["dense", *[figure(dense)] * len(columns)])
+    if published is not None:
+        for method in ("dense", *COMPARED):
+            cells = [published.get("dense" if method == "dense" else target, {}).get(method) for target in columns]
+            rows.append([f"{method}, LLaMA-2 as published", *map(figure, cells)])
+    caption = "Perplexity, lower is better. The paper's main comparison (its table of pruned LLaMA and LLaMA-2)."
+    return Table("Perplexity", caption, ["method", *columns], rows)
+
+
+def sparsity_table(data: Row) -> Table:
+    runs = [r for r in at_base(data["runs"]) if is_plain(r) and not r["pattern"] and r["method"] not in ABLATIONS]
+    columns = sorted(_targets(runs), key=lambda target: float(target.rstrip("%")))
+    rows = [row for row in _grid(runs, _methods(runs), columns, "method") if sum(map(bool, row[1:])) > 1]
+    return Table("Sparsity", "Perplexity of unstructured pruning.", ["method", *columns], rows)
+
+
+def calibration_table(data: Row) -> Table:
+    runs = [run for run in _first_seed(data["runs"]) if is_plain(run) and run["target"] == "50%" and run["samples"]]
+    counts = sorted({run["samples"] for run in runs})
+    cells = [
+        [method, *(figure(lookup(runs, method=method, samples=count)) for count in counts)] for method in _methods(runs)
+    ]
+    rows = [row for row in cells if sum(map(bool, row[1:])) > 1]
+    return Table("Calibration samples", "Perplexity at 50 % by number of samples.", ["method", *map(str, counts)], rows)
+
+
+def _first_seed(runs: list[Row]) -> list[Row]:
+    seed = min((run["seed"] for run in runs), default=0)
+    return [run for run in runs if run["seed"] == seed]
+
+
+def group_table(data: Row) -> Table:
+    runs = [run for run in at_base(data["runs"]) if run["group"] and not run["variant"] and not run["owl"]]
+    runs = [run for run in runs if run["sparsity"] == 0.5]
+    known = [group for group in GROUPS if any(run["group"] == group for run in runs)]
+    groups = known + sorted({run["group"] for run in runs} - set(known))
+    rows = [
+        [method, *(figure(lookup(runs, method=method, group=group)) for group in groups)] for method in _methods(runs)
+    ]
+    caption = (
+        "Perplexity at 50 % by pruning metric and comparison group, without weight update. column is (input, 1) in the "
+        "paper, column:128 (input, 128), row (output, 1), row:128 (output, 128)."
+    )
+    return Table("Metric and comparison group", caption, ["metric", *groups], rows if groups else [])
+
+
+def update_table(data: Row) -> Table:
+    runs = [run for run in at_base(data["runs"]) if is_plain(run)]
+    columns = [target for target in PATTERNS if any(r["target"] == target and r["method"] in ABLATIONS for r in runs)]
+    rows = []
+    for name, metric in (("magnitude", "mag"), ("wanda", "wanda")):
+        for label, method in (
+            ("none", name),
+            ("sequential", f"ablate_{metric}_seq"),
+            ("iterative", f"ablate_{metric}_iter"),
+        ):
+            cells = [figure(lookup(runs, method=method, target=target)) for target in columns]
+            if any(cells):
+                rows.append([name, label, *cells])
+    caption = "Perplexity with SparseGPT's weight update on the masks of magnitude and Wanda (the paper's ablation)."
+    return Table("Weight update", caption, ["mask", "update", *columns], rows if columns else [])
+
+
+def other_table(data: Row) -> Table:
+    runs = at_base(data["runs"])
+    others = [run for run in runs if run["variant"] or run["owl"] or run["method"] == "ria"]
+    others = [run for run in others if not run["group"]]
+    rows = []
+    for run in others:
+        compared = lookup(
+            [other for other in runs if is_plain(other)],
+            method="wanda" if run["method"] == "ria" and not run["owl"] else run["method"],
+            target=run["target"],
+        )
+        rows.append([run["label"], run["target"], figure(run["perplexity"]), figure(compared)])
+    caption = "The appendix's variant, RIA, and OWL's sparsity by block, beside Wanda or the method without it."
+    return Table("Other methods", caption, ["method", "target", "perplexity", "without"], rows)
+
+
+def seed_table(data: Row) -> Table:
+    runs = [r for r in data["runs"] if is_plain(r) and r["samples"] == base_samples(data["runs"])]
+    rows = []
+    for method in _methods(runs):
+        for target in _targets(runs):
+            values = [run["perplexity"] for run in runs if run["method"] == method and run["target"] == target]
+            if len(values) > 1:
+                spread = statistics.stdev(values)
+                rows.append([method, target, str(len(values)), figure(statistics.mean(values)), f"{spread:.3f}"])
+    heading = ["method", "target", "seeds", "mean perplexity", "standard deviation"]
+    return Table("Seeds", "Robustness to which calibration samples are drawn.", heading, rows)
+
+
+def cost_table(data: Row) -> Table:
+    runs = [run for run in at_base(data["runs"]) if not run["group"] and run["target"] in PATTERNS]
+    rows = []
+    for run in runs:
+        parts = [f"{run['parts'].get(part, 0.0):.1f}" for part in ("forward", "statistics", "selection")]
+        peak = run["peak_memory_bytes"]
+        memory = "not measured" if peak is None else f"{peak / 2**20:.0f}"
+        rows.append([run["label"], run["target"], f"{run['seconds']:.1f}", *parts, memory])
+    heading = ["method", "target", "seconds", "forward", "statistics", "selection", "peak MiB beyond the model"]
+    return Table("Time and memory", "Of pruning, without loading and evaluation.", heading, rows)
+
+
+def all_tables(data: Row, published: dict[str, dict[str, float]] | None) -> dict[str, Table]:
+    """``data``: as :class:`Results` has it, with ``runs`` a list. Those with rows, in the report's order."""
+    makers = {
+        "sparsity": sparsity_table,
+        "calibration": calibration_table,
+        "groups": group_table,
+        "update": update_table,
+        "others": other_table,
+        "seeds": seed_table,
+        "cost": cost_table,
+    }
+    tables = {"perplexity": perplexity_table(data, published)} | {name: make(data) for name, make in makers.items()}
+    return {name: table for name, table in tables.items() if table.rows}
