@@ -1,0 +1,71 @@
+"""Dense training that keeps zeros: a hook on the gradients, and one after each step of the optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pruning.blocks import find_blocks
+
+
+def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the decoder blocks whose weights hold zeros, by their name in ``model``.
+
+    Raises:
+        ValueError: where none does, or the model cannot be pruned (see :func:`wanda_kernels.prune`).
+    """
+    found = {
+        f"{block.name}.{name}": linear
+        for block in find_blocks(model)
+        for name, linear in block.linears.items()
+        if int(torch.count_nonzero(linear.weight)) < linear.weight.numel()
+    }
+    if not found:
+        raise ValueError("no linear layer of the model holds zeros: prune it first")
+    return found
+
+
+class HeldMasks:
+    """The hooks of :func:`hold_masks`; ``remove()`` takes them away."""
+
+    def __init__(self, linears: dict[str, nn.Linear], optimizer: torch.optim.Optimizer) -> None:
+        self._held = [(linear.weight, linear.weight == 0) for linear in linears.values()]
+        self._handles = [
+            weight.register_hook(lambda gradient, zero=zero: gradient.masked_fill(zero, 0))
+            for weight, zero in self._held
+            if weight.requires_grad
+        ]
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        for weight, zero in self._held:
+            weight.masked_fill_(zero, 0)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def hold_masks(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldMasks:
+    """Keep every zero of the model's pruned layers at zero while ``optimizer`` trains it.
+
+    Gradients of pruned weights are zero, so that clipping and momentum do not see them; after each step pruned weights
+    are zero whatever the optimiser did (momentum from before, LBFGS). One bool a weight.
+
+    Raises:
+        ValueError: a model without zeros, or an optimiser that has none of the pruned weights.
+    """
+    linears = pruned_linears(model)
+    trained: set[int] = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(linear.weight) in trained for linear in linears.values()):
+        raise ValueError("the optimizer trains none of the model's pruned weights")
+    return HeldMasks(linears, optimizer)
+
+
+def mask_of(weight: Tensor) -> Tensor:
+    """[C_out, C_in], bool: True where the weight is kept."""
+    return weight.detach() != 0
