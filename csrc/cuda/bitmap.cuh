@@ -1,9 +1,9 @@
-// Walks the elements of rows of a bitmap, two neighbours a thread: for bitmap_linear.cuh and
+// Walks the elements of rows of a bitmap, four neighbours a thread: for bitmap_linear.cuh and
 // unpack_packed.cuh.
 //
 // Algorithm: a warp takes pieces of 1024 columns, a lane one word of 32. Where a word's values begin is a sum
 // of bits: over the row's pieces before (the block's warps tell each other), then over the words before, by a
-// scan. Then in each of 16 steps the warp takes 64 columns, two a lane, so that values and x are read in the
+// scan. Then in each of 8 steps the warp takes 128 columns, four a lane, so that values and x are read in the
 // order of memory.
 #pragma once
 
@@ -21,31 +21,34 @@ struct BitmapShared {
   uint32_t counts[2][kRows][kBitmapWarps];
 };
 
-// Two neighbouring elements: which of them are kept, and where the first that is has its value.
-struct Pair {
-  bool low, high;
-  uint32_t index;
+// Four neighbouring elements: which of them are kept (the lowest bits of `bits`; those above are others'),
+// and where the first that is has its value.
+struct Quad {
+  uint32_t bits, index;
 };
 
-// What is kept of a pair of elements, +0 for the others. Reads values[index] and the one after it: there are
-// 32 more than are kept.
-template <Dtype kDtype>
-WANDA_DEVICE void pair_values(const typename Element<kDtype>::Bits* values, const Pair& pair,
-                              typename Element<kDtype>::Bits& low, typename Element<kDtype>::Bits& high) {
-  const auto first = __ldg(values + pair.index), second = __ldg(values + pair.index + 1);
-  low = pair.low ? first : 0;
-  high = pair.high ? (pair.low ? second : first) : 0;
+// What is kept of four elements, +0 for the others.
+template <class Bits>
+WANDA_DEVICE void quad_values(const Bits* values, const Quad& quad, Bits (&element)[4]) {
+  uint32_t next = quad.index;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    element[i] = 0;
+    if (quad.bits >> i & 1) element[i] = __ldg(values + next++);
+  }
 }
 
-// visit(column, pairs): this lane's columns `column` and `column` + 1 in each of kRows rows of the block's.
-// All threads of the block call it. Rows past the weight's last are its last again.
+// visit(column, quads): this lane's columns from `column` on in each of kRows rows of the block's. All
+// threads of the block call it, and all lanes of a warp visit together: past the row's end nothing is kept.
+// Rows past the weight's last are its last again.
 template <int kRows, class Visit>
 WANDA_DEVICE void walk_bitmap(const PackedWeight& weight, int64_t first_row, BitmapShared<kRows>& shared,
                               Visit visit) {
   const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = lane_of(threadIdx.x);
-  const uint32_t own_bit = 1u << (2 * lane % kWarp),
-                 words_in_row = static_cast<uint32_t>(weight.cols / kWarp);
+  // Not worked out again in each step, as the compiler would to save a register.
+  const uint32_t shift = opaque(4 * lane % kWarp), below = opaque((1u << 4 * lane % kWarp) - 1);
+  const uint32_t words_in_row = static_cast<uint32_t>(weight.cols / kWarp);
   const uint32_t* bits[kRows];
   uint32_t begin[kRows];  // where the values of this round's pieces begin
 #pragma unroll
@@ -83,19 +86,18 @@ WANDA_DEVICE void walk_bitmap(const PackedWeight& weight, int64_t first_row, Bit
       }
     }
     if (first_word >= words_in_row) continue;
-    const uint32_t steps = min((words_in_row - first_word) / 2, 16u);
-#pragma unroll 4
+    const uint32_t steps = min((words_in_row - first_word + 3) / 4, 8u);
+#pragma unroll 2
     for (uint32_t step = 0; step < steps; ++step) {
-      Pair pairs[kRows];
+      Quad quads[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const uint32_t source = 2 * step + lane / 16;
-        const uint32_t bits_32 = __shfl_sync(kFullMask, word[r], source);
+        const uint32_t source = 4 * step + lane / 8;
+        const uint32_t own = __shfl_sync(kFullMask, word[r], source);
         const uint32_t begins = __shfl_sync(kFullMask, offset[r], source);
-        const uint32_t before = __popc(bits_32 & (own_bit - 1));
-        pairs[r] = {(bits_32 & own_bit) != 0, (bits_32 & 2 * own_bit) != 0, begins + before};
+        quads[r] = {own >> shift, begins + __popc(own & below)};
       }
-      visit((first_word + 2 * step) * kWarp + 2 * lane, pairs);
+      visit((first_word + 4 * step) * kWarp + 4 * lane, quads);
     }
   }
 }

@@ -14,6 +14,27 @@ WANDA_DEVICE float warp_sum(float value) {
   return value;
 }
 
+// Lane i gets the warp's sum of value[i % kCount], kCount a power of two up to 32; overwrites `value`. At
+// each step a lane gives away the half of its sums that its partner keeps.
+template <int kCount>
+WANDA_DEVICE float warp_sums(float (&value)[kCount]) {
+  const int lane = static_cast<int>(threadIdx.x) & (kWarp - 1);
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    if (step < kCount) {
+#pragma unroll
+      for (int i = 0; i < kCount / 2 / step; ++i) {
+        const float even = value[2 * i], odd = value[2 * i + 1];
+        const float other = __shfl_xor_sync(kFullMask, lane & step ? even : odd, step);
+        value[i] = (lane & step ? odd : even) + other;
+      }
+    } else {
+      value[0] += __shfl_xor_sync(kFullMask, value[0], step);
+    }
+  }
+  return value[0];
+}
+
 // `slots` [32] in shared memory. One barrier, between the writes and the reads: the caller sees to it that
 // another barrier passes before the slots are written again.
 WANDA_DEVICE float block_sum(float value, float* slots) {

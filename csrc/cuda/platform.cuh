@@ -66,6 +66,24 @@ WANDA_DEVICE uint16_t float_to_bfloat16(float value) {
   return bits;
 }
 
+// sum [16 x 8] += A [16 x 16] B [16 x 8]: fragments as in the PTX ISA, mma m16n8k16.
+template <bool kIsBFloat16>
+WANDA_DEVICE void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (kIsBFloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
 // sum [16 x 8] += A [16 x 32, 2:4] B [32 x 8]: fragments as in the PTX ISA, mma.sp m16n8k32. `metadata`
 // counts in lanes 2 * kSelector and 2 * kSelector + 1 of each quad.
 template <bool kIsBFloat16, int kSelector>

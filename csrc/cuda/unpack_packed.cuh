@@ -2,8 +2,8 @@
 //
 // Assumes: cols a multiple of 64; `dense` 16-byte aligned, contiguous.
 //
-// unpack_bitmap_kernel: a block a row, two elements a lane (bitmap.cuh): 128 bytes a warp in a row for 16-bit
-// types. unpack_sparse24_kernel: 8 elements a thread.
+// unpack_bitmap_kernel: a block a row, four elements a lane (bitmap.cuh).
+// unpack_sparse24_kernel: 8 elements a thread.
 #pragma once
 
 #include "bitmap.cuh"
@@ -19,13 +19,16 @@ __global__ void __launch_bounds__(kBitmapWarps* kWarp)
   Bits* const to = static_cast<Bits*>(dense) + row * weight.cols;
   const Bits* const values = static_cast<const Bits*>(weight.values);
   walk_bitmap<1>(weight, row, *reinterpret_cast<BitmapShared<1>*>(memory),
-                 [&](uint32_t column, const Pair(&pairs)[1]) {
-                   Bits low, high;
-                   pair_values<kDtype>(values, pairs[0], low, high);
+                 [&](uint32_t column, const Quad(&quads)[1]) {
+                   if (column >= static_cast<uint32_t>(weight.cols)) return;
+                   Bits element[4];
+                   quad_values(values, quads[0], element);
                    if constexpr (kDtype == Dtype::kFloat32) {
-                     *reinterpret_cast<uint2*>(to + column) = make_uint2(low, high);
+                     store_16(to + column, element[0], element[1], element[2], element[3]);
                    } else {
-                     *reinterpret_cast<uint32_t*>(to + column) = low | static_cast<uint32_t>(high) << 16;
+                     *reinterpret_cast<uint2*>(to + column) =
+                         make_uint2(element[0] | static_cast<uint32_t>(element[1]) << 16,
+                                    element[2] | static_cast<uint32_t>(element[3]) << 16);
                    }
                  });
 }

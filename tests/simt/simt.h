@@ -50,6 +50,10 @@ void copy_wait(int site, int pending);
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
 uint16_t float_to_bfloat16(float value);
+struct Mma {  // one lane's part of mma m16n8k16
+  uint32_t a[4], b[2];
+};
+void mma(bool is_bfloat16, const Mma& own, float (&sum)[4]);
 struct SparseMma {  // one lane's part of mma.sp m16n8k32
   uint32_t a[4], b[4], metadata;
 };
@@ -194,6 +198,10 @@ inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 inline float half_to_float(uint16_t bits) { return simt::half_to_float(bits); }
 inline uint16_t float_to_half(float value) { return simt::float_to_half(value); }
 inline uint16_t float_to_bfloat16(float value) { return simt::float_to_bfloat16(value); }
+template <bool kIsBFloat16>
+void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  simt::mma(kIsBFloat16, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, sum);
+}
 template <bool kIsBFloat16, int kSelector>
 void mma_sparse(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
   simt::mma_sparse(kIsBFloat16, kSelector, {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, metadata},
