@@ -126,7 +126,8 @@ class _Copy:
     def __init__(self, case: Case, settings: Settings) -> None:
         self.bytes = min(max(case.bytes // 2, 1 << 12), 128 << 20)
         count = max(2, -(-settings.cache_bytes // self.bytes)) if not settings.quick else 2
-        self._pool = [torch.ones(self.bytes, dtype=torch.uint8, device=settings.device) for _ in range(min(count, 64))]
+        count = min(count, 1024)
+        self._pool = [torch.ones(self.bytes, dtype=torch.uint8, device=settings.device) for _ in range(count)]
         self._device, self._step = settings.device, 0
         self._one_thread = settings.device.type == "cpu" and case.threads == 1
 
@@ -146,7 +147,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
     source = case.make()
     found = case.check(clone(source))
     copies = max(2, -(-settings.cache_bytes // max(size_of(source), 1))) if not settings.quick else 2
-    sets = [clone(source) for _ in range(min(copies, 64))]
+    sets = [clone(source) for _ in range(min(copies, 1024))]
     candidates = {OURS: case.run, **case.peers}
     step = 0
 

@@ -184,7 +184,7 @@ def test_fitted_exponents():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "sparsity"], "--suite must be one of select, stats, nm, sparse, scaling, end-to-end"),
+        (["--suite", "sparsity"], "--suite must be one of end-to-end, select, stats, nm, sparse, scaling"),
         (["--models", "8B"], "model must be one of 7B"),
         (["--device", "tpu"], "device must be auto, cpu or cuda"),
         (["--compare", "none.csv", "none.csv"], "result file none.csv does not exist"),

@@ -14,7 +14,7 @@ from rich.table import Table
 from .options import Debug, Device
 
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
-_HELP = "select|stats|nm|sparse|scaling|end-to-end"
+_HELP = "end-to-end|select|stats|nm|sparse|scaling"
 
 
 def bench_command(
@@ -82,7 +82,7 @@ def _measure(
         out = places.RESULTS / places.folder_name(target)
     wrong: list[str] = []
     with bar() as shown:
-        for name in suites or registry.SUITES:
+        for name in (name for name in registry.SUITES if name in suites or not suites):
             rows, found = registry.run(name, settings, models, out, shown)
             wrong += found
             screen.print(draw(name, rows))
