@@ -25,7 +25,7 @@ def test_a_failure_and_a_hang_do_not_stop_the_next(tmp_path, monkeypatch):
     plan_of(
         monkeypatch,
         python("broken", "print('first'); raise SystemExit('summary: 2 of 3 are wrong')"),
-        python("hangs", hang, 1.5),
+        python("hangs", hang, 3.0 / gpu_suite.DRY_SLOWER),
         python("fine", "print('figures: {\"ceilings\": {\"copy\": 3}}'); print('summary: all well')"),
         Stage("tool", 1.0, ["compute-sanitizer", "--tool", "memcheck"]),
     )
