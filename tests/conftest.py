@@ -19,6 +19,15 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors of tiny models gain nothing from two, and lose much where the machine has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of the backend "cuda" are tests for a GPU; those are skipped where there is none."""
     skip = pytest.mark.skip(reason="torch sees no CUDA device")

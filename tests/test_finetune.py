@@ -13,6 +13,8 @@ from wanda_kernels.finetune import fit, hold_masks, masked_lora, merge
 
 pytest.importorskip("peft")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def pruned(dtype=torch.float32, pattern="2:4", family="llama"):
     model = tiny.model(family, dtype=dtype)

@@ -16,6 +16,8 @@ from wanda_kernels.pruning.methods.groups import Group
 from wanda_kernels.pruning.methods.inputs import LayerInputs, factor_of
 from wanda_kernels.pruning.methods.owl import outlier_ratio
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def both(rule, family="llama", **options):
     """The model pruned by us and by the plain loop, and our report."""

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from wanda_kernels.official import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

@@ -56,7 +56,7 @@ def fit(
             logits = model(input_ids=batch, use_cache=False).logits
             loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss of step {step + 1} is {float(loss)}: lower the learning rate")
+                raise ValueError(f"the loss of step {step + 1} is {float(loss.detach())}: lower the learning rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if clip is not None:
