@@ -1,6 +1,7 @@
 # make demo   prune a real model and see what it costs and what it keeps
 # make test   the test suite                make lint   ruff, clang-format, mypy
 # make bench  every suite, measured side by side here, into benchmarks/results and the README (a quarter of an hour)
+# make soak   200 prunes of random models with faults; each ends whole or in a clear error (minutes)
 # make gpu    on a machine with a GPU: build, test, measure, record, in nine minutes
 # make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
 #
@@ -24,11 +25,11 @@ else
 PROVIDE_TORCH = $(BIN)/python -m pip install --quiet "$(TORCH)"
 endif
 
-.PHONY: demo test test-fast lint format bench gpu sass install clean help
+.PHONY: demo test test-fast soak lint format bench gpu sass install clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
@@ -67,6 +68,9 @@ test: $(STAMP)/test $(STAMP)/model
 
 test-fast: $(STAMP)/test
 	$(BIN)/python -m pytest -m "not slow"
+
+soak: $(STAMP)/test
+	$(BIN)/python tests/soak.py --runs 200
 
 lint: $(STAMP)/linters
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from . import bench, compress, info, interrupt, prune, speed, study
+from . import bench, compress, info, interrupt, plan, prune, ranks, speed, study
 from . import eval as evaluate
 from .options import debug_wanted
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("prune")(prune.prune_command)
+app.command("plan")(plan.plan_command)
 app.command("compress")(compress.compress_command)
 app.command("decompress")(compress.decompress_command)
 app.command("eval")(evaluate.eval_command)
@@ -33,10 +34,12 @@ app.command("info")(info.info_command)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command and exits: 0 on success only, 2 for wrong usage, 130 for Ctrl-C, 1 for everything else."""
+    """Runs a command and exits: 0 on success only, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM, 1 for
+    everything else."""
     try:
         with interrupt.remembered():
             code = app(args=arguments, prog_name="wanda-kernels", standalone_mode=False)
+            ranks.leave()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
@@ -46,13 +49,14 @@ def main(arguments: list[str] | None = None) -> None:
             _fail(f"{error.format_message()} (see --help)", 2)
         _fail(str(error) or type(error).__name__, 1)
     if code == INTERRUPTED:  # newer typer returns it, older raises Abort
-        _fail("interrupted; nothing was written", INTERRUPTED)
+        _fail("interrupted; nothing was written", interrupt.exit_code())
     sys.exit(code or 0)
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"wanda-kernels: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    if code == INTERRUPTED and interrupt.received():
+    ranks.leave(failure=message)
+    print(f"wanda-kernels: error: {ranks.prefix()}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    if interrupt.received() and code == interrupt.exit_code():
         # A KeyboardInterrupt that passed through exec() (a dataclass being made, say) makes Python end by the signal,
         # whatever code it is told to exit with. Everything is cleaned up by now.
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Ctrl-C that cannot get lost.
+"""Ctrl-C, and a request to end (SIGTERM), that cannot get lost.
 
 A KeyboardInterrupt that arrives inside a callback or a library's import may be swallowed there, and the command would
 go on to write its result. So the signal is remembered, and every step looks.
@@ -11,33 +11,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_received = False
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_received = 0
 
 
-def _remember(_signal: int, _frame: FrameType | None) -> None:
+def _remember(number: int, _frame: FrameType | None) -> None:
     global _received
-    _received = True
+    _received = number
     raise KeyboardInterrupt
 
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Inside, a Ctrl-C is remembered for :func:`check`."""
+    """Inside, a signal is remembered for :func:`check`."""
     global _received
-    _received = False
-    before = signal.signal(signal.SIGINT, _remember)
+    _received = 0
+    before = {number: signal.signal(number, _remember) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def received() -> bool:
-    """Whether a Ctrl-C came since the command began."""
+def received() -> int:
+    """The signal that came since the command began, or 0."""
     return _received
 
 
+def exit_code() -> int:
+    """Of a command that was interrupted, as a shell has it: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (_received or signal.SIGINT)
+
+
 def check() -> None:
-    """Raises KeyboardInterrupt where a Ctrl-C came since the command began."""
+    """Raises KeyboardInterrupt where a signal came since the command began."""
     if _received:
         raise KeyboardInterrupt

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from . import method_options as methods
+from . import ranks, streaming
 from .options import BatchSize, Debug, Device, Dtype, Model, check_length
 
 
@@ -86,6 +87,24 @@ def prune_command(
     compress: Annotated[
         bool, typer.Option("--compress", help="Pack the pruned weights (see `wanda-kernels compress`).")
     ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Block by block from MODEL's files to DIR's: two blocks in memory. MODEL: a folder."
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --stream: go on with the run that ended before its end.")
+    ] = False,
+    offload: Annotated[
+        Path | None, typer.Option("--offload", metavar="DIR2", help="With --stream: where activations go to a disk.")
+    ] = None,
+    activation_memory: Annotated[
+        float, typer.Option("--activation-memory", metavar="GIB", min=0, help="Beyond which they do.")
+    ] = 4.0,
+    device_map: Annotated[
+        str | None, typer.Option("--device-map", metavar="auto", help="Spread the model over all GPUs (accelerate).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -103,8 +122,12 @@ def prune_command(
         group, variant, weight_update, block_size, damping, ria_power, methods.owl_of(owl, owl_lambda, owl_outlier)
     )
     target = Target.resolve(method, sparsity, pattern, **chosen)
+    streaming.check_options(stream, resume, offload, compress, device_map)
+    if stream:
+        streaming.check_leftovers(out, resume, overwrite)
     check_output(out, overwrite)
     quiet_libraries()
+    processes = ranks.join(device)
     outer = Stopwatch()
     with outer.measure("load"):
         with working(f"loading the tokenizer of {model}"):
@@ -115,26 +138,32 @@ def prune_command(
                 input_ids = load_calibration(
                     calibration, tokenizer, samples, length, seed, pack=pack, column=column, split=split
                 )
-        with working(f"loading {model}"):
-            loaded = load_model(model, dtype, device)
+        if not stream:
+            with working(f"loading {model}"):
+                loaded = load_model(model, dtype, device, device_map)
+    options: dict[str, Any] = {
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "method": method,
+        "propagate": propagate,
+        "batch_size": batch_size,
+        "exact_error": exact_error,
+        "fuse_statistics": fuse,
+        "processes": processes,
+        **chosen,
+    }
+    if stream:
+        places = {"device": device, "dtype": dtype, "offload": offload, "activation_memory": activation_memory}
+        streaming.prune(model, out, input_ids, tokenizer, places, options, outer, resume, overwrite)
+        return
     if input_ids is not None:
         check_length(input_ids.shape[1], loaded.config)
     check_space(out, loaded)
     tell_reference(next(loaded.parameters()).device)
     with bar() as shown:
-        report = prune(
-            loaded,
-            input_ids,
-            sparsity=sparsity,
-            pattern=pattern,
-            method=method,
-            propagate=propagate,
-            batch_size=batch_size,
-            exact_error=exact_error,
-            fuse_statistics=fuse,
-            progress=PruningDisplay(shown),
-            **chosen,
-        )
+        report = prune(loaded, input_ids, **options, progress=PruningDisplay(shown))
+    if processes is not None and not processes.is_first:
+        return  # the first one saves
     packing = pack_weights(loaded) if compress else None
     # Without the seconds, so that the same command gives the same bytes.
     extra = {"pruning_report.json": json.dumps(report.to_dict(seconds=False), indent=2)}

@@ -71,13 +71,14 @@ def _explain(model: str, error: Exception) -> Exception:
     return ValueError(f"model {model} could not be read (incomplete or damaged?): {text[:300]}")
 
 
-def load_model(model: str, dtype: str = "auto", device: str = "auto") -> nn.Module:
+def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> nn.Module:
     """The model in evaluation mode, on ``device``.
 
     Args:
         model: a hub id, a folder as ``save_pretrained`` writes it, or a ``.gguf`` file.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or ``cuda``.
+        device_map: as transformers takes it, instead of ``device``: ``auto`` spreads the model over all GPUs.
 
     Raises:
         FileNotFoundError, ValueError: a model that is not there, or cannot be read.
@@ -86,17 +87,21 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> nn.Modu
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
     target = choose_device(device)
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ImportError("device_map needs the accelerate package: pip install 'wanda_kernels[stream]'")
     name, options = _source(model)
     from transformers import AutoModelForCausalLM
 
     if "gguf_file" in options:
         options |= _gguf_options()
+    if device_map is not None:
+        options["device_map"] = device_map
     try:
         loaded = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
     except Exception as error:
         raise _explain(model, error) from error
     loaded.config._name_or_path = os.path.basename(os.path.normpath(model)) if Path(model).exists() else model
-    return loaded.eval().to(target)
+    return loaded.eval() if device_map is not None else loaded.eval().to(target)
 
 
 def load_tokenizer(model: str) -> Any:

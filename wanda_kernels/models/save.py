@@ -27,11 +27,16 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def check_space(folder: Path, model: nn.Module) -> None:
     """Raises OSError where the disk has less room than the model's weights take."""
     seen = {id(parameter): parameter.numel() * parameter.element_size() for parameter in model.parameters()}
+    check_bytes(folder, sum(seen.values()))
+
+
+def check_bytes(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk of ``folder`` has less room than ``needed`` bytes."""
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
-    if sum(seen.values()) > free:
+    if needed > free:
         raise OSError(
-            f"output folder {folder}: the model needs {sum(seen.values()) / 2**20:.0f} MiB, the disk has "
+            f"output folder {folder}: the model needs {needed / 2**20:.0f} MiB, the disk has "
             f"{free / 2**20:.0f} MiB left"
         )
 
@@ -61,12 +66,13 @@ def save_pretrained(
                 (staging / name).write_text(text)
         except Exception as error:
             raise OSError(f"output folder {folder} could not be written: {error}") from error
-        _put_in_place(staging, folder)
+        put_in_place(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _put_in_place(staging: Path, folder: Path) -> None:
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Rename ``staging`` to ``folder``, replacing what is there."""
     if not folder.exists():
         staging.rename(folder)
         return

@@ -21,8 +21,8 @@ class Block:
     linears: dict[str, nn.Linear]
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The decoder blocks in order.
+def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
+    """The decoder blocks in order. ``meta``: their weights may be without data, to be filled in later.
 
     Raises:
         ValueError: for a model that would be pruned wrongly: encoder-decoder models, blocks with weights that are
@@ -42,7 +42,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
     for block in blocks:
         _refuse_other_weights(block)
     _refuse_shared_weights(model, blocks)
-    _refuse_several_devices(blocks)
+    if not meta:
+        _refuse_devices(blocks, mapped=getattr(model, "hf_device_map", None) is not None)
     return blocks
 
 
@@ -101,10 +102,13 @@ def _refuse_shared_weights(model: nn.Module, blocks: list[Block]) -> None:
                 raise ValueError(f"{full} is shared with {owner}: shared weights cannot be pruned")
 
 
-def _refuse_several_devices(blocks: list[Block]) -> None:
+def _refuse_devices(blocks: list[Block], mapped: bool) -> None:
+    """``mapped``: accelerate moves activations from device to device."""
     devices = {linear.weight.device for block in blocks for linear in block.linears.values()}
-    if len(devices) > 1 or torch.device("meta") in devices:
-        names = ", ".join(sorted(str(device) for device in devices))
+    names = ", ".join(sorted(str(device) for device in devices))
+    if torch.device("meta") in devices and mapped:
+        raise ValueError(f"the device map leaves weights on a disk (they are on: {names}): stream the model instead")
+    if torch.device("meta") in devices or (len(devices) > 1 and not mapped):
         raise ValueError(f"the model's weights must be on one device that holds data, they are on: {names}")
 
 

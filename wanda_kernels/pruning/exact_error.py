@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .report import relative_error
 
 
 def exact_errors(
-    block: Block, hidden: Sequence[Tensor], calls: Sequence[Call], dense: dict[str, Tensor], progress: Progress
+    block: Block, hidden: Iterable[Tensor], calls: Sequence[Call], dense: dict[str, Tensor], progress: Progress
 ) -> dict[str, float]:
     """||X (W - W')^T||_F / ||X W^T||_F by layer name, W dense and W' pruned, X from the dense block.
 

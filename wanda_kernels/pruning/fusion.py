@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -233,3 +233,33 @@ def is_close(got: Tensor, want: Tensor) -> bool:
     unit = 2e-6 if want.dtype == torch.float32 else torch.finfo(want.dtype).eps
     size = want.float().abs()
     return bool(((got.float() - want.float()).abs() <= unit * size + 2e-6 * size.max()).all())
+
+
+FUSED = {"norm": FusedNorm, "product": FusedProduct}
+
+
+def plans_to_list(plans: dict[tuple, Plan]) -> list[dict[str, Any]]:
+    """Plain data for :func:`plans_from_list`."""
+    names = {kind: name for name, kind in FUSED.items()}
+    return [
+        {
+            "kind": repr(kind),
+            "order": list(plan.order),
+            "fused": [[names[type(fused)], asdict(fused)] for fused in plan.fused],
+        }
+        for kind, plan in plans.items()
+    ]
+
+
+def plans_from_list(data: list[dict[str, Any]], kinds: list[tuple]) -> dict[tuple, Plan]:
+    """The plans of those ``kinds`` of blocks that have one."""
+    plans = {}
+    by_repr = {repr(kind): kind for kind in kinds}
+    for entry in data:
+        fused = [FUSED[name](**{k: _tuple(v) for k, v in fields.items()}) for name, fields in entry["fused"]]
+        plans[by_repr[entry["kind"]]] = Plan(tuple(entry["order"]), tuple(fused))
+    return plans
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -6,7 +6,7 @@ attention). Nothing is sized by ``max_position_embeddings``, and equal tensors o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,16 +42,25 @@ def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def record_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Recording:
-    """Run embedding and preparation of each batch of ``input_ids``; the blocks only note how they are called."""
+def record_calls(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batches: Sequence[Tensor],
+    keep: Callable[[Tensor], None] | None = None,
+) -> Recording:
+    """Run embedding and preparation of each batch of ``input_ids``; the blocks only note how they are called.
+
+    The first block's inputs go to ``keep``, where it is given, and else to ``Recording.hidden``.
+    """
     recording = Recording(calls=[[] for _ in blocks])
+    keep = keep or recording.hidden.append
     originals = [block.module.__dict__.get("forward") for block in blocks]
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             hidden, *rest = (kwargs.pop("hidden_states"), *args) if "hidden_states" in kwargs else args
             if index == 0:
-                recording.hidden.append(hidden)
+                keep(hidden)
             recording.calls[index].append(Call(tuple(rest), kwargs))
             if index == len(blocks) - 1:
                 raise _LastBlockReachedError

@@ -88,6 +88,13 @@ def prune_weight_(weight: Tensor, norm: Tensor | None, target: Target) -> tuple[
     """
     if norm is None and target.pattern is None:
         return _prune_magnitude_(weight, target.sparsity)
+    pruned, total = row_sums_(weight, norm, target).double().sum(dim=0).tolist()
+    return pruned, total
+
+
+def row_sums_(weight: Tensor, norm: Tensor | None, target: Target) -> Tensor:
+    """Prune ``weight``, whose rows are independent of each other, in place. Returns each row's two sums: [C_out, 2],
+    float32."""
     if norm is None:
         norm = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
     sums = torch.empty(weight.shape[0], 2, dtype=torch.float32, device=weight.device)
@@ -95,8 +102,7 @@ def prune_weight_(weight: Tensor, norm: Tensor | None, target: Target) -> tuple[
         prune_nm_(weight, norm, target.pattern.n, target.pattern.m, sums)
     else:
         prune_rows_(weight, norm, target.sparsity, sums)
-    pruned, total = sums.double().sum(dim=0).tolist()
-    return pruned, total
+    return sums
 
 
 def _prune_magnitude_(weight: Tensor, sparsity: float) -> tuple[float, float]:

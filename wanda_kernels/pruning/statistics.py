@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from .fusion import Plan
 from .methods.inputs import LayerInputs
 from .recording import Call, run_block
 from .stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from ..distributed import Processes
 
 
 class _LastInputSeenError(Exception):
@@ -133,6 +137,12 @@ class BlockStatistics:
         if name not in self._sqnorm:
             self._sqnorm[name] = torch.zeros(self._samples, x.shape[-1], dtype=torch.float32, device=x.device)
         return self._sqnorm[name][self._rows]
+
+    def exchange(self, processes: Processes, samples: list[range]) -> None:
+        """Get the other processes' sequences; process r ran ``samples[r]``."""
+        with self._stopwatch.measure("exchange"):
+            for sqnorm in self._sqnorm.values():
+                processes.exchange_rows_(sqnorm, samples)
 
     def inputs(self) -> dict[str, LayerInputs]:
         """Layer -> what is known of its inputs, one object for all that share them.

@@ -1,0 +1,153 @@
+"""Several processes (gloo): the same masks for any number of them; a failure of one ends all, with its message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import saved
+import streaming_child
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_streaming import one_thread, save_sharded, tensors  # noqa: F401  (one_thread: a fixture)
+
+from wanda_kernels import prune
+from wanda_kernels.models import load_model
+
+SAMPLES = 7
+
+RUNS = [
+    {"batch_size": 2},
+    {"batch_size": 1, "pattern": "2:4", "propagate": "dense"},
+    {"batch_size": 2, "sparsity": 0.3, "fuse_statistics": False, "family": "gemma2", "dtype": "bfloat16"},
+    {"method": "magnitude"},
+    {"method": "magnitude", "pattern": "4:8", "dtype": "float16"},
+]
+
+
+def finish(ranks) -> list[int | None]:
+    for process in ranks:
+        process.join(120)
+        assert not process.is_alive(), "hangs"
+    return [process.exitcode for process in ranks]
+
+
+@pytest.mark.parametrize("options", RUNS, ids=str)
+def test_the_same_for_any_number_of_processes(options, tmp_path):
+    options = {"family": "llama", "dtype": "float32"} | options
+    groups = {
+        size: streaming_child.start_ranks(size, tmp_path / f"{size}", samples=SAMPLES, **options) for size in (1, 2, 3)
+    }
+    model = tiny.model(options.pop("family"), getattr(torch, options.pop("dtype")))
+    report = prune(model, tiny.ids(SAMPLES), **options)
+    expected = model.state_dict()
+    for size, ranks in groups.items():
+        assert finish(ranks) == [0] * size
+        for rank in range(size):
+            found = load_file(tmp_path / f"{size}" / f"rank{rank}.safetensors")
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+            assert_same_report(json.loads((tmp_path / f"{size}" / f"rank{rank}.json").read_text()), report)
+
+
+def assert_same_report(said: dict, report) -> None:
+    expected = json.loads(json.dumps(report.to_dict(seconds=False)))
+    for ours, layer in zip(said["layers"], expected["layers"], strict=True):
+        # a row's float32 sums depend, in their last bits, on where its share of the rows begins
+        assert ours.pop("estimated_error") == pytest.approx(layer.pop("estimated_error"), rel=1e-6)
+    assert said == expected
+
+
+OPTIONS = {"family": "llama", "dtype": "float32", "samples": 6, "batch_size": 2}
+
+
+def error_of(folder: Path, rank: int) -> str:
+    return (folder / f"rank{rank}.error").read_text()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_failure_of_any_process_is_told_by_all(failing, tmp_path):
+    folder = tmp_path / "run"
+    ranks = streaming_child.start_ranks(3, folder, **OPTIONS, fails=(failing, "raise"))
+    assert finish(ranks) == [1, 1, 1]
+    assert error_of(folder, failing) == "no space left on device"
+    for other in {0, 1, 2} - {failing}:
+        assert error_of(folder, other) == f"stopped, because rank {failing} failed: no space left on device"
+
+
+def test_a_killed_process_ends_all(tmp_path):
+    ranks = streaming_child.start_ranks(3, tmp_path / "run", **OPTIONS, fails=(1, "kill"))
+    assert finish(ranks) == [1, -9, 1]
+    assert "an exchange with the other processes failed" in error_of(tmp_path / "run", 0)
+
+
+def test_a_process_that_hangs_ends_the_others(tmp_path):
+    ranks = streaming_child.start_ranks(2, tmp_path / "run", **OPTIONS, fails=(1, "hang"), timeout_s=3.0)
+    assert finish(ranks[:1]) == [1]
+    ranks[1].kill()
+    assert "an exchange with the other processes failed" in error_of(tmp_path / "run", 0)
+
+
+def test_what_processes_do_not_do_is_refused(tmp_path):
+    finish(streaming_child.start_ranks(2, tmp_path / "a", **OPTIONS | {"samples": 2}))
+    assert "2 processes need at least as many batches of sequences (see --batch-size), there are 1" in error_of(
+        tmp_path / "a", 0
+    )
+    finish(streaming_child.start_ranks(2, tmp_path / "b", **OPTIONS, exact_error=True))
+    assert error_of(tmp_path / "b", 1) == "exact_error is for one process, there are 2"
+
+
+def torchrun(size: int, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size]
+    command += ["-m", "wanda_kernels", "prune", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    model = save_sharded(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(saved.text(2000))
+    options = [model, "--calibration", tmp_path / "text.txt", "--samples", "6", "--length", "32", "--batch-size", "1"]
+    one = subprocess.run(
+        [sys.executable, "-m", "wanda_kernels", "prune", *map(str, options), "--out", str(tmp_path / "one")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "sparsity 50.00%" in one.stdout
+    done = torchrun(2, *options, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved to") == 1
+    done = torchrun(2, *options, "--out", tmp_path / "streamed", "--stream", "--activation-memory", "0")
+    assert done.returncode == 0, done.stderr
+    expected = tensors(tmp_path / "one")
+    for name in ("two", "streamed"):
+        found = tensors(tmp_path / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "streamed", "text.txt", "two"]
+
+    done = torchrun(2, *options, "--out", tmp_path / "three", "--stream", "--resume")
+    assert done.returncode != 0
+    assert "wanda-kernels: error: rank 0: resuming is for one process" in done.stderr
+    done = torchrun(2, *options, "--out", tmp_path / "three", "--pattern", "2:5")
+    assert done.returncode != 0
+    assert "error: rank 1: model.layers.0.self_attn.q_proj has 64 input columns, not a multiple" in done.stderr
+    assert not (tmp_path / "three").exists()
+
+
+def test_a_device_map_changes_nothing(tmp_path):
+    """On CPUs it says only that accelerate's hooks are no obstacle; several GPUs: not measured."""
+    from accelerate import dispatch_model
+
+    plain, mapped = tiny.model(), tiny.model()
+    devices = {name: "cpu" for name, _ in mapped.model.named_children() if name != "layers"} | {"lm_head": "cpu"}
+    names = {f"model.{name}" if name != "lm_head" else name: place for name, place in devices.items()}
+    names |= {f"model.layers.{index}": "cpu" for index in range(3)}
+    mapped = dispatch_model(mapped, names, force_hooks=True)
+    assert hasattr(mapped.model.layers[1], "_hf_hook")
+    prune(plain, tiny.ids())
+    prune(mapped, tiny.ids())
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), mapped.parameters(), strict=True))
+    assert load_model(str(save_sharded(tmp_path / "model")), device_map="cpu").model.layers[0] is not None

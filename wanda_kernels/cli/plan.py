@@ -1,0 +1,61 @@
+"""``wanda-kernels plan``: the memory and time that pruning a model would take, from its config."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .options import Debug
+
+
+def plan_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with config.json, or a hub id.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="H100s, a process each.")] = 1,
+    memory: Annotated[float, typer.Option("--memory", metavar="GB", min=0, help="Of each of them.")] = 80.0,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")] = 128,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in each of them.")] = 2048,
+    propagate: Annotated[
+        str, typer.Option("--propagate", metavar="pruned|dense", help="As for prune: two forward passes, or one.")
+    ] = "pruned",
+    debug: Debug = False,
+) -> None:
+    """Predict memory and time without loading MODEL. Memory is counted; time on a GPU is estimated, not measured."""
+    from transformers import AutoConfig
+
+    from ..plan import H100, predict, shape_of
+    from ..pruning.driver import check_options
+    from .display import quiet_libraries, working
+
+    check_options(propagate, None)
+    quiet_libraries()
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the config of {model} could not be read: {' '.join(str(error).split())[:200]}") from error
+    with working("building the model without weights"):
+        shape = shape_of(config)
+    found = predict(shape, H100, gpus, samples, length, 2 if propagate == "pruned" else 1)
+    screen = Console()
+    screen.print(
+        f"{shape.model_bytes / 1e9:.1f} GB in {shape.blocks} blocks of {shape.block_bytes / 1e9:.2f} GB; "
+        f"{samples} x {length} tokens, {gpus} x {memory:g} GB",
+        highlight=False,
+    )
+    ways = Table()
+    for heading in ("way", "GB on each GPU", "fits", "command"):
+        ways.add_column(heading, justify="right" if heading == "GB on each GPU" else "left")
+    run = "" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m wanda_kernels prune"
+    rows = [("in memory", found.bytes_in_memory, run or "wanda-kernels prune")]
+    if gpus > 1:
+        rows.append(("spread over GPUs, one process", found.bytes_mapped, "prune --device-map auto"))
+    rows.append(("streamed", found.bytes_streamed, f"{run or 'wanda-kernels prune'} --stream"))
+    for way, needed, command in rows:
+        ways.add_row(way, f"{needed / 1e9:.1f}", "yes" if needed <= memory * 1e9 else "no", command)
+    screen.print(ways)
+    screen.print(f"streamed, each process also holds {found.host_bytes_streamed / 1e9:.1f} GB of the host's memory")
+    parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in found.seconds.items())
+    screen.print(f"estimated, not measured: {found.total / 60:.1f} minutes ({parts})", highlight=False, soft_wrap=True)
+    screen.print(f"({H100.source}; streamed, reading and writing overlap with the rest)", highlight=False)

@@ -1,0 +1,42 @@
+"""Commands that torchrun started: who speaks, and how a failure reaches the others. Imports torch only where needed."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..distributed import Processes
+
+_joined: Processes | None = None
+
+
+def launched() -> bool:
+    """Whether torchrun (or what sets the same variables) started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def prefix() -> str:
+    """Of an error: which process it comes from, where there are several."""
+    return f"rank {os.environ['RANK']}: " if launched() and os.environ["WORLD_SIZE"] != "1" else ""
+
+
+def join(device: str) -> Processes | None:
+    """The processes that torchrun started, None where it did not. All but the first are silent from now on."""
+    global _joined
+    if not launched():
+        return None
+    from ..distributed import join
+
+    _joined = join(device)
+    if not _joined.is_first:
+        from .display import console
+
+        console.quiet = True
+    return _joined
+
+
+def leave(failure: str | None = None) -> None:
+    """At the end of a command; ``failure`` is told to the others, whose exchanges break."""
+    if _joined is not None:
+        _joined.leave(failure)

@@ -1,0 +1,86 @@
+"""``wanda-kernels prune --stream``: what its options mean, what is said where it ends early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from . import ranks
+from .options import check_length
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..pruning.stopwatch import Stopwatch
+
+
+def check_options(stream: bool, resume: bool, offload: Path | None, compress: bool, device_map: str | None) -> None:
+    """Raises ValueError for options that do not go together."""
+    if device_map not in (None, "auto"):
+        raise ValueError(f"--device-map must be auto, got '{device_map}'")
+    if device_map is not None and (stream or ranks.launched()):
+        raise ValueError(f"--device-map does not go with {'--stream' if stream else 'several processes'}")
+    if stream and compress:
+        raise ValueError("--compress does not go with --stream: run `wanda-kernels compress` on the result")
+    for name, given in (("--resume", resume), ("--offload", offload is not None)):
+        if given and not stream:
+            raise ValueError(f"{name} needs --stream")
+
+
+def check_leftovers(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raises FileExistsError where an unfinished run is there, and nothing says what to do with it. Tells where there
+    is none to go on with."""
+    from ..streaming.run import check_leftovers, describe
+    from .display import console
+
+    check_leftovers(out, resume, overwrite)
+    if resume and describe(out) is None:
+        console.print(f"no unfinished run to {out}: beginning with the first block", highlight=False, soft_wrap=True)
+
+
+def prune(
+    model: str,
+    out: Path,
+    input_ids: Tensor | None,
+    tokenizer: Any,
+    places: dict[str, Any],
+    options: dict[str, Any],
+    outer: Stopwatch,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Run it, with a bar; print the report. ``places``: device, dtype, offload, activation_memory (GiB)."""
+    from transformers import AutoConfig
+
+    from ..models.load import choose_device
+    from ..streaming import stream_prune
+    from ..streaming.run import describe
+    from .display import PruningDisplay, bar, console, tell_reference
+
+    if not Path(model).expanduser().is_dir():
+        raise ValueError(f"--stream needs a local folder with safetensors files, {model} is none")
+    if input_ids is not None:
+        check_length(input_ids.shape[1], AutoConfig.from_pretrained(model))
+    tell_reference(choose_device(places["device"]))
+    places = places | {"activation_memory": int(places["activation_memory"] * 2**30)}
+    try:
+        with bar() as shown:
+            report = stream_prune(
+                model, out, input_ids, tokenizer=tokenizer, resume=resume, overwrite=overwrite,
+                progress=PruningDisplay(shown), **places, **options,
+            )  # fmt: skip
+    except BaseException:
+        left = describe(out)
+        if left is not None:
+            console.print(f"{left}: --resume goes on with it", highlight=False, soft_wrap=True)
+        raise
+    if options["processes"] is not None and not options["processes"].is_first:
+        return
+    report.seconds = {"load": report.seconds.get("load", 0.0) + outer.seconds()["load"]} | {
+        part: seconds for part, seconds in report.seconds.items() if part != "load"
+    }
+    screen = Console()
+    screen.print(report)
+    screen.print(f"saved to {out}", highlight=False, soft_wrap=True)

@@ -1,0 +1,149 @@
+"""What pruning a model would take, from its config alone: memory by the shapes, time by a simple model of the machine.
+
+Memory is counted. Time is an estimate: work divided by rates, and the rates of a GPU are its data sheet's times an
+assumed efficiency; no GPU was measured. ``benchmarks/cost_model.py`` measures the rates of a CPU and holds the model
+against runs there. docs/scaling.md explains the formulas.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from .pruning.blocks import find_blocks
+from .pruning.driver import BATCH_TOKENS
+
+PROCESS_BYTES = 0.8e9  # of Python with torch and transformers loaded: measured on the CPU (760 MB)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, and whether anyone measured it.
+
+    Attributes:
+        flops: of the forward passes' products.
+        selection: bytes of weights scored and pruned.
+        exchange: bytes between processes.
+        storage: bytes read from, or written to, the disk.
+    """
+
+    flops: float
+    selection: float
+    exchange: float
+    storage: float
+    measured: bool
+    source: str
+
+
+# 989 TFLOP/s dense bfloat16 and 3.35 TB/s: NVIDIA's data sheet of the H100 SXM. The rest is assumed.
+H100 = Rates(
+    flops=0.4 * 989e12,
+    selection=0.25 * 3.35e12,
+    exchange=50e9,
+    storage=2e9,
+    measured=False,
+    source="H100 SXM: 40 % of the data sheet's 989 TFLOP/s, 25 % of 3.35 TB/s; 50 GB/s exchange, 2 GB/s disk",
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model in numbers.
+
+    Attributes:
+        blocks: how many; ``block_weights``: in the linear layers of one; ``block_bytes``: of all its tensors.
+        outside_bytes: embeddings, output, norms. width: of the hidden states. inner: the widest linear layer's.
+        inputs: summed widths of the distinct inputs of a block's linear layers, at most.
+        itemsize: bytes of an element.
+    """
+
+    blocks: int
+    block_weights: int
+    block_bytes: int
+    outside_bytes: int
+    width: int
+    inner: int
+    inputs: int
+    itemsize: int
+
+    @property
+    def model_bytes(self) -> int:
+        return self.blocks * self.block_bytes + self.outside_bytes
+
+
+def shape_of(config: Any) -> Shape:
+    """Builds the model without weights. Raises ValueError where it could not be pruned."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ImportError("planning needs the accelerate package: pip install 'wanda_kernels[stream]'")
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    dtype = config.dtype or torch.bfloat16
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    blocks = find_blocks(model, meta=True)
+    largest = max(blocks, key=lambda block: sum(p.numel() for p in block.module.parameters()))
+    block_numel = sum(p.numel() for p in largest.module.parameters())
+    in_blocks = sum(p.numel() for block in blocks for p in block.module.parameters())
+    linears = [linear.weight.shape for linear in largest.linears.values()]
+    return Shape(
+        blocks=len(blocks),
+        block_weights=sum(shape.numel() for shape in linears),
+        block_bytes=block_numel * dtype.itemsize,
+        outside_bytes=(sum(p.numel() for p in model.parameters()) - in_blocks) * dtype.itemsize,
+        width=config.get_text_config().hidden_size,
+        inner=max(max(shape) for shape in linears),
+        inputs=sum(shape[1] for shape in linears),
+        itemsize=dtype.itemsize,
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds by part, and bytes of one device (``host_bytes``: of one process's own memory) by way of running."""
+
+    seconds: dict[str, float]
+    bytes_in_memory: float
+    bytes_mapped: float
+    bytes_streamed: float
+    host_bytes_streamed: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def predict(
+    shape: Shape, rates: Rates, devices: int = 1, samples: int = 128, length: int = 2048, passes: int = 2,
+    batch_tokens: int = BATCH_TOKENS["cuda"],
+) -> Prediction:  # fmt: skip
+    """One run on ``devices`` devices, a process each. ``passes``: 2, or 1 for ``propagate="dense"``.
+
+    Forward: 2 operations for each weight and token, and the products of causal attention. They divide by the
+    processes, as the rows of the selection do; reading and writing the files, and exchanging rows and sums, do not.
+    """
+    tokens = samples * length
+    shares = min(devices, max(1, tokens // max(batch_tokens, length)))  # batches stay whole
+    attention = 2 * shape.width * length  # a token's scores and their product with the values, half of them masked
+    flops = shape.blocks * passes * tokens * (2 * shape.block_weights + attention)
+    weights = shape.blocks * shape.block_weights * shape.itemsize
+    sums = shape.blocks * samples * shape.inputs * 4
+    seconds = {
+        "read": shape.model_bytes / rates.storage,
+        "forward": flops / rates.flops / shares,
+        "selection": weights / rates.selection / devices,
+        "exchange": (weights + sums) / rates.exchange if devices > 1 else 0.0,
+        "write": shape.model_bytes / rates.storage,
+    }
+    activations = tokens * shape.width * shape.itemsize / shares
+    workspace = batch_tokens * (6 * shape.width + 3 * shape.inner) * shape.itemsize + samples * shape.inputs * 4
+    return Prediction(
+        seconds=seconds,
+        bytes_in_memory=shape.model_bytes + activations + workspace,
+        bytes_mapped=shape.model_bytes / devices + activations * shares / devices + workspace,
+        bytes_streamed=max(shape.block_bytes, shape.outside_bytes) + activations + workspace,
+        host_bytes_streamed=max(2 * shape.block_bytes, shape.outside_bytes) + PROCESS_BYTES,
+    )

@@ -1,0 +1,207 @@
+"""Activations that can be found again after a crash, and that need not fit in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pruning.activations import Activations
+from .checkpoint import bytes_of, read_at, write_at
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a state's activations lie: ``file``, one batch after the other."""
+
+    file: str
+    dtype: str
+    shapes: list[list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class TwoFiles:
+    """Two files in turns: while one is written, the other has the last state's activations."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self._paths = [folder / f"{stem}-{turn}.bin" for turn in (0, 1)]
+        self._fds: dict[int, int] = {}
+
+    @classmethod
+    def beside(cls, work: Path, offload: str | Path | None) -> TwoFiles:
+        """In the work folder, or in ``offload``, named after it."""
+        if offload is None:
+            return cls(work, "activations")
+        return cls(Path(offload), f"wanda-{hashlib.sha256(str(work.absolute()).encode()).hexdigest()[:12]}")
+
+    @classmethod
+    def of(cls, path: str) -> TwoFiles:
+        """The two of which ``path`` is one."""
+        return cls(Path(path).parent, Path(path).name.rpartition("-")[0])
+
+    def path(self, turn: int) -> str:
+        return str(self._paths[turn % 2].absolute())
+
+    def turn_of(self, path: str) -> int:
+        return [self.path(0), self.path(1)].index(path)
+
+    def fd(self, turn: int) -> int:
+        turn %= 2
+        if turn not in self._fds:
+            self._fds[turn] = os.open(self._paths[turn], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._fds[turn]
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def remove(self) -> None:
+        self.close()
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+
+class SavedActivations(Activations):
+    """In memory, and copied to a file for each state.
+
+    Args:
+        files: where to.
+        wait: called before the next block's first input is set: until the last state is written, which holds on to
+            the current ones.
+        device: of the tensors.
+    """
+
+    def __init__(self, files: TwoFiles, wait: Callable[[], None], device: torch.device, keep: bool = False) -> None:
+        super().__init__(keep)
+        self._files = files
+        self._wait = wait
+        self._device = device
+        self._turn = 0
+
+    def __setitem__(self, index: int, batch: Tensor) -> None:
+        if not self._next:
+            self._wait()
+        super().__setitem__(index, batch)
+
+    def flip(self) -> None:
+        super().flip()
+        self._turn += 1
+
+    def saver(self) -> Callable[[], Stored]:
+        """A function, for another thread, that writes the current inputs and says where they are."""
+        batches, turn = list(self), self._turn
+
+        def save() -> Stored:
+            offset = 0
+            for batch in batches:
+                data = bytes_of(batch.contiguous().cpu())
+                write_at(self._files.fd(turn), data, offset)
+                offset += len(data)
+            os.fdatasync(self._files.fd(turn))
+            return _stored(self._files.path(turn), batches[0].dtype, [list(batch.shape) for batch in batches])
+
+        return save
+
+    def restore(self, stored: Stored) -> None:
+        for batch in _read_all(stored):
+            self.append(batch.to(self._device))
+        self._turn = self._files.turn_of(stored.file)
+
+
+class SpilledActivations(Activations):
+    """On a disk: one batch at a time is in memory.
+
+    Args:
+        files, device: as for :class:`SavedActivations`.
+        wait: called before the next block's first input is set: it is written over the state before the last, so the
+            last one must be complete.
+    """
+
+    def __init__(self, files: TwoFiles, wait: Callable[[], None], device: torch.device) -> None:
+        super().__init__()
+        self._files = files
+        self._wait = wait
+        self._device = device
+        self._turn = 0
+        self._dtype = torch.float32
+        self._shapes: list[list[int]] = []
+        self._set: set[int] = set()
+
+    def _offset(self, index: int) -> int:
+        return sum(torch.Size(shape).numel() for shape in self._shapes[:index]) * self._dtype.itemsize
+
+    def append(self, batch: Tensor) -> None:
+        self._dtype = batch.dtype
+        self._shapes.append(list(batch.shape))
+        self._write(len(self._shapes) - 1, batch, self._turn)
+
+    def _write(self, index: int, batch: Tensor, turn: int) -> None:
+        write_at(self._files.fd(turn), bytes_of(batch.contiguous().cpu()), self._offset(index))
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):  # ends a for loop
+            raise IndexError(index)
+        batch = torch.empty(self._shapes[index], dtype=self._dtype)
+        read_at(self._files.fd(self._turn), bytes_of(batch), self._offset(index), self._files.path(self._turn))
+        return batch.to(self._device)
+
+    def __setitem__(self, index: int, batch: Tensor) -> None:
+        if not self._set:
+            self._wait()
+        if batch.dtype != self._dtype or list(batch.shape) != self._shapes[index]:
+            raise ValueError(
+                f"a block's outputs are {batch.dtype} {list(batch.shape)}, its inputs {self._dtype} "
+                f"{self._shapes[index]}: such activations cannot be spilled"
+            )
+        self._write(index, batch, self._turn + 1)
+        self._set.add(index)
+
+    def flip(self) -> None:
+        assert len(self._set) == len(self)
+        self._set.clear()
+        self._turn += 1
+
+    def saver(self) -> Callable[[], Stored]:
+        """As :meth:`SavedActivations.saver`; the inputs lie in a file anyway."""
+        turn = self._turn
+
+        def save() -> Stored:
+            os.fdatasync(self._files.fd(turn))
+            return _stored(self._files.path(turn), self._dtype, self._shapes)
+
+        return save
+
+    def restore(self, stored: Stored) -> None:
+        self._dtype = getattr(torch, stored.dtype)
+        self._shapes = stored.shapes
+        self._turn = self._files.turn_of(stored.file)
+
+
+def _stored(path: str, dtype: torch.dtype, shapes: list[list[int]]) -> Stored:
+    return Stored(path, str(dtype).removeprefix("torch."), shapes)
+
+
+def _read_all(stored: Stored) -> list[Tensor]:
+    batches, offset = [], 0
+    fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for shape in stored.shapes:
+            batch = torch.empty(shape, dtype=getattr(torch, stored.dtype))
+            read_at(fd, bytes_of(batch), offset, stored.file)
+            offset += batch.numel() * batch.element_size()
+            batches.append(batch)
+    finally:
+        os.close(fd)
+    return batches

@@ -1,0 +1,196 @@
+"""Blocks that come from a checkpoint while the one before is worked on, and go to another checkpoint pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pruning.activations import Activations
+from ..pruning.blocks import Block, refuse_non_finite
+from ..pruning.driver import Run
+from ..pruning.fusion import plans_to_list
+from ..pruning.residence import Residence
+from ..pruning.stopwatch import Stopwatch
+from .activations import SavedActivations, SpilledActivations
+from .checkpoint import DTYPES, Checkpoint, CheckpointWriter
+from .skeleton import drop, put, shared_names, tensor_of
+
+ALIGNMENT = 64  # bytes, as torch's own allocations
+
+Commit = Callable[[dict[str, Any]], None]
+
+
+class StreamedBlocks(Residence):
+    """Two blocks in memory: the one in work, and the one that is being written or read.
+
+    One thread reads and writes, in order: block i and its state out, then block i + 2 into the same memory.
+
+    Args:
+        model: on the meta device (``skeleton.build``).
+        blocks: of ``model``.
+        checkpoint: to read from.
+        writer: to write pruned blocks to; None: they are not written (another process does it).
+        commit: told the state after each block once everything that it speaks of is on the disk.
+        device: to compute on.
+        stopwatch: for the time that was waited.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[Block],
+        checkpoint: Checkpoint,
+        writer: CheckpointWriter | None,
+        commit: Commit | None,
+        device: torch.device,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._checkpoint = checkpoint
+        self._writer = writer
+        self._commit = commit
+        self._device = device
+        self._stopwatch = stopwatch
+        self._groups = shared_names(model)
+        self._names = [self._names_of(block) for block in blocks]
+        self._places = [self._places_of(names) for names in self._names]
+        self._slots: list[Tensor] = []
+        self._reads: dict[int, Future[None]] = {}
+        self._written: Future[None] | None = None
+        self._rest: Future[None] | None = None
+        self._outside: list[list[str]] = []
+        self._io = ThreadPoolExecutor(1, thread_name_prefix="wanda-streaming")
+
+    def _names_of(self, block: Block) -> list[str]:
+        mine = [names for names in self._groups if any(name.startswith(f"{block.name}.") for name in names)]
+        for names in mine:
+            if len(names) > 1:
+                raise ValueError(f"{names[0]} is shared with {names[1]}: such blocks cannot be streamed")
+        return [names[0] for names in mine]
+
+    def _places_of(self, names: list[str]) -> dict[str, slice]:
+        places, end = {}, 0
+        for name in names:
+            begin = -(-end // ALIGNMENT) * ALIGNMENT
+            end = begin + self._checkpoint.entries[name].size
+            places[name] = slice(begin, end)
+        return places
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the largest block."""
+        return max(max((place.stop for place in places.values()), default=0) for places in self._places)
+
+    def load_outside(self) -> None:
+        """What runs before the blocks: all but the blocks and the output embedding. It goes with the first block."""
+        head = self._model.get_output_embeddings()  # type: ignore[operator]
+        in_head = {f"{name}.weight" for name, module in self._model.named_modules() if module is head}
+        in_head |= {name.removesuffix("weight") + "bias" for name in in_head}
+        in_blocks = {name for names in self._names for name in names}
+        self._outside = [g for g in self._groups if g[0] not in in_blocks and not in_head.issuperset(g)]
+        for names in self._outside:
+            found = next(name for name in names if name in self._checkpoint.entries)
+            tensor = self._checkpoint.load(found).to(self._device)
+            for name in names:
+                put(self._model, name, tensor)
+        for name, buffer in list(self._model.named_buffers()):
+            put(self._model, name, buffer.to(self._device))
+
+    def _begin(self, index: int) -> None:
+        for names in self._outside:
+            for name in names:
+                drop(self._model, name)
+        pinned = self._device.type == "cuda"
+        self._slots = [torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        for first in (index, index + 1):
+            self._submit_read(first)
+
+    def _submit_read(self, index: int) -> None:
+        if index < len(self._blocks):
+            self._reads[index] = self._io.submit(self._read, index)
+        elif self._rest is None:
+            self._rest = self._io.submit(self._copy_rest)
+
+    def _view(self, index: int, name: str) -> Tensor:
+        entry = self._checkpoint.entries[name]
+        return self._slots[index % 2][self._places[index][name]].view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def _read(self, index: int) -> None:
+        for name in self._names[index]:
+            self._checkpoint.read(name, self._view(index, name))
+
+    @contextmanager
+    def holding(self, index: int) -> Iterator[None]:
+        if not self._slots:
+            self._begin(index)
+        if self._written is not None and self._written.done():
+            self._written.result()  # a full disk is told at once
+        with self._stopwatch.measure("load"):
+            self._reads.pop(index).result()
+        for name in self._names[index]:
+            put(self._model, name, self._view(index, name).to(self._device))
+        refuse_non_finite([self._blocks[index]])
+        yield
+        for name in self._names[index]:
+            tensor, view = tensor_of(self._model, name), self._view(index, name)
+            if tensor.data_ptr() != view.data_ptr():
+                view.copy_(tensor)
+            drop(self._model, name)
+
+    def finished(self, index: int, run: Run, activations: Activations | None) -> None:
+        self.wait()
+        assert activations is None or isinstance(activations, SavedActivations | SpilledActivations)
+        last = index == len(self._blocks) - 1
+        saver = None if activations is None or last else activations.saver()
+        layers, plans = [asdict(layer) for layer in run.layers], plans_to_list(run.plans)
+
+        def write() -> None:
+            if self._writer is not None:
+                for name in self._names[index]:
+                    self._writer.write(name, self._view(index, name))
+                self._writer.sync()
+            if self._commit is not None:
+                stored = None if saver is None else saver().to_dict()
+                self._commit({"done": index + 1, "layers": layers, "plans": plans, "activations": stored})
+
+        self._written = self._io.submit(write)
+        self._submit_read(index + 2)
+
+    def wait(self) -> None:
+        """Until the last finished block and its state are on the disk. Raises what went wrong there."""
+        if self._written is not None:
+            with self._stopwatch.measure("saving"):
+                self._written.result()
+
+    def _copy_rest(self) -> None:
+        """The tensors outside the blocks, and those that the model does not know."""
+        if self._writer is None:
+            return
+        in_blocks = {name for names in self._names for name in names}
+        for name in self._checkpoint.entries:
+            if name not in in_blocks:
+                self._writer.copy(name)
+        self._writer.create_all()
+        self._writer.sync()
+
+    def finish(self) -> None:
+        """Until the whole checkpoint is written."""
+        self.wait()
+        if self._rest is None:
+            self._rest = self._io.submit(self._copy_rest)
+        with self._stopwatch.measure("saving"):
+            self._rest.result()
+
+    def close(self) -> None:
+        """Ends the thread. A finished block is still written, with its state; nothing else is begun."""
+        for future in (*self._reads.values(), self._rest):
+            if future is not None:
+                future.cancel()
+        self._io.shutdown(wait=True)

@@ -1,0 +1,233 @@
+"""A safetensors checkpoint by positions: what lies where, read and written without mapping a file.
+
+A mapping's touched pages count as resident memory, and a full disk under a mapping is a SIGBUS; positioned reads and
+writes have neither fault. Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CHUNK = 16 * 2**20  # of copies
+SAMPLE = 4096  # bytes that a fingerprint takes at the begin, in the middle and at the end of a tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: bytes [begin, end) of ``file``."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def read_at(fd: int, buffer: memoryview, offset: int, what: str) -> None:
+    """Fill ``buffer`` from ``offset`` on. Raises OSError where the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done : done + CHUNK]], offset + done)
+        if count == 0:
+            raise OSError(f"{what} is truncated: it ends at byte {offset + done}")
+        done += count
+
+
+def write_at(fd: int, buffer: memoryview | bytes, offset: int) -> None:
+    buffer = memoryview(buffer)
+    done = 0
+    while done < len(buffer):
+        done += os.pwritev(fd, [buffer[done : done + CHUNK]], offset + done)
+
+
+class Checkpoint:
+    """The tensors of a model folder.
+
+    Args:
+        folder: with ``model.safetensors``, or an index and the shards that it names.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder without either; a shard that is missing, damaged or truncated; an
+            index that disagrees with its shards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index: str | None = None
+        self.files: dict[str, bytes] = {}  # name -> its first bytes, up to the data
+        self.entries: dict[str, Entry] = {}
+        self._fds: dict[str, int] = {}
+        if (folder / SINGLE).is_file():
+            self._add(SINGLE)
+        elif (folder / INDEX).is_file():
+            self.index = INDEX
+            self._add_shards()
+        else:
+            raise FileNotFoundError(
+                f"{folder} holds neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be streamed"
+            )
+
+    def _add_shards(self) -> None:
+        path = self.folder / INDEX
+        try:
+            weight_map = json.loads(path.read_text())["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no index of a checkpoint: {type(error).__name__}: {error}") from error
+        for name in names:
+            if os.path.basename(name) != name:
+                raise ValueError(f"{path} names the shard '{name}': it must lie in the same folder")
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(f"{path} names the shard {name}, which is not there")
+            self._add(name)
+        for tensor, name in weight_map.items():
+            there = self.entries.get(tensor)
+            if there is None or there.file != name:
+                raise ValueError(
+                    f"{path} has {tensor} in {name}, it is {f'in {there.file}' if there else 'in none of the shards'}"
+                )
+
+    def _add(self, name: str) -> None:
+        path = self.folder / name
+        try:
+            with safe_open(path, "pt"):  # the library's own checks: header, no holes, no overlap, length
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or truncated: {error}") from error
+        with path.open("rb") as file:
+            length = file.read(8)
+            head = length + file.read(int.from_bytes(length, "little"))
+        self.files[name] = head
+        for tensor, entry in json.loads(head[8:]).items():
+            if tensor == "__metadata__":
+                continue
+            if tensor in self.entries:
+                raise ValueError(f"{tensor} is in two shards: {self.entries[tensor].file} and {name}")
+            begin, end = (len(head) + offset for offset in entry["data_offsets"])
+            self.entries[tensor] = Entry(name, entry["dtype"], tuple(entry["shape"]), begin, end)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all the files."""
+        heads = sum(len(head) for head in self.files.values())
+        return heads + sum(entry.size for entry in self.entries.values())
+
+    def fd(self, name: str) -> int:
+        if name not in self._fds:
+            self._fds[name] = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        return self._fds[name]
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def read(self, tensor: str, into: Tensor) -> None:
+        """Read a tensor into a contiguous CPU tensor of its size."""
+        entry = self.entries[tensor]
+        read_at(self.fd(entry.file), bytes_of(into), entry.begin, str(self.folder / entry.file))
+
+    def load(self, tensor: str) -> Tensor:
+        entry = self.entries[tensor]
+        loaded = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self.read(tensor, loaded)
+        return loaded
+
+    def fingerprints(self) -> dict[str, str]:
+        """Tensor -> hash of its dtype, shape and place, and of its first, middle and last 4 KiB: enough to tell
+        one training run's weights from another's without reading the model."""
+        found = {}
+        for name, entry in self.entries.items():
+            digest = hashlib.sha256(repr(entry).encode())
+            middle = entry.begin + max(0, entry.size // 2 - SAMPLE // 2)
+            for begin in (entry.begin, middle, max(entry.begin, entry.end - SAMPLE)):
+                buffer = bytearray(min(SAMPLE, entry.end - begin))
+                read_at(self.fd(entry.file), memoryview(buffer), begin, entry.file)
+                digest.update(buffer)
+            found[name] = digest.hexdigest()[:32]
+        return found
+
+
+class CheckpointWriter:
+    """Files with the names, headers and places of another checkpoint's, written in any order.
+
+    Args:
+        folder: to write to; files that are there already are gone on with.
+        source: whose tensors go to the same places.
+    """
+
+    def __init__(self, folder: Path, source: Checkpoint) -> None:
+        self._folder = folder
+        self._source = source
+        self._fds: dict[str, int] = {}
+        self._touched: set[int] = set()
+
+    def _fd(self, name: str) -> int:
+        if name not in self._fds:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self._fds[name] = os.open(self._folder / name, flags, 0o644)
+            write_at(self._fds[name], self._source.files[name], 0)
+        self._touched.add(self._fds[name])
+        return self._fds[name]
+
+    def write(self, tensor: str, data: Tensor) -> None:
+        """``data``: a contiguous CPU tensor of that tensor's dtype and shape."""
+        entry = self._source.entries[tensor]
+        write_at(self._fd(entry.file), bytes_of(data), entry.begin)
+
+    def copy(self, tensor: str) -> None:
+        """Byte for byte from the source."""
+        entry = self._source.entries[tensor]
+        buffer = memoryview(bytearray(min(CHUNK, entry.size)))
+        for begin in range(entry.begin, entry.end, CHUNK):
+            part = buffer[: min(CHUNK, entry.end - begin)]
+            read_at(self._source.fd(entry.file), part, begin, entry.file)
+            write_at(self._fd(entry.file), part, begin)
+
+    def create_all(self) -> None:
+        """Also the files in which nothing was written."""
+        for name in self._source.files:
+            self._fd(name)
+
+    def sync(self) -> None:
+        """What was written so far is on the disk, or an error says why not."""
+        for fd in self._touched:
+            os.fdatasync(fd)
+        self._touched.clear()
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        self._touched.clear()

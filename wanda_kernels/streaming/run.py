@@ -1,0 +1,275 @@
+"""Prunes a checkpoint that need not fit in memory, from folder to folder, block by block."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..distributed import Processes
+from ..models.load import choose_device
+from ..models.save import check_bytes, check_output
+from ..pruning.blocks import Block, find_blocks
+from ..pruning.driver import Run, check_input_ids, check_options, default_batch_size, evaluating, refuse_in_shares
+from ..pruning.fusion import kind_of, plans_from_list
+from ..pruning.methods.options import OptionArguments
+from ..pruning.progress import Progress
+from ..pruning.report import LayerReport, PruningReport
+from ..pruning.selection import Target
+from ..pruning.stopwatch import Stopwatch
+from .activations import SavedActivations, SpilledActivations, Stored, TwoFiles
+from .blocks import Commit, StreamedBlocks
+from .checkpoint import Checkpoint, CheckpointWriter
+from .skeleton import build
+from .state import identity, refuse_other_run
+from .workfolder import WorkFolder, path_for, read_state
+
+ACTIVATION_MEMORY = 4 * 2**30
+COPIED = ("config.json", "generation_config.json")
+
+
+def stream_prune(
+    model: str | Path,
+    out: str | Path,
+    input_ids: Tensor | None = None,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    method: str = "wanda",
+    propagate: str = "pruned",
+    batch_size: int | None = None,
+    exact_error: bool = False,
+    fuse_statistics: bool = True,
+    dtype: str = "auto",
+    device: str = "auto",
+    offload: str | Path | None = None,
+    activation_memory: int = ACTIVATION_MEMORY,
+    resume: bool = False,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+    **method_options: Unpack[OptionArguments],
+) -> PruningReport:
+    """Prune a safetensors checkpoint to another folder with two blocks in memory.
+
+    The pruned tensors are, bit for bit, those of :func:`wanda_kernels.prune`; the others are copied byte for byte.
+    The output has the input's files: same shards, same index. After each block the state is kept in ``.OUT.partial``
+    beside ``out``; a run that ended there goes on with ``resume``, to the same files.
+
+    Args:
+        model: a folder with config.json and ``model.safetensors``, or shards and their index.
+        out: folder to write, whole or not at all.
+        input_ids, sparsity, pattern, method, propagate, batch_size, exact_error, fuse_statistics, processes,
+            progress, method_options: as for :func:`wanda_kernels.prune`, without ``owl``. The first of several
+            processes writes; none keeps a state.
+        dtype: ``auto``, or the checkpoint's own.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        offload: folder for activations; beside ``out`` if None.
+        activation_memory: bytes that the activations may take in memory; beyond, one batch at a time is in memory.
+        resume: go on with the run that ended before its end, if there is one.
+        overwrite: replace ``out``, and what an unfinished run left.
+        tokenizer: saved with the model.
+
+    Returns:
+        A :class:`PruningReport`.
+
+    Raises:
+        ValueError, TypeError: bad arguments, a model that cannot be streamed or pruned, the state of another run.
+        FileExistsError: ``out``, or an unfinished run, is there. RuntimeError: another process writes to ``out``.
+        OSError: reading or writing failed; the state is kept.
+    """
+    model, out = Path(model).expanduser(), Path(out)
+    target = Target.resolve(method, sparsity, pattern, **method_options)
+    check_options(propagate, batch_size)
+    refuse_in_shares(processes, exact_error, target)
+    if target.options.owl:
+        raise ValueError("owl needs a pass over all blocks before the first is pruned: it is not for streaming")
+    alone = processes is None or processes.size == 1
+    if resume and not alone:
+        raise ValueError("resuming is for one process: several keep no state")
+    check_leftovers(out, resume, overwrite)
+    if offload is not None and not Path(offload).is_dir():
+        raise NotADirectoryError(f"--offload {offload} is no folder")
+    if not (model / "config.json").is_file():
+        raise FileNotFoundError(f"model folder {model} holds no config.json: only folders can be streamed")
+    place = choose_device(device)
+    checkpoint = Checkpoint(model)
+    skeleton = build(model, checkpoint, dtype)
+    blocks = find_blocks(skeleton, meta=True)
+    for block in blocks:
+        for name, linear in block.linears.items():
+            target.check(f"{block.name}.{name}", linear.weight)
+    ids = check_input_ids(skeleton, input_ids, target) if target.needs_calibration else None
+    size = 0 if ids is None else batch_size or default_batch_size(place, ids.shape[1])
+    options: dict[str, Any] = {
+        "method": method, "sparsity": target.sparsity, "pattern": str(target.pattern) if target.pattern else None,
+        "method options": target.options.to_dict(),
+        "propagate": propagate, "batch_size": size, "exact_error": exact_error, "fuse_statistics": fuse_statistics,
+    }  # fmt: skip
+    run = Run(target, Stopwatch(place), progress or Progress(), processes=processes)
+    job = _Job(run, skeleton, blocks, checkpoint, ids, options, place, activation_memory)
+    if processes is None or processes.is_first:
+        begun_with = identity(options, ids, checkpoint, place)
+        with _work_folder(out, resume, begun_with) as (work, state):
+            check_bytes(work.path, checkpoint.size)
+
+            def commit(done: dict[str, Any]) -> None:
+                work.commit({"begun_with": begun_with, "blocks": len(blocks)} | done)
+
+            files = work.choose_files(state, offload)
+            job.work_through(state, files, CheckpointWriter(work.folder, checkpoint), commit if alone else None)
+            report = job.report()
+            _add_small_files(work.folder, checkpoint, tokenizer, report)
+            work.publish()
+        return report
+    files = TwoFiles.beside(path_for(out).with_suffix(f".rank{processes.rank}"), offload or out.parent)
+    try:
+        job.work_through(None, files, None, None)
+    finally:
+        files.remove()
+    return job.report()
+
+
+@dataclass
+class _Job:
+    """What is pruned, and how."""
+
+    run: Run
+    skeleton: Any
+    blocks: list[Block]
+    checkpoint: Checkpoint
+    ids: Tensor | None
+    options: dict[str, Any]
+    device: torch.device
+    activation_memory: int
+
+    def work_through(
+        self, state: dict[str, Any] | None, files: TwoFiles, writer: CheckpointWriter | None, commit: Commit | None
+    ) -> None:
+        """All blocks that ``state`` does not have, to ``writer``."""
+        streamed = StreamedBlocks(
+            self.skeleton, self.blocks, self.checkpoint, writer, commit, self.device, self.run.stopwatch
+        )
+        self.run.residence = streamed
+        stored = self._go_on_from(state)
+        try:
+            if self.run.first < len(self.blocks):
+                with torch.no_grad(), evaluating(self.skeleton):
+                    self._prune(streamed, stored, files)
+            streamed.finish()
+        finally:
+            streamed.close()
+            files.close()
+            self.checkpoint.close()
+            if writer is not None:
+                writer.close()
+
+    def _go_on_from(self, state: dict[str, Any] | None) -> Stored | None:
+        if state is None:
+            return None
+        self.run.first = state["done"]
+        self.run.layers = [LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state["layers"]]
+        self.run.plans = plans_from_list(state["plans"], [kind_of(block) for block in self.blocks])
+        return None if state["activations"] is None else Stored(**state["activations"])
+
+    def _prune(self, streamed: StreamedBlocks, stored: Stored | None, files: TwoFiles) -> None:
+        if self.ids is None:
+            self.run.without_calibration(self.blocks)
+            return
+        hidden = self._activations(files, streamed)
+        if stored is not None:
+            hidden.restore(stored)
+        with self.run.stopwatch.measure("load"):
+            streamed.load_outside()
+        batches = list(self.ids.to(self.device).split(self.options["batch_size"]))
+        how = self.options
+        self.run.with_calibration(
+            self.skeleton, self.blocks, batches, how["propagate"], how["exact_error"], how["fuse_statistics"], hidden
+        )
+
+    def _activations(self, files: TwoFiles, streamed: StreamedBlocks) -> SavedActivations | SpilledActivations:
+        assert self.ids is not None
+        width = self.skeleton.config.get_text_config().hidden_size
+        processes = self.run.processes
+        needed = self.ids.numel() * width * self.skeleton.dtype.itemsize // (1 if processes is None else processes.size)
+        if needed > self.activation_memory:
+            return SpilledActivations(files, streamed.wait, self.device)
+        keep = self.options["exact_error"] and self.options["propagate"] == "dense"
+        return SavedActivations(files, streamed.wait, self.device, keep)
+
+    def report(self) -> PruningReport:
+        target = self.run.target
+        return PruningReport(
+            method=self.options["method"],
+            sparsity=target.sparsity,
+            pattern=str(target.pattern) if target.pattern else None,
+            propagate=self.options["propagate"],
+            samples=0 if self.ids is None else self.ids.shape[0],
+            length=0 if self.ids is None else self.ids.shape[1],
+            options=target.options.to_dict(),
+            layers=self.run.layers,
+            seconds=self.run.stopwatch.seconds(),
+        )
+
+
+def check_leftovers(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raises FileExistsError where ``out`` may not be written, or an unfinished run to it is there and neither
+    ``resume`` nor ``overwrite`` says what to do with it."""
+    check_output(out, overwrite)
+    state = read_state(out)
+    if state is not None and not resume and not overwrite:
+        raise FileExistsError(f"{describe(out)}: pass --resume to go on, or --overwrite to start anew")
+
+
+def describe(out: Path) -> str | None:
+    """What an unfinished run to ``out`` left, in words; None if nothing."""
+    state = read_state(out)
+    if state is None:
+        return None
+    return f"{path_for(out)} holds an unfinished run, {state['done']} of {state['blocks']} blocks done"
+
+
+@contextmanager
+def _work_folder(
+    out: Path, resume: bool, begun_with: dict[str, Any]
+) -> Iterator[tuple[WorkFolder, dict[str, Any] | None]]:
+    """The folder and the state to go on from. What is worth going on with stays there after an error."""
+    work = WorkFolder(out)
+    try:
+        state = work.state() if resume else None
+        if state is not None:
+            refuse_other_run(state["begun_with"], begun_with, out)
+    except BaseException:
+        work.release()
+        raise
+    if state is None:
+        work.clear()
+    try:
+        yield work, state
+    except (ValueError, TypeError):  # of the input: it would end the same way again
+        work.remove()
+        raise
+    except BaseException:
+        if work.state() is None:
+            work.remove()
+        else:
+            work.release()
+        raise
+
+
+def _add_small_files(folder: Path, checkpoint: Checkpoint, tokenizer: Any, report: PruningReport) -> None:
+    for name in (*COPIED, *([checkpoint.index] if checkpoint.index else [])):
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    # Without the seconds, so that the same command gives the same bytes.
+    (folder / "pruning_report.json").write_text(json.dumps(report.to_dict(seconds=False), indent=2))
