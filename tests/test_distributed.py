@@ -26,6 +26,7 @@ RUNS = [
     {"batch_size": 2, "sparsity": 0.3, "fuse_statistics": False, "family": "gemma2", "dtype": "bfloat16"},
     {"method": "magnitude"},
     {"method": "magnitude", "pattern": "4:8", "dtype": "float16"},
+    {"method": "ria", "batch_size": 1},
 ]
 
 
@@ -98,6 +99,8 @@ def test_what_processes_do_not_do_is_refused(tmp_path):
     )
     finish(streaming_child.start_ranks(2, tmp_path / "b", **OPTIONS, exact_error=True))
     assert error_of(tmp_path / "b", 1) == "exact_error is for one process, there are 2"
+    finish(streaming_child.start_ranks(2, tmp_path / "c", **OPTIONS, method="sparsegpt"))
+    assert error_of(tmp_path / "c", 0) == "method 'sparsegpt' is for one process, there are 2"
 
 
 def torchrun(size: int, *arguments) -> subprocess.CompletedProcess:

@@ -78,6 +78,8 @@ OPTIONS = [
     {"fuse_statistics": False, "pattern": "4:8"},
     {"method": "magnitude"},
     {"method": "magnitude", "pattern": "2:4"},
+    {"method": "sparsegpt", "block_size": 32},
+    {"method": "ria", "group": "column"},
 ]
 
 
@@ -209,6 +211,7 @@ def test_wrong_arguments(tmp_path):
         ({"dtype": "bfloat16"}, "keeps the checkpoint's dtype, float32, got 'bfloat16'"),
         ({"pattern": "2:5"}, "not a multiple of the pattern's M = 5"),
         ({"propagate": "x"}, "propagate must be one of"),
+        ({"owl": True}, "owl needs a pass over all blocks before the first is pruned"),
         ({"offload": tmp_path / "nowhere"}, "nowhere is no folder"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
