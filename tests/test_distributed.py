@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import saved
@@ -17,6 +18,7 @@ from test_streaming import one_thread, save_sharded, tensors  # noqa: F401  (one
 
 from wanda_kernels import prune
 from wanda_kernels.models import load_model
+from wanda_kernels.streaming import stream_prune
 
 SAMPLES = 7
 
@@ -131,13 +133,16 @@ def test_torchrun(tmp_path):
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "streamed", "text.txt", "two"]
 
-    done = torchrun(2, *options, "--out", tmp_path / "three", "--stream", "--resume")
-    assert done.returncode != 0
-    assert "wanda-kernels: error: rank 0: resuming is for one process" in done.stderr
     done = torchrun(2, *options, "--out", tmp_path / "three", "--pattern", "2:5")
     assert done.returncode != 0
     assert "error: rank 1: model.layers.0.self_attn.q_proj has 64 input columns, not a multiple" in done.stderr
     assert not (tmp_path / "three").exists()
+
+
+def test_several_processes_do_not_resume(tmp_path):
+    processes = SimpleNamespace(size=2, rank=0, is_first=True)
+    with pytest.raises(ValueError, match="resuming is for one process: several keep no state"):
+        stream_prune(tmp_path, tmp_path / "out", resume=True, processes=processes)
 
 
 def test_a_device_map_changes_nothing(tmp_path):

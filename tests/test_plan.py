@@ -44,13 +44,19 @@ def test_of_a_70b_model():
     assert predict(shape, H100, devices=64).seconds["forward"] == one.seconds["forward"] / 16  # 16 batches
 
 
+def test_the_document_says_what_the_model_says():
+    from benchmarks import cost_model
+
+    assert cost_model.render(cost_model.DOC.read_text()) == cost_model.DOC.read_text()
+
+
 def test_command(tmp_path, capsys):
     LLAMA_70B.save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(tmp_path), "--gpus", "8", "--memory", "80"])
     shown = capsys.readouterr().out
     assert not ended.value.code
-    assert "138.0 GB in 80 blocks of 1.71 GB" in shown
+    assert "138 GB in 80 blocks of 1.71 GB" in shown
     assert "estimated, not measured" in shown
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(tmp_path / "nowhere")])

@@ -7,9 +7,10 @@ against runs there. docs/scaling.md explains the formulas.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from .pruning.blocks import find_blocks
 from .pruning.driver import BATCH_TOKENS
@@ -74,14 +75,10 @@ class Shape:
 
 def shape_of(config: Any) -> Shape:
     """Builds the model without weights. Raises ValueError where it could not be pruned."""
-    if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("planning needs the accelerate package: pip install 'wanda_kernels[stream]'")
-    import torch
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     dtype = config.dtype or torch.bfloat16
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     blocks = find_blocks(model, meta=True)

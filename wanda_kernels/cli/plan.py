@@ -39,8 +39,9 @@ def plan_command(
         shape = shape_of(config)
     found = predict(shape, H100, gpus, samples, length, 2 if propagate == "pruned" else 1)
     screen = Console()
+    screen.width = max(screen.width, 110)  # not folded in a log
     screen.print(
-        f"{shape.model_bytes / 1e9:.1f} GB in {shape.blocks} blocks of {shape.block_bytes / 1e9:.2f} GB; "
+        f"{shape.model_bytes / 1e9:.4g} GB in {shape.blocks} blocks of {shape.block_bytes / 1e9:.3g} GB; "
         f"{samples} x {length} tokens, {gpus} x {memory:g} GB",
         highlight=False,
     )
@@ -53,9 +54,9 @@ def plan_command(
         rows.append(("spread over GPUs, one process", found.bytes_mapped, "prune --device-map auto"))
     rows.append(("streamed", found.bytes_streamed, f"{run or 'wanda-kernels prune'} --stream"))
     for way, needed, command in rows:
-        ways.add_row(way, f"{needed / 1e9:.1f}", "yes" if needed <= memory * 1e9 else "no", command)
+        ways.add_row(way, f"{needed / 1e9:.3g}", "yes" if needed <= memory * 1e9 else "no", command)
     screen.print(ways)
     screen.print(f"streamed, each process also holds {found.host_bytes_streamed / 1e9:.1f} GB of the host's memory")
-    parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in found.seconds.items())
-    screen.print(f"estimated, not measured: {found.total / 60:.1f} minutes ({parts})", highlight=False, soft_wrap=True)
+    parts = ", ".join(f"{part} {seconds:.3g} s" for part, seconds in found.seconds.items())
+    screen.print(f"estimated, not measured: {found.total / 60:.2g} minutes ({parts})", highlight=False, soft_wrap=True)
     screen.print(f"({H100.source}; streamed, reading and writing overlap with the rest)", highlight=False)
