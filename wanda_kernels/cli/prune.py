@@ -122,7 +122,7 @@ def prune_command(
         group, variant, weight_update, block_size, damping, ria_power, methods.owl_of(owl, owl_lambda, owl_outlier)
     )
     target = Target.resolve(method, sparsity, pattern, **chosen)
-    streaming.check_options(stream, resume, offload, compress, device_map)
+    streaming.check_options(model, stream, resume, offload, compress, device_map)
     if stream:
         streaming.check_leftovers(out, resume, overwrite)
     check_output(out, overwrite)

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from ..pruning.stopwatch import Stopwatch
 
 
-def check_options(stream: bool, resume: bool, offload: Path | None, compress: bool, device_map: str | None) -> None:
+def check_options(
+    model: str, stream: bool, resume: bool, offload: Path | None, compress: bool, device_map: str | None
+) -> None:
     """Raises ValueError for options that do not go together."""
     if device_map not in (None, "auto"):
         raise ValueError(f"--device-map must be auto, got '{device_map}'")
     if device_map is not None and (stream or ranks.launched()):
         raise ValueError(f"--device-map does not go with {'--stream' if stream else 'several processes'}")
+    if stream and not Path(model).expanduser().is_dir():
+        raise ValueError(f"--stream needs a local folder with safetensors files, {model} is none")
     if stream and compress:
         raise ValueError("--compress does not go with --stream: run `wanda-kernels compress` on the result")
     for name, given in (("--resume", resume), ("--offload", offload is not None)):
@@ -59,8 +63,6 @@ def prune(
     from ..streaming.run import describe
     from .display import PruningDisplay, bar, console, tell_reference
 
-    if not Path(model).expanduser().is_dir():
-        raise ValueError(f"--stream needs a local folder with safetensors files, {model} is none")
     if input_ids is not None:
         check_length(input_ids.shape[1], AutoConfig.from_pretrained(model))
     tell_reference(choose_device(places["device"]))
