@@ -183,7 +183,12 @@ def test_killed_at_random_points(options, in_memory):
         out = tmp_path / f"out{killed}"
         for resume in (False, True):
             process = streaming_child.start(model, out, **options, resume=resume)
-            time.sleep(draw.uniform(0, whole))
+            if killed % 2:  # at any moment, or at any moment after the first state
+                while describe(out) is None and process.is_alive():
+                    time.sleep(0.001)
+                time.sleep(draw.uniform(0, whole / 2))
+            else:
+                time.sleep(draw.uniform(0, whole))
             process.kill()
             process.join()
             if out.exists():  # too late
