@@ -1,10 +1,12 @@
-// The best dense bf16 matrix-vector product that we could write: the peer of benchmarks/operators.py that torch
-// is not. Eight accumulators, whole rows, the next row prefetched. Built with -march=native; needs AVX-512 BF16.
+// The best dense bf16 matrix-vector product that we could write: the peer of benchmarks/operators.py that
+// torch is not. Eight accumulators, whole rows, the next row prefetched. Built with -march=native; needs
+// AVX-512 BF16.
 #include <immintrin.h>
 
 #include <cstdint>
 
-extern "C" void dense_gemv(const uint16_t* w, const uint16_t* x, float* y, int64_t rows, int64_t cols, int threads) {
+extern "C" void dense_gemv(const uint16_t* w, const uint16_t* x, float* y, int64_t rows, int64_t cols,
+                           int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
     const uint16_t* weight = w + row * cols;
