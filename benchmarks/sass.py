@@ -119,8 +119,6 @@ def _elements(kernel: str) -> int | None:
         return rows * max(m, 16 if is_mask else 4 if match[1] == "float32" else 8)
     if match := re.match(r"nm_any_kernel<\w+, (\d+)>", kernel):
         return int(match[1])
-    if match := re.match(r"sparse24_linear_kernel<\w+, (\d+),", kernel):
-        return 2 * 32 * int(match[1])  # two stretches of a tile's 1,024 elements, by 32 lanes
     return 128 if "pack_24" in kernel else None
 
 
