@@ -61,4 +61,4 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(tmp_path / "nowhere")])
     assert ended.value.code == 1
-    assert "the config of" in capsys.readouterr().err
+    assert "nowhere does not exist" in capsys.readouterr().err

@@ -23,18 +23,14 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Predict memory and time without loading MODEL. Memory is counted; time on a GPU is estimated, not measured."""
-    from transformers import AutoConfig
-
+    from ..models.load import load_config
     from ..plan import H100, predict, shape_of
     from ..pruning.driver import check_options
     from .display import quiet_libraries, working
 
     check_options(propagate, None)
     quiet_libraries()
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the config of {model} could not be read: {' '.join(str(error).split())[:200]}") from error
+    config = load_config(model)
     with working("building the model without weights"):
         shape = shape_of(config)
     found = predict(shape, H100, gpus, samples, length, 2 if propagate == "pruned" else 1)

@@ -71,6 +71,17 @@ def _explain(model: str, error: Exception) -> Exception:
     return ValueError(f"model {model} could not be read (incomplete or damaged?): {text[:300]}")
 
 
+def load_config(model: str) -> Any:
+    """The configuration alone, of transformers. Errors as :func:`load_model`."""
+    from transformers import AutoConfig
+
+    source, options = _source(model)
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise _explain(model, error) from error
+
+
 def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> nn.Module:
     """The model in evaluation mode, on ``device``.
 
