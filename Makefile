@@ -1,6 +1,6 @@
 # make demo   prune a real model and see what it costs and what it keeps
 # make test   the test suite                make lint   ruff, clang-format, mypy
-# make bench  every suite, measured side by side here, into benchmarks/results and the README (a quarter of an hour)
+# make bench  every suite, measured side by side here, into benchmarks/results and the README
 # make soak   200 prunes of random models with faults; each ends whole or in a clear error (minutes)
 # make gpu    on a machine with a GPU: build, test, measure, record, in nine minutes
 # make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
