@@ -79,15 +79,8 @@ cudaError_t unpack_sparse24(const PackedWeight& weight, void* dense, cudaStream_
 
 int launch_bitmap_linear(const PackedLinearParams& params, CUstream_st* stream) {
   if (params.tokens == 0) return cudaSuccess;
-  switch (params.weight.dtype) {
-    case Dtype::kFloat32:
-      return launch_bitmap_batch<Dtype::kFloat32>(params, stream);
-    case Dtype::kBFloat16:
-      return launch_bitmap_batch<Dtype::kBFloat16>(params, stream);
-    case Dtype::kFloat16:
-      return launch_bitmap_batch<Dtype::kFloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(params.weight.dtype,
+                  [&](auto dtype) { return launch_bitmap_batch<decltype(dtype)::value>(params, stream); });
 }
 
 int launch_sparse24_linear(const PackedLinearParams& params, CUstream_st* stream) {
@@ -98,27 +91,13 @@ int launch_sparse24_linear(const PackedLinearParams& params, CUstream_st* stream
 }
 
 int launch_unpack_bitmap(const PackedWeight& weight, void* dense, CUstream_st* stream) {
-  switch (weight.dtype) {
-    case Dtype::kFloat32:
-      return unpack_bitmap<Dtype::kFloat32>(weight, dense, stream);
-    case Dtype::kBFloat16:
-      return unpack_bitmap<Dtype::kBFloat16>(weight, dense, stream);
-    case Dtype::kFloat16:
-      return unpack_bitmap<Dtype::kFloat16>(weight, dense, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(weight.dtype,
+                  [&](auto dtype) { return unpack_bitmap<decltype(dtype)::value>(weight, dense, stream); });
 }
 
 int launch_unpack_sparse24(const PackedWeight& weight, void* dense, CUstream_st* stream) {
-  switch (weight.dtype) {
-    case Dtype::kFloat32:
-      return unpack_sparse24<Dtype::kFloat32>(weight, dense, stream);
-    case Dtype::kBFloat16:
-      return unpack_sparse24<Dtype::kBFloat16>(weight, dense, stream);
-    case Dtype::kFloat16:
-      return unpack_sparse24<Dtype::kFloat16>(weight, dense, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(weight.dtype,
+                  [&](auto dtype) { return unpack_sparse24<decltype(dtype)::value>(weight, dense, stream); });
 }
 
 }  // namespace wanda::cuda

@@ -106,15 +106,8 @@ int launch_rows(const RowsParams& params, CUstream_st* stream) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  switch (params.dtype) {
-    case Dtype::kFloat32:
-      return launch_dtype<Dtype::kFloat32>(params, device, stream);
-    case Dtype::kBFloat16:
-      return launch_dtype<Dtype::kBFloat16>(params, device, stream);
-    case Dtype::kFloat16:
-      return launch_dtype<Dtype::kFloat16>(params, device, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(params.dtype,
+                  [&](auto dtype) { return launch_dtype<decltype(dtype)::value>(params, device, stream); });
 }
 
 }  // namespace wanda::cuda

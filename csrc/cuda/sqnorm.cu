@@ -31,15 +31,8 @@ cudaError_t launch_dtype(const SqnormParams& params, cudaStream_t stream) {
 
 int launch_sqnorm(const SqnormParams& params, CUstream_st* stream) {
   if (params.sequences == 0 || params.tokens == 0 || params.cols == 0) return cudaSuccess;
-  switch (params.dtype) {
-    case Dtype::kFloat32:
-      return launch_dtype<Dtype::kFloat32>(params, stream);
-    case Dtype::kBFloat16:
-      return launch_dtype<Dtype::kBFloat16>(params, stream);
-    case Dtype::kFloat16:
-      return launch_dtype<Dtype::kFloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(params.dtype,
+                  [&](auto dtype) { return launch_dtype<decltype(dtype)::value>(params, stream); });
 }
 
 }  // namespace wanda::cuda
