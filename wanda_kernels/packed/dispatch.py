@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 WAYS = ("packed", "unpack", "semi_structured")
-DIRECT_TOKENS = 16  # rows of x that a packed product takes at a time
-CUDA_24_TOKENS = 32  # the same, for 2:4 on CUDA
 _ENVIRONMENT = "WANDA_KERNELS_DISPATCH"
 _ROUNDS = 3
 
@@ -25,6 +23,11 @@ Key = tuple[str, torch.dtype, int, int, int, torch.device]
 
 _choices: dict[str, str] = {}
 _is_loaded = False
+
+
+def direct_tokens(form: str, device: torch.device) -> int:
+    """Rows of x that the operators multiply with the packed weight as it is; they unpack it for more."""
+    return 32 if device.type == "cuda" and form.startswith("2:4") else 16
 
 
 def name_of(key: Key) -> str:
@@ -38,7 +41,7 @@ def name_of(key: Key) -> str:
 def run(key: Key, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
     """The result of the candidate that is fastest for the key: ``packed``, or ``unpack`` and a dense product."""
     form, tokens, device = key[0], key[4], key[5]
-    is_direct = tokens <= (CUDA_24_TOKENS if device.type == "cuda" and form.startswith("2:4") else DIRECT_TOKENS)
+    is_direct = tokens <= direct_tokens(form, device)
     unasked = "packed" if is_direct else "unpack"
     if tokens == 0 or torch.compiler.is_compiling():
         return candidates[unasked]()
@@ -52,7 +55,9 @@ def run(key: Key, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return candidates[unasked]()  # nothing can be timed now
         # Many tokens take long enough to be timed twice only.
-        chosen = _choices[name] = _fastest(candidates, device, _ROUNDS if tokens <= DIRECT_TOKENS else 2)
+        chosen = _choices[name] = _fastest(candidates, device, _ROUNDS if is_direct else 2)
+    if chosen not in candidates:
+        raise ValueError(f"dispatch ({_ENVIRONMENT}) has '{chosen}' for {name}, it must be {' or '.join(candidates)}")
     return candidates[chosen]()
 
 

@@ -152,9 +152,10 @@ class PackedLinear(nn.Module):
         # slow in 16-bit types. Without AVX-512, 256 tokens of bfloat16 took 0.30 of torch's dense time (Zen 3, 4096 x
         # 4096).
         product: Callable[..., Tensor] = bitmap_linear if self.form == "bitmap" else sparse24_linear
-        if x.numel() <= dispatch.DIRECT_TOKENS * self.in_features:
+        most = dispatch.direct_tokens(self.form, x.device)
+        if x.numel() <= most * self.in_features:
             return product(x, *self.packed(), self.bias)
-        parts = x.reshape(-1, self.in_features).split(dispatch.DIRECT_TOKENS)
+        parts = x.reshape(-1, self.in_features).split(most)
         y = torch.cat([product(part, *self.packed(), self.bias) for part in parts])
         return y.view(*x.shape[:-1], self.out_features)
 
