@@ -56,15 +56,13 @@ def prune(
     overwrite: bool,
 ) -> None:
     """Run it, with a bar; print the report. ``places``: device, dtype, offload, activation_memory (GiB)."""
-    from transformers import AutoConfig
-
-    from ..models.load import choose_device
+    from ..models.load import choose_device, load_config
     from ..streaming import stream_prune
     from ..streaming.run import describe
     from .display import PruningDisplay, bar, console, tell_reference
 
     if input_ids is not None:
-        check_length(input_ids.shape[1], AutoConfig.from_pretrained(model))
+        check_length(input_ids.shape[1], load_config(model))
     tell_reference(choose_device(places["device"]))
     places = places | {"activation_memory": int(places["activation_memory"] * 2**30)}
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.load import load_config
 from .checkpoint import DTYPES, Checkpoint
 
 
@@ -23,12 +24,9 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError("--stream needs the accelerate package: pip install 'wanda_kernels[stream]'")
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}/config.json could not be read: {' '.join(str(error).split())[:300]}") from error
+    config = load_config(str(folder))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised or packed weights: they cannot be streamed")
     wanted = _dtype(config, checkpoint, dtype)
