@@ -241,6 +241,11 @@ def test_dispatch_times_once_remembers_and_can_be_fixed(tmp_path, monkeypatch):
     dispatch.load(tmp_path / "choices.json")
     layer(x)
     assert dispatch.choices() == {name: other}
+    dispatch.clear()
+    (tmp_path / "choices.json").write_text(json.dumps({name: "semi_structured"}))  # a copy that this layer has not
+    dispatch.load(tmp_path / "choices.json")
+    with pytest.raises(ValueError, match=r"has 'semi_structured' for bitmap .*, it must be packed or unpack"):
+        layer(x)
     (tmp_path / "choices.json").write_text(json.dumps({name: "fast"}))
     with pytest.raises(ValueError, match="must map shapes to packed, unpack or semi_structured"):
         dispatch.load(tmp_path / "choices.json")
