@@ -247,3 +247,5 @@ def test_a_swallowed_ctrl_c_is_remembered():
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupt.check()
+    assert interrupt.received() == signal.SIGINT
+    interrupt.check()  # the command has ended: what runs next in this process is not interrupted

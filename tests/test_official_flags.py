@@ -76,3 +76,15 @@ def test_cache_dir_of_the_hub(files, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["--model", "nobody/nothing", "--cache_dir", str(tmp_path / "weights")])
     assert "nobody/nothing is no local path and could not be had" in capsys.readouterr().err
+
+
+def test_ctrl_c(files, monkeypatch):
+    import signal
+
+    def pressed(*_arguments, **_options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("wanda_kernels.official.run", pressed)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments(files))
+    assert ended.value.code == 130

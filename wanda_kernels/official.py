@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .cli import interrupt
+
 # LLaMA-2's context, and the paper's windows for it; LLaMA's is 2048. Newer models announce more than fits a GPU.
 LONGEST = 4096
 SPARSITY_TYPES = ("unstructured", "4:8", "2:4")
@@ -136,9 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         huggingface_hub.constants.HF_HUB_CACHE = options.cache_dir
     try:
-        run(options)
+        with interrupt.remembered():
+            run(options)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interrupt.exit_code())
     except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
         if options.debug:
             traceback.print_exc()

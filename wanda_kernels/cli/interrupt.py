@@ -14,6 +14,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _received = 0
+_inside = False
 
 
 def _remember(number: int, _frame: FrameType | None) -> None:
@@ -25,12 +26,13 @@ def _remember(number: int, _frame: FrameType | None) -> None:
 @contextmanager
 def remembered() -> Iterator[None]:
     """Inside, a signal is remembered for :func:`check`."""
-    global _received
-    _received = 0
+    global _received, _inside
+    _received, _inside = 0, True
     before = {number: signal.signal(number, _remember) for number in SIGNALS}
     try:
         yield
     finally:
+        _inside = False  # what is asked of a command that ended does not end the next use of the package
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -46,6 +48,6 @@ def exit_code() -> int:
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt where a signal came since the command began."""
-    if _received:
+    """Raises KeyboardInterrupt where a signal came since the command began. Outside of one it does nothing."""
+    if _inside and _received:
         raise KeyboardInterrupt
