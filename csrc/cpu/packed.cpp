@@ -5,6 +5,7 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../checks.h"
@@ -54,8 +55,9 @@ at::Tensor unpack(const PackedWeight& weight, const at::Tensor& values) {
 
 // x [tokens, cols] in the layout that the kernel wants, tokens filled up with zeros to `batch`.
 template <Dtype dtype, class Out>
-void lay_out(const typename Stored<dtype>::Type* x, int64_t tokens, int64_t cols, int64_t batch,
-             PackedLayout layout, Out* out) {
+void lay_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Out* out) {
+  const auto* tokens = static_cast<const typename Stored<dtype>::Type*>(x.const_data_ptr());
+  const int64_t cols = x.size(1), slab = std::min(batch, kPackedSlab);
   const auto convert = [](typename Stored<dtype>::Type value) {
     if constexpr (sizeof(Out) == sizeof(float)) {
       return Stored<dtype>::load(value);
@@ -63,29 +65,28 @@ void lay_out(const typename Stored<dtype>::Type* x, int64_t tokens, int64_t cols
       return value;
     }
   };
-  for (int64_t b = 0; b < tokens; ++b) {
+  for (int64_t b = 0; b < batch; ++b) {
     for (int64_t j = 0; j < cols; j += layout.unit) {
-      const auto* from = x + b * cols + j;
-      Out* to = out + j * batch + b * layout.unit;
-      for (int64_t i = 0; i < layout.unit; ++i) to[i] = convert(from[i]);
+      const auto* from = tokens + b * cols + j;
+      Out* to = out + b / slab * slab * cols + j * slab + b % slab * layout.unit;
+      for (int64_t i = 0; i < layout.unit; ++i) to[i] = b < x.size(0) ? convert(from[i]) : Out{0};
     }
   }
 }
 
-std::vector<float> laid_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Dtype dtype) {
-  const int64_t tokens = x.size(0), cols = x.size(1);
-  std::vector<float> buffer(static_cast<size_t>(batch * cols), 0.0f);
+// ATen aligns what it allocates to 64 bytes.
+at::Tensor laid_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Dtype dtype) {
+  const at::Tensor buffer =
+      at::empty({batch * x.size(1)}, layout.as_float ? x.options().dtype(at::kFloat) : x.options());
+  void* out = buffer.data_ptr();
   if (dtype == Dtype::kFloat32) {
-    lay_out<Dtype::kFloat32>(x.const_data_ptr<float>(), tokens, cols, batch, layout, buffer.data());
-    return buffer;
-  }
-  const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
-  if (!layout.as_float) {
-    lay_out<Dtype::kBFloat16>(from, tokens, cols, batch, layout, reinterpret_cast<uint16_t*>(buffer.data()));
+    lay_out<Dtype::kFloat32>(x, batch, layout, static_cast<float*>(out));
+  } else if (!layout.as_float) {
+    lay_out<Dtype::kBFloat16>(x, batch, layout, static_cast<uint16_t*>(out));
   } else if (dtype == Dtype::kBFloat16) {
-    lay_out<Dtype::kBFloat16>(from, tokens, cols, batch, layout, buffer.data());
+    lay_out<Dtype::kBFloat16>(x, batch, layout, static_cast<float*>(out));
   } else {
-    lay_out<Dtype::kFloat16>(from, tokens, cols, batch, layout, buffer.data());
+    lay_out<Dtype::kFloat16>(x, batch, layout, static_cast<float*>(out));
   }
   return buffer;
 }
@@ -109,11 +110,11 @@ at::Tensor product(const PackedWeight& weight, const at::Tensor& x, const std::o
   int64_t batch = 1;
   while (batch < tokens) batch *= 2;
   const PackedKernels& kernels = packed_kernels();
-  const std::vector<float> columns =
-      laid_out(x, batch, kernels.layout(weight.format, weight.dtype), weight.dtype);
+  const at::Tensor columns = laid_out(x, batch, kernels.layout(weight.format, weight.dtype), weight.dtype);
+  const void* laid = columns.const_data_ptr();
   std::vector<float> sums(static_cast<size_t>(weight.rows * batch));
   at::parallel_for(0, weight.rows, grain_rows(weight.cols), [&](int64_t begin, int64_t end) {
-    kernels.product(weight, columns.data(), batch, sums.data(), begin, end);
+    kernels.product(weight, laid, batch, sums.data(), begin, end);
   });
   const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
   const void* to_add = added.defined() ? added.const_data_ptr() : nullptr;

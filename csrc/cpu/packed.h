@@ -19,6 +19,7 @@ enum class PackedFormat : int { kBitmap, kSparse24 };
 constexpr int64_t kPackedPadding = 32;
 constexpr int64_t kPackedColumns = 64;  // cols is a multiple
 constexpr int64_t kPackedBatch = 16;    // rows of x at most
+constexpr int64_t kPackedSlab = 8;      // rows of x that a kernel takes at once
 
 struct PackedWeight {
   PackedFormat format;
@@ -30,15 +31,16 @@ struct PackedWeight {
   int64_t cols;
 };
 
-// How a kernel wants x: blocks of `unit` columns, and in a block the rows one after the other. `as_float`:
-// float32, else the dtype of the weights.
+// How a kernel wants x: slabs of at most kPackedSlab rows, each contiguous; in a slab blocks of `unit`
+// columns; in a block the slab's rows one after the other. `as_float`: float32, else the dtype of the
+// weights.
 struct PackedLayout {
   int64_t unit;
   bool as_float;
 };
 
-// sums[row * batch + b] = W[row] . x[b] for rows [begin, end); batch of 1, 2, 4, 8 or 16. One thread;
-// disjoint ranges may run at the same time.
+// sums[row * batch + b] = W[row] . x[b] for rows [begin, end); batch of 1, 2, 4, or whole slabs; x aligned to
+// 64 bytes. One thread; disjoint ranges may run at the same time.
 struct PackedKernels {
   PackedLayout (*layout)(PackedFormat format, Dtype dtype);
   void (*product)(const PackedWeight& weight, const void* x, int64_t batch, float* sums, int64_t begin,

@@ -91,34 +91,42 @@ constexpr int kPrefetch = 2048;  // bytes ahead
 
 PackedLayout layout(PackedFormat, Dtype) { return {8, true}; }
 
-template <PackedFormat format, Dtype dtype, int batch>
-void product_rows(const PackedWeight& w, const float* x, float* sums, int64_t begin, int64_t end) {
-  const auto* values = static_cast<const typename Stored<dtype>::Type*>(w.values);
+// A row's products with a slab of x.
+template <PackedFormat format, Dtype dtype, int64_t slab>
+void product_row(const PackedWeight& w, int64_t row, const float* x, float* sums) {
   // One chain of additions would wait for itself: four cycles for eight columns.
-  constexpr int kChains = batch <= 2 ? 4 : batch == 4 ? 2 : 1;
-  for (int64_t row = begin; row < end; ++row) {
-    const auto* next = values + packed_start(w, row);
-    const uint8_t* codes = w.codes + row * (w.cols / 8);
-    __m256 sum[kChains][batch];
-    for (auto& chain : sum) {
-      for (int b = 0; b < batch; ++b) chain[b] = _mm256_setzero_ps();
-    }
-    for (int64_t byte = 0; byte < w.cols / 8; byte += kChains) {
-      if (byte % 8 == 0) _mm_prefetch(reinterpret_cast<const char*>(next) + kPrefetch, _MM_HINT_T0);
+  constexpr int kChains = slab <= 2 ? 4 : slab == 4 ? 2 : 1;
+  const auto* next = static_cast<const typename Stored<dtype>::Type*>(w.values) + packed_start(w, row);
+  const uint8_t* codes = w.codes + row * (w.cols / 8);
+  __m256 sum[kChains][slab];
+  for (auto& chain : sum) {
+    for (int b = 0; b < slab; ++b) chain[b] = _mm256_setzero_ps();
+  }
+  for (int64_t byte = 0; byte < w.cols / 8; byte += kChains) {
+    if (byte % 8 == 0) _mm_prefetch(reinterpret_cast<const char*>(next) + kPrefetch, _MM_HINT_T0);
 #pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) {
-        const uint32_t mask = packed_mask(format, codes[byte + c]);
-        const __m256 weight = eight_columns<format, dtype>(next, mask);
-        next += format == PackedFormat::kSparse24 ? 4 : __builtin_popcount(mask);
-        const float* columns = x + (byte + c) * batch * 8;
-        for (int b = 0; b < batch; ++b)
-          sum[c][b] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(columns + 8 * b), sum[c][b]);
-      }
+    for (int c = 0; c < kChains; ++c) {
+      const uint32_t mask = packed_mask(format, codes[byte + c]);
+      const __m256 weight = eight_columns<format, dtype>(next, mask);
+      next += format == PackedFormat::kSparse24 ? 4 : __builtin_popcount(mask);
+      const float* columns = x + (byte + c) * slab * 8;
+      for (int b = 0; b < slab; ++b)
+        sum[c][b] = _mm256_fmadd_ps(weight, _mm256_load_ps(columns + 8 * b), sum[c][b]);
     }
-    for (int b = 0; b < batch; ++b) {
-      __m256 total = sum[0][b];
-      for (int c = 1; c < kChains; ++c) total = _mm256_add_ps(total, sum[c][b]);
-      sums[row * batch + b] = sum_of(total);
+  }
+  for (int b = 0; b < slab; ++b) {
+    __m256 total = sum[0][b];
+    for (int c = 1; c < kChains; ++c) total = _mm256_add_ps(total, sum[c][b]);
+    sums[b] = sum_of(total);
+  }
+}
+
+template <PackedFormat format, Dtype dtype, int64_t slab>
+void product_rows(const PackedWeight& w, const float* x, int64_t batch, float* sums, int64_t begin,
+                  int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t b = 0; b < batch; b += slab) {
+      product_row<format, dtype, slab>(w, row, x + b * w.cols, sums + row * batch + b);
     }
   }
 }
@@ -126,13 +134,13 @@ void product_rows(const PackedWeight& w, const float* x, float* sums, int64_t be
 void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin, int64_t end) {
   packed_by_dtype(w.dtype, [&](auto constant) {
     constexpr Dtype dtype = decltype(constant)::value;
-    packed_by_batch(batch, [&](auto size) {
-      constexpr int kBatch = decltype(size)::value;
+    packed_by_slab(batch, [&](auto size) {
+      constexpr int64_t kSlab = decltype(size)::value;
       const auto* columns = static_cast<const float*>(x);
       if (w.format == PackedFormat::kBitmap) {
-        product_rows<PackedFormat::kBitmap, dtype, kBatch>(w, columns, sums, begin, end);
+        product_rows<PackedFormat::kBitmap, dtype, kSlab>(w, columns, batch, sums, begin, end);
       } else {
-        product_rows<PackedFormat::kSparse24, dtype, kBatch>(w, columns, sums, begin, end);
+        product_rows<PackedFormat::kSparse24, dtype, kSlab>(w, columns, batch, sums, begin, end);
       }
     });
   });

@@ -34,7 +34,7 @@ struct Constant {
   static constexpr auto value = constant;
 };
 
-// f(Constant<dtype>{}) and f(Constant<batch>{}).
+// f(Constant<dtype>{}), and f(Constant<rows of x in a slab>{}).
 template <class F>
 void packed_by_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -48,18 +48,16 @@ void packed_by_dtype(Dtype dtype, F f) {
 }
 
 template <class F>
-void packed_by_batch(int64_t batch, F f) {
+void packed_by_slab(int64_t batch, F f) {
   switch (batch) {
     case 1:
-      return f(Constant<1>{});
+      return f(Constant<int64_t{1}>{});
     case 2:
-      return f(Constant<2>{});
+      return f(Constant<int64_t{2}>{});
     case 4:
-      return f(Constant<4>{});
-    case 8:
-      return f(Constant<8>{});
+      return f(Constant<int64_t{4}>{});
     default:
-      return f(Constant<16>{});
+      return f(Constant<kPackedSlab>{});
   }
 }
 

@@ -10,16 +10,19 @@ template <Dtype dtype>
 void product_typed(const PackedWeight& w, const float* x, int64_t batch, float* sums, int64_t begin,
                    int64_t end) {
   const auto* values = static_cast<const typename Stored<dtype>::Type*>(w.values);
+  const int64_t slab = batch < kPackedSlab ? batch : kPackedSlab;
   for (int64_t row = begin; row < end; ++row) {
-    float* out = sums + row * batch;
-    for (int64_t b = 0; b < batch; ++b) out[b] = 0.0f;
-    const auto* next = values + packed_start(w, row);
-    for (int64_t byte = 0; byte < w.cols / 8; ++byte) {
-      for (uint32_t mask = packed_mask(w.format, w.codes[row * (w.cols / 8) + byte]); mask != 0;
-           mask &= mask - 1) {
-        const float value = Stored<dtype>::load(*next++);
-        const float* column = x + byte * batch * 8 + __builtin_ctz(mask);
-        for (int64_t b = 0; b < batch; ++b) out[b] += value * column[b * 8];
+    for (int64_t first = 0; first < batch; first += slab) {
+      float* out = sums + row * batch + first;
+      for (int64_t b = 0; b < slab; ++b) out[b] = 0.0f;
+      const auto* next = values + packed_start(w, row);
+      for (int64_t byte = 0; byte < w.cols / 8; ++byte) {
+        for (uint32_t mask = packed_mask(w.format, w.codes[row * (w.cols / 8) + byte]); mask != 0;
+             mask &= mask - 1) {
+          const float value = Stored<dtype>::load(*next++);
+          const float* column = x + first * w.cols + byte * slab * 8 + __builtin_ctz(mask);
+          for (int64_t b = 0; b < slab; ++b) out[b] += value * column[b * 8];
+        }
       }
     }
   }
