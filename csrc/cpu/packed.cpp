@@ -108,7 +108,7 @@ at::Tensor product(const PackedWeight& weight, const at::Tensor& x, const std::o
   const int64_t tokens = x.size(0);
   at::Tensor y = at::empty({tokens, weight.rows}, x.options());
   int64_t batch = 1;
-  while (batch < tokens) batch *= 2;
+  while (batch < tokens) batch = batch < kPackedSlab ? 2 * batch : batch + kPackedSlab;
   const PackedKernels& kernels = packed_kernels();
   const at::Tensor columns = laid_out(x, batch, kernels.layout(weight.format, weight.dtype), weight.dtype);
   const void* laid = columns.const_data_ptr();

@@ -18,7 +18,7 @@ enum class PackedFormat : int { kBitmap, kSparse24 };
 // Products of bitmaps may read this many values past the last one: they load whole registers.
 constexpr int64_t kPackedPadding = 32;
 constexpr int64_t kPackedColumns = 64;  // cols is a multiple
-constexpr int64_t kPackedBatch = 16;    // rows of x at most
+constexpr int64_t kPackedBatch = 32;    // rows of x at most
 constexpr int64_t kPackedSlab = 8;      // rows of x that a kernel takes at once
 
 struct PackedWeight {

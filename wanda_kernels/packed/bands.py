@@ -11,19 +11,21 @@ from torch import Tensor
 
 from ..ops import unpack_bitmap, unpack_sparse24
 
-# Zen 3 (512 KB of L2), one thread, 2:4, 11008 x 4096, time as a multiple of the dense product's, by size of a band:
-#                         128 KiB   512 KiB   1 MiB   2 MiB   4 MiB   the whole weight
-# float32,   17 tokens       2.87      1.41    1.49    1.24    1.67               4.64
-# float32,  256 tokens       3.36      1.26    1.22    1.10    1.05               1.62
-# bfloat16,  17 tokens       1.53      1.33    1.39    1.37    1.34               1.78
-# bfloat16, 256 tokens       1.06      1.05    1.02    1.03    1.02               1.06
-# Small bands lose in the product, whose fixed costs come once a band; the whole weight loses in page faults.
-BAND_BYTES = 2 << 20
+# 11008 x 4096, time as a multiple of the dense product's, by the size of a band. Small bands lose in the product, whose
+# fixed costs come once a band and thread; large ones in page faults, since the allocator gives them back.
+#                                          1 MiB   2 MiB   4 MiB   8 MiB   16 MiB   48 MiB
+# Zen 4, bfloat16, 1 thread,   64 tokens    1.14    1.10    1.07    1.08     1.16
+# Zen 4, bfloat16, 2 threads,  64 tokens    1.30    1.18    1.13    1.10     1.11
+# Zen 4, bfloat16, 2 threads, 256 tokens                    1.07    1.07     1.08     1.55
+# Zen 3, float32,  1 thread,  256 tokens    1.22    1.10    1.05
+BAND_BYTES = 4 << 20  # of a thread
+MOST_BYTES = 16 << 20  # of all: the allocator keeps no larger ones
 
 
 def rows_of_band(cols: int, element_size: int) -> int:
-    """Rows that fit ``BAND_BYTES``, at least one."""
-    return max(1, BAND_BYTES // (cols * element_size))
+    """Rows that fit ``BAND_BYTES`` for each thread, at least one."""
+    size = min(BAND_BYTES * torch.get_num_threads(), MOST_BYTES)
+    return max(1, size // (cols * element_size))
 
 
 def banded_linear(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, band: int | None = None) -> Tensor:
@@ -33,7 +35,7 @@ def banded_linear(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, ba
         x: [.., C_in], of the dtype of the packed values.
         packed: (values, bitmap, starts) or (values, indices), as the operators take them.
         bias: [C_out] or None.
-        band: output rows at a time [default: what fits 2 MiB].
+        band: output rows at a time [default: what fits 4 MiB a thread].
 
     Returns:
         [.., C_out]. To rounding: a BLAS may add in another order for another number of rows.
