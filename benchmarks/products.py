@@ -17,7 +17,7 @@ from wanda_kernels import ops
 from wanda_kernels.packed import PackedLinear, dispatch, pack_bitmap, pack_sparse24
 
 BATCHES = (1, 4, 16)
-MANY_TOKENS = (64, 256)  # through PackedLinear, which chooses
+MANY_TOKENS = (32, 64, 256)  # through PackedLinear, which chooses
 FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Tensor]]] = {
     "bitmap": ("bitmap_linear", pack_bitmap, ops.bitmap_linear),
     "2:4": ("sparse24_linear", pack_sparse24, ops.sparse24_linear),
