@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -39,6 +40,15 @@ def kthvalue(inputs: Weighted) -> None:
     weight.masked_fill_(score <= torch.kthvalue(score, weight.shape[1] // 2, dim=1, keepdim=True).values, 0)
 
 
+def flashinfer_topk(inputs: Weighted) -> None:
+    """FlashInfer's radix select, which takes the largest."""
+    import flashinfer
+
+    weight, norm = inputs
+    score = -(weight.abs().float() * norm)
+    weight.scatter_(1, flashinfer.top_k(score, weight.shape[1] // 2)[1].long(), 0)
+
+
 def partition(inputs: Weighted) -> None:
     weight, norm = inputs
     score = (weight.abs().float() * norm).numpy()
@@ -53,7 +63,10 @@ def select_peers(device: torch.device) -> dict[str, Callable[[Weighted], None]]:
         "topk": topk_scatter,
         "kthvalue": kthvalue,
     }
-    return found if device.type == "cuda" else found | {"np.partition": partition}
+    if device.type == "cpu":
+        return found | {"np.partition": partition}
+    # torch.sort and torch.topk run on CUB's segmented and radix sorts; of others, what is installed.
+    return found | ({"flashinfer.top_k": flashinfer_topk} if importlib.util.find_spec("flashinfer") else {})
 
 
 def official_nm(inputs: Weighted, n: int, m: int) -> None:

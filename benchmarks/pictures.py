@@ -126,17 +126,18 @@ def _log_axis(axes: Axes) -> None:
 
 def _roofline(axes: Axes, rows: list[Row]) -> None:
     """Memory moves are what these operators cost: achieved bandwidth against bytes, under the copy's own."""
-    for operator in dict.fromkeys(row["operator"] for row in rows):
-        mine = [row for row in rows if row["operator"] == operator]
+    for label in dict.fromkeys((row["operator"], row["dtype"]) for row in rows):
+        mine = [row for row in rows if (row["operator"], row["dtype"]) == label]
         moved, speeds = ([number(row, column) or 0.0 for row in mine] for column in ("bytes", "gb_per_s"))
-        axes.scatter(moved, speeds, s=18, label=operator)
+        axes.scatter([size / 1e6 for size in moved], speeds, s=18, label=" ".join(label))
     copies = sorted((number(row, "bytes") or 0.0, number(row, "copy_gb_per_s") or 0.0) for row in rows)
-    axes.plot(*_columns(copies), color=GREY, linewidth=1, linestyle="--", label="copy, same run")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("bytes that must be moved")
+    sizes, speeds = _columns(copies)
+    axes.plot([size / 1e6 for size in sizes], speeds, color=GREY, linewidth=1, linestyle="--", label="copy, same run")
+    _log_axis(axes)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("MB that must be moved")
     axes.set_ylabel("GB/s")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower right", ncols=2)
 
 
 def _scaling(axes: Axes, rows: list[Row]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import harness, operators, products, records, shapes, suites
+from benchmarks import harness, operators, peers, products, records, shapes, suites
 from benchmarks.harness import OURS, Case, Settings, WrongResultError, measure
 from wanda_kernels import ops
 from wanda_kernels.cli import bench
@@ -113,6 +115,24 @@ def test_shapes():
     assert shapes.weights_of(["7B", "3-8B"])[:4] == [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096)]
     with pytest.raises(ValueError, match="model must be one of 7B, 13B"):
         shapes.weights_of(["8B"])
+
+
+def test_selection_peers_prune_the_same(monkeypatch):
+    """Also FlashInfer's, by its documentation: the largest k of each row, values and indices, in any order."""
+    stand_in = types.ModuleType("flashinfer")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None)
+    stand_in.top_k = lambda scores, k: torch.topk(scores, k, dim=1, sorted=False)
+    monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
+    weight = torch.randperm(32 * 64, generator=torch.Generator().manual_seed(0)).view(32, 64).float() + 1  # no ties
+    norm = torch.ones(64)
+    expected = weight.clone()
+    ops.prune_rows_(expected, norm, 0.5)
+    found = peers.select_peers(torch.device("cuda")) | peers.select_peers(torch.device("cpu"))
+    assert set(found) == {"sort + scatter", "topk", "kthvalue", "np.partition", "flashinfer.top_k"}
+    for name, peer in found.items():
+        pruned = weight.clone()
+        peer((pruned, norm))
+        assert torch.equal(pruned, expected), name
 
 
 def test_peers_of_several_weights_run_once():

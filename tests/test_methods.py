@@ -15,6 +15,7 @@ from wanda_kernels import Owl, prune
 from wanda_kernels.pruning.methods.groups import Group
 from wanda_kernels.pruning.methods.inputs import LayerInputs, factor_of
 from wanda_kernels.pruning.methods.owl import outlier_ratio
+from wanda_kernels.pruning.threshold import kth_smallest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -280,3 +281,18 @@ def test_bad_options_change_nothing(options, message):
 def test_unknown_options_are_a_type_error():
     with pytest.raises(TypeError, match="unexpected keyword argument 'blocksize'"):
         prune(tiny.model(), tiny.ids(), blocksize=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kth_smallest_is_that_of_a_sort(dtype):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(33, 65, generator=generator)
+    special = torch.tensor([0.0, 1e-41, float("inf"), float("nan"), -float("nan"), 1.0, 1.0, 1.0])
+    for values in (drawn, (drawn * 4).round(), special, special[:1], torch.full((7,), 0.5)):
+        values = torch.where(values.isnan(), values, values.abs()).to(dtype)
+        ordered = values.flatten().sort().values
+        for rank in {1, 2, values.numel() // 2, values.numel()} - {0}:
+            if rank <= values.numel():
+                torch.testing.assert_close(
+                    kth_smallest(values, rank), ordered[rank - 1], rtol=0, atol=0, equal_nan=True
+                )

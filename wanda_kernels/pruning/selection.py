@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..ops import prune_nm_, prune_rows_
 from .methods.options import ABLATIONS, METHODS, MethodOptions, OptionArguments
+from .threshold import kth_smallest
+
+_ROWS = 256  # at a time
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,14 @@ def _prune_magnitude_(weight: Tensor, sparsity: float) -> tuple[float, float]:
     """One threshold per matrix, as the official ``prune_magnitude`` has it: the ``int(numel * s)``-th smallest
     ``|W|`` (from 0), and everything up to it goes. Sparsity 0 prunes nothing."""
     magnitude = weight.abs()
-    total = float(magnitude.float().square().sum(dtype=torch.float64))
     if sparsity == 0:
-        return 0.0, total
-    rank = int(weight.numel() * sparsity) + 1
-    threshold = magnitude.flatten().kthvalue(rank).values
-    mask = magnitude <= threshold
-    pruned = float(magnitude.masked_fill_(~mask, 0).float().square().sum(dtype=torch.float64))
+        mask = torch.zeros_like(magnitude, dtype=torch.bool)
+    else:
+        mask = magnitude <= kth_smallest(magnitude, int(weight.numel() * sparsity) + 1)
+    pruned = total = 0.0
+    for part, gone in zip(magnitude.split(_ROWS), mask.split(_ROWS), strict=True):  # in caches, and little memory
+        squares = part.float().square()
+        total += float(squares.sum(dtype=torch.float64))
+        pruned += float(squares.masked_fill_(~gone, 0).sum(dtype=torch.float64))
     weight.masked_fill_(mask, 0)
     return pruned, total

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..memory import give_back_freed
 from ..pruning.activations import Activations
 from ..pruning.blocks import Block, refuse_non_finite
 from ..pruning.driver import Run
@@ -143,6 +144,7 @@ class StreamedBlocks(Residence):
             if tensor.data_ptr() != view.data_ptr():
                 view.copy_(tensor)
             drop(self._model, name)
+        give_back_freed()  # else glibc keeps what was freed in pieces: 30 MB more with each block of 100 MB
 
     def finished(self, index: int, run: Run, activations: Activations | None) -> None:
         self.wait()

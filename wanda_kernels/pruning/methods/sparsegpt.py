@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..threshold import kth_smallest
 from .inputs import Factor
 
 # (weights [columns, C_out], their columns) -> scores of the same shape
@@ -53,7 +54,7 @@ def reconstruct_(
             pruned = mask[:, begin:end].t().contiguous()
         elif pattern is None:
             scores = score(work, slice(begin, end))
-            pruned = scores <= scores.flatten().kthvalue(int(scores.numel() * sparsity) + 1).values
+            pruned = scores <= kth_smallest(scores, int(scores.numel() * sparsity) + 1)
         else:
             pruned = torch.zeros_like(work, dtype=torch.bool)
         errors = torch.empty_like(work)
