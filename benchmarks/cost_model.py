@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.circumstances import RESULTS, ROOT, write_result
+from benchmarks.streaming import RUNS
+from benchmarks.tables import source
 from wanda_kernels import prune
 from wanda_kernels.cli.display import bar
 from wanda_kernels.plan import H100, Rates, predict, shape_of
@@ -111,7 +114,6 @@ def measured_table(result: dict[str, Any]) -> str:
         selection_ms = 1e3 * seconds["selection"] / row["blocks"]
         figures = [f"{forward_ms:.1f}", f"{selection_ms:.1f}", f"{took:.2f}", f"{said:.2f}", f"{said / took:.2f}"]
         rows.append([name + held, *figures])
-    found = result["circumstances"]
     headings = [
         "hidden / inner, blocks, samples",
         "forward ms a block and sample",
@@ -122,9 +124,30 @@ def measured_table(result: dict[str, Any]) -> str:
     ]
     return (
         f"{markdown(headings, rows)}\n\nRates: {rates.flops / 1e9:.1f} GFLOP/s forward, "
-        f"{rates.selection / 1e9:.2f} GB/s selection. `benchmarks/results/cpu/cost_model.json`: {found['device']}, "
-        f"{found['cores']} cores, {found['kernels']}, torch {found['torch']}, {found['date']}."
+        f"{rates.selection / 1e9:.2f} GB/s selection. "
     )
+
+
+def streamed_table(result: dict[str, Any]) -> str:
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        memory, stream = (next(r for r in result["rows"] if (r["method"], r["run"]) == (method, run)) for run in RUNS)
+        figures = [f"{memory['seconds']:.0f}", f"{stream['seconds']:.0f}", f"{stream['ratio']:.2f}"]
+        figures += [f"{row['peak_bytes'] / 1e9:.2f}" for row in (memory, stream)]
+        rows.append([method, *figures, str(stream["differing"])])
+    headings = ["method", "s in memory", "s streamed", "ratio", "peak GB in memory", "peak GB streamed"]
+    about = f"{result['bytes'] / 1e9:.1f} GB of weights, {result['samples']} x {result['length']} tokens. "
+    return f"{markdown([*headings, 'tensors that differ'], rows)}\n\n{about}"
+
+
+def recorded(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """The table of every machine that has a record of that name."""
+    parts = []
+    for path in sorted(RESULTS.glob(f"*/{name}.json")):
+        result = json.loads(path.read_text())
+        about = {"device_type": "cpu", "driver": "", **result["circumstances"]}
+        parts.append(table(result) + source(f"benchmarks/results/{path.parent.name}/{path.name}", about))
+    return "\n\n".join(parts) or "not measured"
 
 
 def predicted_table() -> str:
@@ -145,9 +168,8 @@ def predicted_table() -> str:
 
 
 def render(text: str) -> str:
-    path = RESULTS / "cpu" / "cost_model.json"
-    measured = measured_table(json.loads(path.read_text())) if path.exists() else "not measured"
-    for name, body in (("measured", measured), ("predicted", predicted_table())):
+    bodies = {"measured": recorded("cost_model", measured_table), "streamed": recorded("streaming", streamed_table)}
+    for name, body in (bodies | {"predicted": predicted_table()}).items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{DOC.name} has no markers for {name}")
