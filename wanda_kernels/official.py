@@ -119,12 +119,12 @@ def _zero_shot_tasks() -> Any:
 
 def sparsity_by_layer(model: torch.nn.Module) -> float:
     """Prints each block's share of zeros as the official code does; returns that of all blocks."""
-    from .pruning.blocks import find_blocks
+    from .pruning.blocks import count_zeros, find_blocks
 
     zeros = total = 0
     for index, block in enumerate(find_blocks(model)):
         weights = [linear.weight for linear in block.linears.values()]
-        mine = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)
+        mine = sum(count_zeros(weight) for weight in weights)
         size = sum(weight.numel() for weight in weights)
         print(f"layer {index} sparsity {mine / size:.6f}")
         zeros, total = zeros + mine, total + size

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pruning.blocks import find_blocks
+from ..pruning.blocks import count_zeros, find_blocks
 
 
 def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -20,7 +20,7 @@ def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
         f"{block.name}.{name}": linear
         for block in find_blocks(model)
         for name, linear in block.linears.items()
-        if int(torch.count_nonzero(linear.weight)) < linear.weight.numel()
+        if count_zeros(linear.weight)
     }
     if not found:
         raise ValueError("no linear layer of the model holds zeros: prune it first")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..distributed import Processes, has_independent_rows, prune_rows_in_shares_
 from .activations import Activations
-from .blocks import Block, find_blocks, refuse_non_finite
+from .blocks import Block, count_zeros, find_blocks, refuse_non_finite
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe, plans_from_list, plans_to_list
 from .methods.apply import Outcome, prune_layer_
@@ -371,7 +371,7 @@ class Run:
             start = time.perf_counter()
             with self.stopwatch.measure("selection"):
                 outcome = self.prune_weight(weight, None if inputs is None else inputs[name], target)
-                zeros = weight.numel() - int(torch.count_nonzero(weight))
+                zeros = count_zeros(weight)
             reports.append(
                 LayerReport(
                     name=f"{block.name}.{name}",
