@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .activations import Activations
 
 if TYPE_CHECKING:
-    from .driver import Run
+    from .run import Run
 
 
 class Residence:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..memory import give_back_freed
 from ..pruning.activations import Activations
 from ..pruning.blocks import Block, refuse_non_finite
-from ..pruning.driver import Run
 from ..pruning.fusion import plans_to_list
 from ..pruning.residence import Residence
+from ..pruning.run import Run
 from ..pruning.stopwatch import Stopwatch
 from .activations import SavedActivations, SpilledActivations
 from .checkpoint import DTYPES, Checkpoint, CheckpointWriter

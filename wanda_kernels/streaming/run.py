@@ -17,11 +17,12 @@ from ..distributed import Processes
 from ..models.load import choose_device
 from ..models.save import check_bytes, check_output
 from ..pruning.blocks import Block, find_blocks
-from ..pruning.driver import Run, check_input_ids, check_options, default_batch_size, evaluating, refuse_in_shares
+from ..pruning.driver import check_input_ids, check_options, default_batch_size, evaluating, refuse_in_shares
 from ..pruning.fusion import kind_of, plans_from_list
 from ..pruning.methods.options import OptionArguments
 from ..pruning.progress import Progress
 from ..pruning.report import LayerReport, PruningReport
+from ..pruning.run import Run
 from ..pruning.selection import Target
 from ..pruning.stopwatch import Stopwatch
 from .activations import SavedActivations, SpilledActivations, Stored, TwoFiles
