@@ -39,7 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with interrupt.remembered():
             code = app(args=arguments, prog_name="wanda-kernels", standalone_mode=False)
-            ranks.leave()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
@@ -50,15 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error) or type(error).__name__, 1)
     if code == INTERRUPTED:  # newer typer returns it, older raises Abort
         _fail("interrupted; nothing was written", interrupt.exit_code())
-    sys.exit(code or 0)
+    ranks.end(code or 0)
 
 
 def _fail(message: str, code: int) -> None:
-    ranks.leave(failure=message)
+    ranks.tell(message)
     print(f"wanda-kernels: error: {ranks.prefix()}{' '.join(message.split())}", file=sys.stderr, flush=True)
     if interrupt.received() and code == interrupt.exit_code():
         # A KeyboardInterrupt that passed through exec() (a dataclass being made, say) makes Python end by the signal,
         # whatever code it is told to exit with. Everything is cleaned up by now.
         sys.stdout.flush()
         os._exit(code)
-    sys.exit(code)
+    ranks.end(code)

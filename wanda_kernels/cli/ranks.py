@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from ..distributed import Processes
@@ -36,7 +37,17 @@ def join(device: str) -> Processes | None:
     return _joined
 
 
-def leave(failure: str | None = None) -> None:
-    """At the end of a command; ``failure`` is told to the others, whose exchanges break."""
+def tell(failure: str) -> None:
+    """The others why this process ends; their exchanges break."""
     if _joined is not None:
         _joined.leave(failure)
+
+
+def end(code: int) -> NoReturn:
+    """The end of the process. Of several, at once: a process that had done its work was seen to abort while the
+    interpreter shut down ("terminate called without an active exception", gloo, torch 2.14)."""
+    if _joined is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
