@@ -44,7 +44,7 @@ def tell(failure: str) -> None:
 
 
 def end(code: int) -> NoReturn:
-    """The end of the process. Of several, at once: a process that had done its work was seen to abort while the
+    """The end of the process. Of several, at once: one that had done its work was seen to abort, probably while the
     interpreter shut down ("terminate called without an active exception", gloo, torch 2.14)."""
     if _joined is not None:
         sys.stdout.flush()
