@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import tables
 from benchmarks.circumstances import RESULTS, ROOT, write_result
 from benchmarks.streaming import RUNS
-from benchmarks.tables import source
 from wanda_kernels import prune
 from wanda_kernels.cli.display import bar
 from wanda_kernels.plan import H100, Rates, predict, shape_of
@@ -96,11 +96,6 @@ def predict_row(row: dict[str, Any], rates: Rates) -> dict[str, float]:
     return predict(shape, rates, 1, row["samples"], row["length"], 2, 1024).seconds
 
 
-def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    rule = ["---" if number == 0 else "---:" for number in range(len(headings))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [headings, rule, *rows])
-
-
 def measured_table(result: dict[str, Any]) -> str:
     rates = rates_of(result["rows"])
     rows = []
@@ -123,7 +118,7 @@ def measured_table(result: dict[str, Any]) -> str:
         "ratio",
     ]
     return (
-        f"{markdown(headings, rows)}\n\nRates: {rates.flops / 1e9:.1f} GFLOP/s forward, "
+        f"{tables.table(headings, rows)}\n\nRates: {rates.flops / 1e9:.1f} GFLOP/s forward, "
         f"{rates.selection / 1e9:.2f} GB/s selection. "
     )
 
@@ -137,7 +132,7 @@ def streamed_table(result: dict[str, Any]) -> str:
         rows.append([method, *figures, str(stream["differing"])])
     headings = ["method", "s in memory", "s streamed", "ratio", "peak GB in memory", "peak GB streamed"]
     about = f"{result['bytes'] / 1e9:.1f} GB of weights, {result['samples']} x {result['length']} tokens. "
-    return f"{markdown([*headings, 'tensors that differ'], rows)}\n\n{about}"
+    return f"{tables.table([*headings, 'tensors that differ'], rows)}\n\n{about}"
 
 
 def recorded(name: str, table: Callable[[dict[str, Any]], str]) -> str:
@@ -146,8 +141,8 @@ def recorded(name: str, table: Callable[[dict[str, Any]], str]) -> str:
     for path in sorted(RESULTS.glob(f"*/{name}.json")):
         result = json.loads(path.read_text())
         about = {"device_type": "cpu", "driver": "", **result["circumstances"]}
-        parts.append(table(result) + source(f"benchmarks/results/{path.parent.name}/{path.name}", about))
-    return "\n\n".join(parts) or "not measured"
+        parts.append(table(result) + tables.source(f"benchmarks/results/{path.parent.name}/{path.name}", about))
+    return "\n\n".join(parts) or tables.NOT_MEASURED
 
 
 def predicted_table() -> str:
@@ -164,7 +159,7 @@ def predicted_table() -> str:
         cells += [f"{one.host_bytes_streamed / 1e9:.1f}", *(f"{found[gpus].total / 60:.1f}" for gpus in GPUS)]
         rows.append([name, *cells])
     headings = ["model", "GB", "GB in memory", "GB streamed", "host GB streamed"]
-    return markdown([*headings, *(f"min, {gpus} GPU" for gpus in GPUS)], rows)
+    return tables.table([*headings, *(f"min, {gpus} GPU" for gpus in GPUS)], rows)
 
 
 def render(text: str) -> str:
