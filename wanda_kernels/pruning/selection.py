@@ -116,10 +116,10 @@ def _prune_magnitude_(weight: Tensor, sparsity: float) -> tuple[float, float]:
         mask = torch.zeros_like(magnitude, dtype=torch.bool)
     else:
         mask = magnitude <= kth_smallest(magnitude, int(weight.numel() * sparsity) + 1)
-    pruned = total = 0.0
+    pruned, total = torch.zeros(2, dtype=torch.float64, device=weight.device).unbind()
     for part, gone in zip(magnitude.split(_ROWS), mask.split(_ROWS), strict=True):  # in caches, and little memory
         squares = part.float().square()
-        total += float(squares.sum(dtype=torch.float64))
-        pruned += float(squares.masked_fill_(~gone, 0).sum(dtype=torch.float64))
+        total += squares.sum(dtype=torch.float64)
+        pruned += squares.masked_fill_(~gone, 0).sum(dtype=torch.float64)
     weight.masked_fill_(mask, 0)
-    return pruned, total
+    return float(pruned), float(total)
