@@ -78,7 +78,7 @@ def test_cache_dir_of_the_hub(files, tmp_path, capsys, monkeypatch):
     assert "nobody/nothing is no local path and could not be had" in capsys.readouterr().err
 
 
-def test_ctrl_c(files, monkeypatch):
+def test_ctrl_c(files, monkeypatch, capsys):
     import signal
 
     def pressed(*_arguments, **_options):
@@ -88,3 +88,4 @@ def test_ctrl_c(files, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main(arguments(files))
     assert ended.value.code == 130
+    assert capsys.readouterr().err == "wanda_kernels.official: error: interrupted\n"

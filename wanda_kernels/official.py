@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         with interrupt.remembered():
             run(options)
     except KeyboardInterrupt:
+        print("wanda_kernels.official: error: interrupted", file=sys.stderr)
         sys.exit(interrupt.exit_code())
     except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
         if options.debug:
