@@ -28,7 +28,7 @@ from transformers import LlamaConfig
 
 from benchmarks.circumstances import ROOT, write_result
 from wanda_kernels.cli.display import bar
-from wanda_kernels.streaming.checkpoint import INDEX
+from wanda_kernels.models.checkpoint import INDEX
 
 WIDTH: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16,

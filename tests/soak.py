@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from wanda_kernels import prune
-from wanda_kernels.streaming.checkpoint import INDEX
+from wanda_kernels.models.checkpoint import INDEX
 from wanda_kernels.text import load_calibration
 
 FAULTS = ("none", "disk full", "truncated", "wrong index", "NaN", "SIGTERM", "SIGINT", "SIGKILL")

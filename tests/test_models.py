@@ -82,13 +82,53 @@ def test_output_that_is_there(tmp_path):
     (tmp_path / "full" / "file").write_text("keep")
     with pytest.raises(FileExistsError, match="is not empty: choose another, or pass --overwrite"):
         save_pretrained(tmp_path / "full", tiny.model())
+    with pytest.raises(FileExistsError, match=r"holds no model .* it is not overwritten"):
+        save_pretrained(tmp_path / "full", tiny.model(), overwrite=True)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+    (tmp_path / "full" / "config.json").write_text('{"model_type": "llama"}')
     save_pretrained(tmp_path / "full", tiny.model(), overwrite=True)
     assert not (tmp_path / "full" / "file").exists()
     assert (tmp_path / "full" / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     with pytest.raises(NotADirectoryError, match=r"config.json is a file"):
         check_output(tmp_path / "full" / "config.json" / "x", overwrite=True)
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    """Two commands into one folder: the later one says so, and its work is not lost."""
+    model = tiny.model()
+    write_weights = model.save_pretrained
+
+    def another_is_faster(folder):
+        write_weights(folder)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("keep")
+
+    monkeypatch.setattr(model, "save_pretrained", another_is_faster)
+    with pytest.raises(
+        FileExistsError, match="written by another command meanwhile; what this run made is whole in"
+    ) as e:
+        save_pretrained(tmp_path / "out", model)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+    assert load_model(str(e.value).rpartition(" ")[2]) is not None
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "n" * 250, "a/" + "n" * 250, "gone"])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match=r"output folder .*(is a file|name is too long|is a link to nothing)"):
+        check_output(tmp_path / name, overwrite=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone"]
+
+
+def test_the_model_is_not_written_over(tmp_path):
+    saved.save_model(tmp_path / "m")
+    for out in (tmp_path / "m", tmp_path / "m" / "out", tmp_path):
+        with pytest.raises(ValueError, match="must not lie in each other"):
+            check_output(out, overwrite=True, source=tmp_path / "m")
+    check_output(tmp_path / "out", overwrite=True, source=tmp_path / "m")
 
 
 @pytest.mark.parametrize("there_before", [False, True])

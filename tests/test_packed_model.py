@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_kernels import compress, decompress, prune
 from wanda_kernels.cli.app import main
+from wanda_kernels.models import load_model
 from wanda_kernels.packed import PackedLinear, dispatch, keep_prefill_copies
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
@@ -116,10 +118,10 @@ def test_many_tokens_unpack_no_whole_weight(form):
     layer = PackedLinear.from_linear(dense, form)
     x = torch.randn(1, 40, 64)  # y: 15 MiB; more tokens than the packed product takes at once
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        y = layer._dense_product(x)
+        y = layer._dense_product(x, layer.packed(), layer.bias)
     assert 2 << 20 <= max(event.self_cpu_memory_usage for event in profile.events()) <= 16 << 20
     torch.testing.assert_close(y, dense(x))
-    torch.testing.assert_close(layer._packed_product(x), dense(x))
+    torch.testing.assert_close(layer._packed_product(x, layer.packed(), layer.bias), dense(x))
     torch.testing.assert_close(layer(x), dense(x))
     x.requires_grad_()
     layer(x).sum().backward()  # with gradients, in one piece
@@ -178,9 +180,11 @@ def test_strange_configs_are_refused(tmp_path, change, message):
 
 def test_refusals():
     model = tiny.model(**WIDE)
-    with pytest.raises(ValueError, match="no linear layer of the model would shrink: prune it first"):
+    with pytest.raises(
+        ValueError, match=r"can be packed: q_proj, .* too few of its weights are zero .*: prune it first"
+    ):
         compress(model)
-    with pytest.raises(ValueError, match="would shrink as 2:4"):
+    with pytest.raises(ValueError, match=r"can be packed as 2:4: .*keep more than two weights"):
         compress(pruned(), "2:4")
     with pytest.raises(ValueError, match="format must be auto, bitmap or 2:4, got 'zip'"):
         compress(model, "zip")
@@ -201,6 +205,91 @@ def test_layers_that_do_not_shrink_stay_dense():
     assert report.formats["model.layers.0.mlp.up_proj"] == "dense"
     assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
     assert "1 dense" in str(report)
+    assert "dense: up_proj (1 layers, the first is model.layers.0.mlp.up_proj): too few" in str(report)
+
+
+def test_what_is_not_a_plain_linear_layer_stays_dense_and_computes_what_it_did():
+    class Rounded(torch.nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, torch.round(self.weight * 64) / 64, self.bias)
+
+    model = pruned()
+    layers = model.model.layers
+    layers[0].mlp.up_proj.__class__ = Rounded
+    layers[1].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output * 2)
+    layers[2].mlp.up_proj.forward = lambda x: x.repeat(1, 1, 2)[..., :192]
+    with torch.no_grad():
+        before = model(input_ids=tiny.ids()).logits
+        report = compress(model)
+        after = model(input_ids=tiny.ids()).logits
+    reasons = [report.dense[f"model.layers.{index}.mlp.up_proj"] for index in range(3)]
+    for reason, cause in zip(reasons, ("it is a Rounded", "it has hooks", "it has a forward of its own"), strict=True):
+        assert cause in reason
+    assert len(report.dense) == 3
+    torch.testing.assert_close(after, before)
+
+
+def test_a_width_that_cannot_be_packed_is_named_as_the_cause():
+    model = tiny.model(hidden_size=96, intermediate_size=160, head_dim=24)
+    prune(model, tiny.ids())
+    with pytest.raises(ValueError, match=r"gate_proj.*: it has 96 inputs, not a multiple of 64; down_proj.*160 inputs"):
+        compress(model)
+    model = tiny.model(**WIDE | {"intermediate_size": 160})
+    prune(model, tiny.ids())
+    assert "dense: down_proj (3 layers" in str(compress(model))
+
+
+def test_a_compiled_model_is_packed_under_its_own_names(tmp_path):
+    model = torch.compile(pruned())
+    compress(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    decompress(model)
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_that_of_a_dense_layer(pattern, dtype):
+    packed = pruned(pattern=pattern).to(dtype)
+    dense = copy.deepcopy(packed)
+    compress(packed)
+    for kind in (torch.bfloat16, torch.float16):
+        with torch.no_grad(), torch.autocast("cpu", dtype=kind):
+            want, got = dense(input_ids=tiny.ids()).logits, packed(input_ids=tiny.ids()).logits
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.02)
+
+
+def test_memory_that_was_never_filled_is_refused():
+    model = pruned()
+    compress(model)
+    shapes = copy.deepcopy(model).to("meta")(input_ids=tiny.ids().to("meta")).logits
+    assert shapes.shape == (5, 24, 128)
+    empty = model.to("meta").to_empty(device="cpu")
+    layer = empty.model.layers[0].mlp.up_proj
+    layer.weight_starts.fill_(2**30)
+    with pytest.raises(ValueError, match="row starts do not fit"):
+        layer(torch.randn(1, layer.in_features, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", ["bitmap", "2:4"])
+def test_a_packed_checkpoint_that_lacks_a_tensor_is_refused(form, tmp_path):
+    """By transformers' own from_pretrained, which would fill it with what is in memory."""
+    model = pruned("2:4" if form == "2:4" else None, family="llama biases")
+    compress(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    held = load_file(path)
+    layer = "model.layers.1.self_attn.q_proj"
+    names = [name for name in held if name.startswith(layer)]
+    assert len(names) == {"bitmap": 4, "2:4": 3}[form]
+    for name in (*names, "model.norm.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"):
+        save_file({key: tensor for key, tensor in held.items() if key != name}, path, {"format": "pt"})
+        for load in (AutoModelForCausalLM.from_pretrained, load_model):
+            with pytest.raises(ValueError, match=f"lack {name}"):
+                load(str(tmp_path))
 
 
 def test_command_line(tmp_path, capsys):

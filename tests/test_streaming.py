@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wanda_kernels import prune
-from wanda_kernels.streaming import checkpoint as checkpoints
+from wanda_kernels.models import checkpoint as checkpoints
 from wanda_kernels.streaming import stream_prune
 from wanda_kernels.streaming.activations import SpilledActivations, TwoFiles
 
@@ -229,6 +229,9 @@ def test_an_existing_folder_is_replaced_only_where_asked(tmp_path):
     model = save_sharded(tmp_path / "model")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(FileExistsError, match="holds no model"):
+        stream_prune(model, tmp_path / "out", tiny.ids(), overwrite=True)
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(FileExistsError, match="is not empty"):
         stream_prune(model, tmp_path / "out", tiny.ids())
     stream_prune(model, tmp_path / "out", tiny.ids(), overwrite=True)

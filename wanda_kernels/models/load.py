@@ -1,15 +1,25 @@
-"""Loads a causal language model: MODEL is a hub id, a local folder, or a ``.gguf`` file (dequantised)."""
+"""Loads a causal language model: MODEL is a hub id, a local folder, or a ``.gguf`` file (dequantised).
+
+The one place where models come from. What transformers only warns of (tensors that are missing, or that the model has
+no place for) is an error here: it fills what is missing with random numbers, and these would be pruned, evaluated and
+saved. Code that comes with a model is never run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .checkpoint import INDEX, SINGLE, Checkpoint
+
+ADAPTER = "adapter_config.json"
+SHOWN = 4  # names in an error
 DTYPES: dict[str, Any] = {
     "auto": "auto",
     "float32": torch.float32,
@@ -42,6 +52,11 @@ def _source(model: str) -> tuple[str, dict[str, str]]:
                 raise ValueError(f"{model} is not a GGUF file: it does not begin with 'GGUF'")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
+        if (path / ADAPTER).exists():
+            raise ValueError(
+                f"model folder {model} holds a LoRA adapter ({ADAPTER}): merge it into the model first "
+                "(peft: merge_and_unload), or take the adapter's files away"
+            )
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"model folder {model} holds no config.json")
         return str(path), {}
@@ -64,11 +79,22 @@ def _gguf_options() -> dict[str, Any]:
 def _explain(model: str, error: Exception) -> Exception:
     """One sentence for what goes wrong while reading a model; the cause stays attached."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return ValueError(
+            f"model {model} needs code of its own (auto_map), and a model's code is never run here: transformers "
+            f"{_transformers_version()} has no class for it"
+        )
     if not Path(model).expanduser().exists():
         return FileNotFoundError(
             f"model {model} is no local path and could not be had from the Hugging Face hub: {text[:300]}"
         )
     return ValueError(f"model {model} could not be read (incomplete or damaged?): {text[:300]}")
+
+
+def _transformers_version() -> str:
+    import transformers
+
+    return transformers.__version__
 
 
 def load_config(model: str) -> Any:
@@ -77,13 +103,52 @@ def load_config(model: str) -> Any:
 
     source, options = _source(model)
     try:
-        return AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:
         raise _explain(model, error) from error
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes the model of ``config``: a causal language model, or one that also takes
+    images, whose text decoder is what is pruned.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for chosen in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in chosen._model_mapping:
+            return chosen
+    raise ValueError(
+        f"{type(config).__name__} is the configuration of no causal language model that transformers knows"
+    )
+
+
+def weight_bytes(model: str, dtype: str = "auto") -> int | None:
+    """What the model's weights take on a disk in ``dtype``, without loading it; None where the files do not say."""
+    path = Path(model).expanduser()
+    if not any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return None
+    checkpoint = Checkpoint(path)
+    if dtype == "auto":
+        return checkpoint.size
+    width = DTYPES[dtype].itemsize
+    return sum(width * torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
+
+
+def check_choices(dtype: str, device: str, device_map: str | None = None) -> torch.device:
+    """The device. Raises ValueError or ImportError for what no model can be loaded with."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    target = choose_device(device)
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ImportError("device_map needs the accelerate package: pip install 'wanda_kernels[stream]'")
+    return target
+
+
 def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map: str | None = None) -> nn.Module:
-    """The model in evaluation mode, on ``device``.
+    """The model in evaluation mode, on ``device``, with exactly the tensors that its files hold.
 
     Args:
         model: a hub id, a folder as ``save_pretrained`` writes it, or a ``.gguf`` file.
@@ -92,27 +157,61 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
         device_map: as transformers takes it, instead of ``device``: ``auto`` spreads the model over all GPUs.
 
     Raises:
-        FileNotFoundError, ValueError: a model that is not there, or cannot be read.
+        FileNotFoundError, ValueError: a model that is not there, or cannot be read; files that lack tensors of the
+            model, or hold others; one with an adapter beside it; one that needs code of its own.
         ImportError: a ``.gguf`` file without the ``gguf`` package.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
-    target = choose_device(device)
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise ImportError("device_map needs the accelerate package: pip install 'wanda_kernels[stream]'")
+    target = check_choices(dtype, device, device_map)
     name, options = _source(model)
-    from transformers import AutoModelForCausalLM
-
+    chosen = auto_class(load_config(model))
     if "gguf_file" in options:
         options |= _gguf_options()
     if device_map is not None:
         options["device_map"] = device_map
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **options)
+        if "gguf_file" not in options and any((Path(name) / file).is_file() for file in (SINGLE, INDEX)):
+            Checkpoint(Path(name))  # damaged shards, an index that disagrees with them: transformers lets some pass
+        loaded, info = chosen.from_pretrained(
+            name, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True, **options
+        )
     except Exception as error:
         raise _explain(model, error) from error
+    _refuse_incomplete(model, info)
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"model {model} has a LoRA adapter beside it: merge it into the model first (merge_and_unload)"
+        )
     loaded.config._name_or_path = os.path.basename(os.path.normpath(model)) if Path(model).exists() else model
     return loaded.eval() if device_map is not None else loaded.eval().to(target)
+
+
+def _refuse_incomplete(model: str, info: dict[str, Any]) -> None:
+    """Raises ValueError where the files and the model do not hold the same tensors. ``info``: as transformers says."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        hint = ""
+        prefixes = {name[: -len(wanted)] for wanted in missing for name in unexpected if name.endswith(f".{wanted}")}
+        if prefixes:
+            hint = (
+                f"; they are there as '{min(prefixes)}*', as a wrapped model (torch.compile, data parallel) is saved: "
+                "save the model inside it (its _orig_mod or module)"
+            )
+        raise ValueError(f"model {model} is incomplete: its files lack {listed(missing)}{hint}")
+    if unexpected:
+        raise ValueError(
+            f"model {model} holds tensors that its config.json has no place for: {listed(unexpected)}; they would be "
+            "lost. Correct config.json, or take them out of the files (--stream copies them as they are)"
+        )
+    for kind in ("mismatched_keys", "error_msgs", "conversion_errors"):
+        if info.get(kind):
+            raise ValueError(f"model {model} does not fit its config.json: {listed(map(str, info[kind]))}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def load_tokenizer(model: str) -> Any:
@@ -121,8 +220,8 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
-        if not Path(model).expanduser().exists():
+        if not Path(model).expanduser().exists() or "trust_remote_code" in str(error):
             raise _explain(model, error) from error
         raise ValueError(f"the tokenizer of {model} could not be read: {' '.join(str(error).split())[:300]}") from error

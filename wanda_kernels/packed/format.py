@@ -89,14 +89,19 @@ def packed_bytes(weight: Tensor, form: str) -> int:
     return (int(kept(weight).sum()) + PADDING) * weight.element_size() + rows * (cols // 8) + 4 * (rows + 1)
 
 
+def check_format(wanted: str) -> None:
+    """Raises ValueError for what is no format."""
+    if wanted not in ("auto", *FORMATS):
+        raise ValueError(f"format must be auto, {' or '.join(FORMATS)}, got '{wanted}'")
+
+
 def choose_format(weight: Tensor, wanted: str = "auto") -> str | None:
     """The smaller format that fits (2:4 before a bitmap of its size), or None where a weight would not shrink.
 
     Args:
         wanted: ``auto``, or one of the formats: None then where that one does not fit or would not shrink.
     """
-    if wanted not in ("auto", *FORMATS):
-        raise ValueError(f"format must be auto, {' or '.join(FORMATS)}, got '{wanted}'")
+    check_format(wanted)
     if weight.shape[1] % COLUMNS:
         return None
     forms = ["2:4"] if wanted != "bitmap" and is_24(weight) else []
@@ -104,6 +109,19 @@ def choose_format(weight: Tensor, wanted: str = "auto") -> str | None:
     sizes = {form: packed_bytes(weight, form) for form in forms}
     best = min(sizes, key=lambda form: sizes[form], default=None)
     return best if best is not None and sizes[best] < weight.numel() * weight.element_size() else None
+
+
+def why_dense(weight: Tensor, wanted: str = "auto") -> str:
+    """Why :func:`choose_format` gives None for a weight, in words."""
+    if weight.shape[1] % COLUMNS:
+        return why_not_packable(weight.shape[1])
+    if wanted == "2:4" and not is_24(weight):
+        return "four of its columns keep more than two weights"
+    return "too few of its weights are zero to shrink it: prune it first"
+
+
+def why_not_packable(columns: int) -> str:
+    return f"it has {columns} inputs, not a multiple of {COLUMNS}"
 
 
 def _population(bitmap: Tensor) -> Tensor:

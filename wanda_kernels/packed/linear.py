@@ -104,21 +104,32 @@ class PackedLinear(nn.Module):
             self._is_valid = True
 
     def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if kind == "meta":  # shapes alone
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        if torch.is_autocast_enabled(kind):  # as nn.Linear: x, weight and bias in autocast's type
+            dtype = torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, enabled=False):
+                return self._multiply(x.to(dtype), dtype)
+        return self._multiply(x, self.weight.dtype)
+
+    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         self.validate()
+        values, *codes = self.packed()
+        packed = (values.to(dtype), *codes)
+        bias = None if self.bias is None else self.bias.to(dtype)
         if torch.is_grad_enabled() and x.requires_grad:  # the operators have no gradient
-            return linear(x, self.unpacked(), self.bias)
+            return linear(x, self.unpacked().to(dtype), bias)
         tokens = x.numel() // self.in_features
         candidates = {
-            "packed": lambda: self._packed_product(x),
-            "unpack": lambda: self._dense_product(x),
+            "packed": lambda: self._packed_product(x, packed, bias),
+            "unpack": lambda: self._dense_product(x, packed, bias),
         }
         form, copy = self.form, self._prefill
-        if copy is not None:
+        if copy is not None and dtype == copy.dtype:
             form += " + copy"
-            candidates["semi_structured"] = lambda: linear(x, copy, self.bias)
-        return dispatch.run(
-            (form, self.weight.dtype, self.out_features, self.in_features, tokens, x.device), candidates
-        )
+            candidates["semi_structured"] = lambda: linear(x, copy, bias)
+        return dispatch.run((form, dtype, self.out_features, self.in_features, tokens, x.device), candidates)
 
     def keep_prefill_copy(self) -> None:
         """Keep the weight as torch's semi-structured tensor too, for products with many tokens: 9/16 of the dense size
@@ -145,25 +156,27 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         self._prefill = None
+        self._is_valid = False  # to_empty() leaves what was in memory before
         return super()._apply(fn, recurse)
 
-    def _packed_product(self, x: Tensor) -> Tensor:
+    def _packed_product(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         # As many tokens at a time as the operators multiply without unpacking: for processors whose dense product is
         # slow in 16-bit types. Without AVX-512, 256 tokens of bfloat16 took 0.30 of torch's dense time (Zen 3, 4096 x
         # 4096).
         product: Callable[..., Tensor] = bitmap_linear if self.form == "bitmap" else sparse24_linear
         most = dispatch.direct_tokens(self.form, x.device)
         if x.numel() <= most * self.in_features:
-            return product(x, *self.packed(), self.bias)
+            return product(x, *packed, bias)
         parts = x.reshape(-1, self.in_features).split(most)
-        y = torch.cat([product(part, *self.packed(), self.bias) for part in parts])
+        y = torch.cat([product(part, *packed, bias) for part in parts])
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _dense_product(self, x: Tensor) -> Tensor:
+    def _dense_product(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         # On CUDA a band would be too small a product; a compiled graph would hold every band.
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return linear(x, self.unpacked(), self.bias)
-        return banded_linear(x, self.packed(), self.bias)
+            weight = unpack_bitmap(*packed) if self.form == "bitmap" else unpack_sparse24(*packed)
+            return linear(x, weight, bias)
+        return banded_linear(x, packed, bias)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._is_valid = False

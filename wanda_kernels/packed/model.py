@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..pruning.blocks import find_blocks
-from .format import PADDING, choose_format
+from ..pruning.blocks import Block, find_blocks, unwrapped, why_not_plain
+from .format import COLUMNS, PADDING, check_format, choose_format, why_dense, why_not_packable
 from .linear import PackedLinear
 
 
@@ -17,11 +17,13 @@ class PackedReport:
     """What :func:`compress` did.
 
     Attributes:
-        formats: layer -> its format, or ``dense`` where it would not have shrunk.
+        formats: layer -> its format, or ``dense`` where it stayed so.
+        dense: layer that stayed dense -> why.
         dense_bytes, packed_bytes: of the weights of all those layers, before and after.
     """
 
     formats: dict[str, str]
+    dense: dict[str, str]
     dense_bytes: int
     packed_bytes: int
 
@@ -29,7 +31,21 @@ class PackedReport:
         counts = {form: list(self.formats.values()).count(form) for form in ("2:4", "bitmap", "dense")}
         layers = ", ".join(f"{count} {form}" for form, count in counts.items() if count)
         share = self.packed_bytes / max(self.dense_bytes, 1)
-        return f"{layers}: {self.packed_bytes / 2**20:.1f} of {self.dense_bytes / 2**20:.1f} MiB ({share:.3f})"
+        total = f"{layers}: {self.packed_bytes / 2**20:.1f} of {self.dense_bytes / 2**20:.1f} MiB ({share:.3f})"
+        return "\n".join([total, *(f"dense: {line}" for line in stayed_dense(self.dense))])
+
+
+def stayed_dense(reasons: dict[str, str]) -> list[str]:
+    """A line for each reason in ``reasons`` (layer -> why it is dense): ``up_proj, gate_proj (4 layers, the first is
+    ..): why``."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in by_reason.items():
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        lines.append(f"{kinds} ({len(names)} layers, the first is {names[0]}): {reason}")
+    return lines
 
 
 def compress(model: nn.Module, format: str = "auto") -> PackedReport:
@@ -39,23 +55,28 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
         model: pruned; float32, bfloat16 or float16.
         format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap.
 
-    A layer that would not shrink stays dense. ``model.save_pretrained`` then writes a packed checkpoint, which
-    ``from_pretrained`` loads after ``import wanda_kernels``.
+    A layer that would not shrink, or that is not a plain ``nn.Linear`` (a subclass, one with hooks), stays dense; the
+    report says why. ``model.save_pretrained`` then writes a packed checkpoint, which ``from_pretrained`` loads after
+    ``import wanda_kernels``.
 
     Raises:
-        ValueError: an unknown format, a model that is packed already, or one without layers that shrink.
+        ValueError: an unknown format, a model that is packed already, or one in which every layer stays dense.
     """
+    check_format(format)
     if packed_layers(model):
         raise ValueError("the model is packed already")
-    report = PackedReport({}, 0, 0)
+    model = unwrapped(model)
+    report = PackedReport({}, {}, 0, 0)
     for block in find_blocks(model):
         for name, linear in block.linears.items():
             full = f"{block.name}.{name}"
-            form = choose_format(linear.weight.data, format)
+            special = why_not_plain(linear)
+            form = choose_format(linear.weight.data, format) if special is None else None
             report.formats[full] = form or "dense"
             size = linear.weight.numel() * linear.weight.element_size()
             report.dense_bytes += size
             if form is None:
+                report.dense[full] = special or why_dense(linear.weight.data, format)
                 report.packed_bytes += size
                 continue
             packed = PackedLinear.from_linear(linear, form).train(linear.training)
@@ -63,10 +84,22 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
             model.set_submodule(full, packed)
     layers = packed_layers(model)
     if not layers:
-        wanted = "" if format == "auto" else f" as {format}"
-        raise ValueError(f"no linear layer of the model would shrink{wanted}: prune it first")
+        raise ValueError(_nothing_packed(report.dense, format))
     _set_config(model, {name: describe(layer) for name, layer in layers.items()})
     return report
+
+
+def refuse_unpackable(blocks: list[Block]) -> None:
+    """Raises ValueError where no layer of any block could be packed, whatever is pruned: known from the shapes."""
+    widths = {f"{b.name}.{name}": linear.weight.shape[1] for b in blocks for name, linear in b.linears.items()}
+    if all(width % COLUMNS for width in widths.values()):
+        reasons = {name: why_not_packable(width) for name, width in widths.items()}
+        raise ValueError(_nothing_packed(reasons, "auto"))
+
+
+def _nothing_packed(reasons: dict[str, str], format: str) -> str:
+    wanted = "" if format == "auto" else f" as {format}"
+    return f"no linear layer of the model can be packed{wanted}: {'; '.join(stayed_dense(reasons))}"
 
 
 def decompress(model: nn.Module) -> None:
@@ -75,6 +108,7 @@ def decompress(model: nn.Module) -> None:
     Raises:
         ValueError: the model holds none.
     """
+    model = unwrapped(model)
     layers = packed_layers(model)
     if not layers:
         raise ValueError("the model is not packed")

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..models.load import listed
 from ..pruning.blocks import PACKED
 from .linear import PackedLinear
 from .model import packed_layers
@@ -64,6 +65,11 @@ class WandaPackedQuantizer(HfQuantizer):
             model.set_submodule(name, packed)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
+        # transformers marks what it loaded, fills the rest with whatever is in memory, and only warns
+        tensors = model.state_dict(keep_vars=True)
+        missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if missing:
+            raise ValueError(f"the packed checkpoint is incomplete: its files lack {listed(missing)}")
         for name, layer in packed_layers(model).items():
             try:
                 layer.validate()

@@ -1,4 +1,8 @@
-"""Finds what can be pruned: the decoder blocks of a model, and the linear layers inside each."""
+"""Finds what can be pruned: the decoder blocks of a model, and the linear layers inside each.
+
+The one place that decides what may be pruned (:func:`find_blocks`) and what may be replaced by a packed layer
+(:func:`why_not_plain`). What would be pruned in part, or in a place that the model does not compute with, is refused.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._checks import FLOATS
 
+_QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torchao.quantization", "bitsandbytes.")
+# Subclasses of nn.Linear that, without a bias, compute what it computes.
+_COMPUTE_AS_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+_COMPILED = "_orig_mod"  # where torch.compile keeps the module; its class takes a second to import
 PACKED = "wanda_packed"  # quant_method of packed checkpoints (wanda_kernels/packed)
 
 
@@ -26,9 +35,12 @@ def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
 
     Raises:
         ValueError: for a model that would be pruned wrongly: encoder-decoder models, blocks with weights that are
-            not in ``nn.Linear`` (fused expert tensors, convolutions), weights shared between layers, dtypes that
-            the kernels do not know, weights that are not on one device.
+            not in ``nn.Linear`` (fused expert tensors, convolutions, quantised layers), adapters, weights that are
+            computed from others (parametrisations, weight norm), weights shared between layers, dtypes that the
+            kernels do not know, weights that are not on one device, blocks that are wrapped one by one.
     """
+    model = unwrapped(model)
+    _refuse_adapters(model)
     config = getattr(model, "config", None)
     if getattr(getattr(config, "quantization_config", None), "quant_method", None) == PACKED:
         raise ValueError("the model is packed: unpack it first (wanda_kernels.decompress, or wanda-kernels decompress)")
@@ -45,6 +57,71 @@ def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
     if not meta:
         _refuse_devices(blocks, mapped=getattr(model, "hf_device_map", None) is not None)
     return blocks
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile(model)``: the names of its layers are those of its files."""
+    while _COMPILED in model._modules:
+        model = model.get_submodule(_COMPILED)
+    return model
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """LoRA factors are linear layers too, and merged or unmerged is the user's choice to make."""
+    wrapper = getattr(model, "peft_config", None) is not None or getattr(model, "_hf_peft_config_loaded", False)
+    layer = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if wrapper or layer is not None:
+        raise ValueError(
+            f"{type(model).__name__} holds adapters{f' ({layer})' if layer else ''}: merge them first (peft: "
+            "merge_and_unload), or take them off (unload)"
+        )
+
+
+def _refuse_computed_weights(name: str, module: nn.Module) -> None:
+    """A weight that is made anew at each forward pass loses its zeros without a word."""
+    if is_parametrized(module):
+        raise ValueError(f"{name} is parametrised: its weight is computed; remove_parametrizations makes it plain")
+    if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        raise ValueError(
+            f"{name} has no weight of its own but computes it (weight norm, torch.nn.utils.prune): make it plain first "
+            "(remove_weight_norm, prune.remove)"
+        )
+    if _COMPILED in module._modules or isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(
+            f"{name} is wrapped ({type(module).__name__}), which changes the names in the saved files: give the "
+            "module inside it"
+        )
+    quantised = type(module).__module__.startswith(_QUANTISED)
+    codes = [key for key, buffer in module._buffers.items() if _is_codes(buffer) and not _is_known(module, key)]
+    if quantised or codes:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) holds quantised weights{f' ({codes[0]})' if codes else ''}: they have "
+            "to be dequantised first"
+        )
+
+
+def _is_codes(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.dim() >= 2 and not buffer.is_floating_point() and buffer.dtype != torch.bool
+
+
+def _is_known(module: nn.Module, key: str) -> bool:
+    """What is not saved holds no weights: masks, positions."""
+    return key in module._non_persistent_buffers_set
+
+
+def why_not_plain(linear: nn.Linear) -> str | None:
+    """Why a layer must not be replaced by one that computes ``x @ weight.T + bias`` and no more; None if it may."""
+    if type(linear) is not nn.Linear:
+        known = f"{type(linear).__module__}.{type(linear).__qualname__}" in _COMPUTE_AS_LINEAR
+        return (
+            None
+            if known and linear.bias is None
+            else f"it is a {type(linear).__name__}, which may compute something else than nn.Linear"
+        )
+    if "forward" in vars(linear):
+        return "it has a forward of its own"
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return "it has hooks, which would be lost" if any(hooks) else None
 
 
 def _find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -71,6 +148,8 @@ def _find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _refuse_other_weights(block: Block) -> None:
     """A block whose matrices are not all in nn.Linear would be pruned in part without a word: refuse it."""
+    for name, module in block.module.named_modules():
+        _refuse_computed_weights(f"{block.name}.{name}".rstrip("."), module)
     in_linears = {id(linear.weight) for linear in block.linears.values()}
     others = [
         (name, parameter)

@@ -6,7 +6,8 @@ attention). Nothing is sized by ``max_position_embeddings``, and equal tensors o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from .blocks import Block
 
 
-class _LastBlockReachedError(Exception):
-    """Ends the recording forward pass: the final norm and lm_head are not needed."""
+class _BlocksDoneError(Exception):
+    """Ends the recording forward pass where the output embedding begins: it is not needed, and large."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +51,75 @@ def record_calls(
 ) -> Recording:
     """Run embedding and preparation of each batch of ``input_ids``; the blocks only note how they are called.
 
-    The first block's inputs go to ``keep``, where it is given, and else to ``Recording.hidden``.
+    The pass goes on to the output embedding, so that a model that runs its blocks more than once is found out. The
+    first block's inputs go to ``keep``, where it is given, and else to ``Recording.hidden``.
+
+    Raises:
+        ValueError: the model does not call each block exactly once, in order, or wants more of a block than its hidden
+            states.
     """
     recording = Recording(calls=[[] for _ in blocks])
     keep = keep or recording.hidden.append
-    originals = [block.module.__dict__.get("forward") for block in blocks]
+    order: list[int] = []
 
     def recorder(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             hidden, *rest = (kwargs.pop("hidden_states"), *args) if "hidden_states" in kwargs else args
-            if index == 0:
+            order.append(index)
+            if order == [0]:
                 keep(hidden)
             recording.calls[index].append(Call(tuple(rest), kwargs))
-            if index == len(blocks) - 1:
-                raise _LastBlockReachedError
             return hidden
 
         return forward
 
-    try:
-        for index, block in enumerate(blocks):
-            block.module.forward = recorder(index)
-        for number, input_ids in enumerate(batches):
+    def stop(*_args: Any, **_kwargs: Any) -> None:
+        raise _BlocksDoneError
+
+    stand_ins = [(block.module, recorder(index)) for index, block in enumerate(blocks)]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    with _forwards([*stand_ins, *([(head, stop)] if head is not None else [])]):
+        for input_ids in batches:
+            order.clear()
             try:
                 model(input_ids=input_ids, use_cache=False)
-            except _LastBlockReachedError:
-                _share_with_first_batch(recording)
-            if any(len(calls) != number + 1 for calls in recording.calls):
+            except _BlocksDoneError:
+                pass
+            except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+                if not order:
+                    raise
                 raise ValueError(
-                    f"{type(model).__name__} does not call each of its {len(blocks)} blocks exactly once, in "
-                    "order: it cannot be pruned block by block"
+                    f"{type(model).__name__} wants more of its blocks than their hidden states: it cannot be pruned "
+                    f"block by block ({type(error).__name__}: {error})"
+                ) from error
+            if order != list(range(len(blocks))):
+                raise ValueError(
+                    f"{type(model).__name__} does not call each of its {len(blocks)} blocks exactly once, in order "
+                    f"(it calls {_ordinals(order)}): it cannot be pruned block by block"
                 )
-    finally:
-        for block, original in zip(blocks, originals, strict=True):
-            del block.module.forward
-            if original is not None:
-                block.module.forward = original
+            _share_with_first_batch(recording)
     return recording
+
+
+def _ordinals(order: Sequence[int]) -> str:
+    """Which blocks were called, the first few of them."""
+    shown = ", ".join(map(str, order[:12]))
+    return f"{shown}, ... {len(order)} in all" if len(order) > 12 else shown or "none"
+
+
+@contextmanager
+def _forwards(stand_ins: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Other forwards in place of the modules' own, which come back whatever happens."""
+    originals = [module.__dict__.get("forward") for module, _ in stand_ins]
+    try:
+        for module, forward in stand_ins:
+            module.forward = forward
+        yield
+    finally:
+        for (module, _), original in zip(stand_ins, originals, strict=True):
+            module.__dict__.pop("forward", None)
+            if original is not None:
+                module.forward = original
 
 
 def _share_with_first_batch(recording: Recording) -> None:

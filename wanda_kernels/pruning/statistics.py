@@ -97,7 +97,7 @@ class BlockStatistics:
             )
 
     def _hold(self, source: str, x: Tensor) -> None:
-        self._held.append((source, x, x._version))
+        self._held.append((source, x, _version(x)))
         if self._hessians is not None:
             with self._stopwatch.measure("statistics"):
                 self._add_hessian(self._hessians, source, x)
@@ -112,7 +112,7 @@ class BlockStatistics:
 
     def _add(self, name: str, x: Tensor) -> None:
         self._called.append(name)
-        source = next((held for held, t, version in self._held if t is x and t._version == version), None)
+        source = next((held for held, t, version in self._held if t is x and _version(t) == version), None)
         if source is None:
             source = name
             self._hold(name, x)
@@ -162,6 +162,11 @@ class BlockStatistics:
                     )
                 by_source[name] = LayerInputs(norm, self._hessians[name] if self._hessians is not None else None)
         return {name: by_source[source] for name, source in self.source.items()}
+
+
+def _version(x: Tensor) -> int:
+    """Changes where a tensor is written in place; those made in inference mode do not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def norm_of_sequences(sqnorm: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.checkpoint import bytes_of, read_at, write_at
 from ..pruning.activations import Activations
-from .checkpoint import bytes_of, read_at, write_at
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import give_back_freed
+from ..models.checkpoint import DTYPES, Checkpoint, CheckpointWriter
 from ..pruning.activations import Activations
 from ..pruning.blocks import Block, refuse_non_finite
 from ..pruning.fusion import plans_to_list
@@ -19,7 +20,6 @@ from ..pruning.residence import Residence
 from ..pruning.run import Run
 from ..pruning.stopwatch import Stopwatch
 from .activations import SavedActivations, SpilledActivations
-from .checkpoint import DTYPES, Checkpoint, CheckpointWriter
 from .skeleton import drop, put, shared_names, tensor_of
 
 ALIGNMENT = 64  # bytes, as torch's own allocations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Processes
+from ..models.checkpoint import Checkpoint, CheckpointWriter
 from ..models.load import choose_device
 from ..models.save import check_bytes, check_output
 from ..pruning.blocks import Block, find_blocks
@@ -27,7 +28,6 @@ from ..pruning.selection import Target
 from ..pruning.stopwatch import Stopwatch
 from .activations import SavedActivations, SpilledActivations, Stored, TwoFiles
 from .blocks import Commit, StreamedBlocks
-from .checkpoint import Checkpoint, CheckpointWriter
 from .skeleton import build
 from .state import identity, refuse_other_run
 from .workfolder import WorkFolder, path_for, read_state

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.checkpoint import DTYPES, Checkpoint
 from ..models.load import load_config
-from .checkpoint import DTYPES, Checkpoint
 
 
 def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:

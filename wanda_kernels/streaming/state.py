@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .checkpoint import Checkpoint, bytes_of
+from .._version import __version__
+from ..models.checkpoint import Checkpoint, bytes_of
 
 SHOWN = 3  # differences in an error
 
@@ -29,7 +30,7 @@ def identity(
     data["environment"] = {
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "wanda_kernels": version("wanda_kernels"),
+        "wanda_kernels": __version__,
         "device": str(device.type),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "kernels": _backend.cpu_status if device.type == "cpu" else _backend.cuda_status,
