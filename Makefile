@@ -2,7 +2,7 @@
 # make test   the test suite                make lint   ruff, clang-format, mypy
 # make bench  every suite, measured side by side here, into benchmarks/results and the README
 # make soak   200 prunes of random models with faults; each ends whole or in a clear error (minutes)
-# make gpu    on a machine with a GPU: build, test, measure, record, in nine minutes
+# make gpu    on a machine with a GPU: build, measure, test, record, in nine minutes (gpu-short: the first 200 s)
 # make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
 #
 # PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs.
@@ -25,7 +25,7 @@ else
 PROVIDE_TORCH = $(BIN)/python -m pip install --quiet "$(TORCH)"
 endif
 
-.PHONY: demo test test-fast soak lint format bench gpu sass install clean help
+.PHONY: demo test test-fast soak lint format bench gpu gpu-short sass install clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -88,9 +88,13 @@ bench: $(STAMP)/test $(STAMP)/model
 	$(BIN)/python -m benchmarks.report
 
 # With the interpreter's own torch, Triton and transformers: nothing is installed, nothing is downloaded.
-GPU_OUT ?= gpu-results-$(shell date +%Y%m%d-%H%M%S)
+# OUT= an empty folder for the results.
+GPU_OUT ?= $(or $(OUT),gpu-results-$(shell date +%Y%m%d-%H%M%S))
 gpu:
-	$(PYTHON) -m benchmarks.gpu_suite --minutes 9 --out $(GPU_OUT)
+	$(PYTHON) -m benchmarks.gpu_suite --out $(GPU_OUT)
+
+gpu-short:
+	$(PYTHON) -m benchmarks.gpu_suite --short --out $(GPU_OUT)
 
 sass: $(STAMP)/torch
 	$(BIN)/python -m benchmarks.sass

@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -15,11 +14,9 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.places import RESULTS, ROOT, slug
 from wanda_kernels import _backend
 from wanda_kernels.cli.info import processor_name
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 @cache
@@ -68,11 +65,6 @@ def folder_name(device: torch.device | None = None) -> str:
     if device is None or device.type == "cpu":
         name += f" {found['cores']} cores {_backend.extension.isa() if _backend.extension else 'reference'}"
     return slug(name)
-
-
-def slug(name: str) -> str:
-    """In lower case, words with hyphens between them."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write_result(name: str, content: dict[str, Any], folder: Path | None = None) -> Path:

@@ -1,6 +1,6 @@
 """The stages of gpu_suite.py that are the project's own, each run in a process of its own.
 
-python -m benchmarks.gpu_stages environment|smoke|repeats|ceilings|main [--device cuda|cpu] [--quick]
+python -m benchmarks.gpu_stages kernels|environment|smoke|repeats|ceilings|main [--device cuda|cpu] [--quick]
 
 What a stage prints is its log; a line "figures: {..}" is kept as JSON, and the line "summary: .." goes to the summary.
 """
@@ -19,18 +19,40 @@ from torch import Tensor
 from benchmarks import operators, products
 from benchmarks.circumstances import circumstances
 from benchmarks.harness import Case, Settings, clone, seconds_of
+from wanda_kernels import _backend, ops
 from wanda_kernels.cli.info import gather
 from wanda_kernels.models.load import choose_device
 
 SHAPES = ((256, 4096), (64, 11008))
+TINY = ((64, 512),)  # --quick on a CPU, where the PyTorch reference may serve
 MAIN_SHAPE = ((4096, 4096),)
 REPETITIONS = 200
+
+
+def few_shapes(settings: Settings) -> operators.Shapes:
+    """With --quick."""
+    return TINY if settings.device.type == "cpu" else SHAPES[1:]
 
 
 def cases(settings: Settings, shapes: operators.Shapes) -> Iterator[Case]:
     """Every operator: prune_rows_, row_mask, prune_nm_, nm_mask, packing, statistics, products."""
     for suite in (operators.select, operators.nm, operators.stats, products.sparse):
         yield from suite(settings, shapes)
+
+
+def kernels(settings: Settings) -> str:
+    """What the operators run on; on a GPU, that it is CUDA kernels built for it."""
+    if settings.device.type == "cpu":
+        return f"{'' if _backend.extension else 'the PyTorch reference: '}{_backend.cpu_status}"
+    if _backend.extension is None:
+        raise SystemExit(f"summary: {_backend.cpu_status}")
+    if not _backend.extension.build_info().get("cuda"):
+        raise SystemExit("summary: wanda_kernels._C was built without CUDA kernels")
+    weight = torch.ones(32, 256, dtype=torch.bfloat16, device=settings.device)
+    ops.prune_rows_(weight, torch.ones(256, device=settings.device), 0.5)  # fails where it was built for another card
+    if int((weight == 0).sum()) != 32 * 128:
+        raise SystemExit(f"summary: prune_rows_ at 0.5 left {int((weight == 0).sum())} zeros in 32 x 256")
+    return _backend.cuda_status
 
 
 def environment(settings: Settings) -> str:
@@ -45,7 +67,7 @@ def environment(settings: Settings) -> str:
 def smoke(settings: Settings) -> str:
     """Every operator once, against the reference; all are tried, whatever fails."""
     wrong, number = [], 0
-    for case in cases(settings, SHAPES[1:] if settings.quick else SHAPES):
+    for case in cases(settings, few_shapes(settings) if settings.quick else SHAPES):
         number += 1
         torch.manual_seed(0)
         try:
@@ -62,7 +84,7 @@ def smoke(settings: Settings) -> str:
 def repeats(settings: Settings) -> str:
     """The same bits every time."""
     count, differing, number = 3 if settings.quick else REPETITIONS, [], 0
-    for case in cases(settings, SHAPES[:1]):
+    for case in cases(settings, few_shapes(settings) if settings.quick else SHAPES[:1]):
         number += 1
         torch.manual_seed(0)
         source = case.make()
@@ -110,7 +132,7 @@ def _best(call: Callable[[], Any], settings: Settings) -> float:
 def main_kernels(settings: Settings) -> str:
     """Each operator once, at one shape of LLaMA-7B: for a profiler."""
     number = 0
-    for case in cases(settings, SHAPES[1:] if settings.quick else MAIN_SHAPE):
+    for case in cases(settings, few_shapes(settings) if settings.quick else MAIN_SHAPE):
         if case.dtype == torch.bfloat16:
             case.run(case.make())
             number += 1
@@ -118,7 +140,8 @@ def main_kernels(settings: Settings) -> str:
 
 
 STAGES: dict[str, Callable[[Settings], str]] = {
-    "environment": environment, "smoke": smoke, "repeats": repeats, "ceilings": ceilings, "main": main_kernels,
+    "kernels": kernels, "environment": environment, "smoke": smoke, "repeats": repeats, "ceilings": ceilings,
+    "main": main_kernels,
 }  # fmt: skip
 
 

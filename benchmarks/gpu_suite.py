@@ -1,53 +1,79 @@
-"""Everything that only a GPU can settle, in one command: build, test, measure, record.
+"""Everything that only a GPU can settle, in one command: build, measure, test, record.
 
-    python -m benchmarks.gpu_suite --minutes 9 --out DIR [--only build,smoke] [--dry]     (make gpu)
+    python -m benchmarks.gpu_suite [--minutes 9] [--out DIR] [--only build,smoke] [--dry]     (make gpu)
+    python -m benchmarks.gpu_suite --short            what matters most, in 200 seconds (make gpu-short)
     python -m benchmarks.gpu_suite --record DIR       puts its rows into benchmarks/results/<device>/
 
-Stages run in order of value, each in a process of its own with a time limit; what one prints is on the disk at once,
-and a failure does not stop the next. DIR gets at most six files: summary.txt, log.txt, environment.json, figures.jsonl,
-rows.csv, ncu.csv. --dry runs the same plan on the CPU with tiny sizes; what needs a GPU's tools is only named.
+Stages run in order of value, each in a process of its own with a time limit. A failure does not stop the next, but
+nothing is timed where the kernels were not built for the card. DIR ($OUT, where that is set) gets at most seven files:
+summary.txt, log.txt, environment.json, figures.jsonl, rows.csv, ncu.csv, and for a moment one that replaces another.
+They are at most a few seconds old, whatever ends the run. --dry runs the same plan on the CPU with tiny sizes; what
+needs a GPU's tools is only named.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 
-from benchmarks.circumstances import RESULTS, ROOT, slug
-from benchmarks.records import Row, read, row_writer, writer
+from benchmarks.gpu_results import PROFILE, Results
+from benchmarks.places import RESULTS, ROOT, slug
+from benchmarks.records import Row, read, writer
 
-FILE_BYTES = 16 << 20
-LOG_BYTES = 800_000  # of a stage: twenty of them fit a file
 LEAST_SECONDS = 3.0  # a stage that has less is not begun
+GRACE_SECONDS = 5.0  # at the end of a limit: from the request to end to the end
+UPDATE_SECONDS = 2.0
 DRY_SLOWER = 10  # a CPU may be, and be busy
-PARTS = ".parts"  # in DIR while it runs
-MODELS = "7B,65B,3-8B"
+MINUTES, SHORT_MINUTES = 9.0, 200 / 60
+MODELS = "7B,3-8B,65B"
+SHORT = {  # seconds
+    "build": 85, "kernels": 15, "environment": 10, "smoke": 25, "ceilings": 12, "bench select": 23, "bench sparse": 23,
+}  # fmt: skip
 METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread"
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed,"
+    "sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct_of_peak_sustained_active,"
+    "launch__registers_per_thread"
 )
+OUR_KERNELS = "wanda|sqnorm|total_kernel"  # in mangled names: the namespace of the CUDA kernels, and Triton's
 
 
 @dataclass
 class Stage:
-    """``command`` after the interpreter, or a tool's own; ``dry`` is what runs with --dry (None: it is only named)."""
+    """``command`` after the interpreter, or a tool's own; ``dry`` is what runs with --dry (None: it is only named).
+
+    Attributes:
+        required: the run stops where it fails.
+        spare: it runs only where the limits of all later stages leave it its seconds.
+    """
 
     name: str
     seconds: float
     command: list[str]
     dry: list[str] | None = None
     tool: str | None = None
+    required: bool = False
+    spare: bool = False
+
+
+class StoppedError(KeyboardInterrupt):
+    """SIGINT or SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def plan(parts: Path) -> list[Stage]:
@@ -60,78 +86,95 @@ def plan(parts: Path) -> list[Stage]:
         return [python, "-m", "benchmarks.gpu_stages", stage, "--device", "cpu", "--quick"]
 
     def sanitizer(tool: str) -> Stage:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *own("smoke"), "--quick"]
-        return Stage(tool, 40, command, tool="compute-sanitizer")
+        """Of our kernels alone: it would spend its time on the reference's sorts."""
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        command += ["--kernel-name", f"regex={OUR_KERNELS}", *own("smoke"), "--quick"]
+        return Stage(tool, 25, command, tool="compute-sanitizer")
 
-    def bench(suite: str, seconds: float) -> Stage:
+    def bench(suite: str, seconds: float, spare: bool = False) -> Stage:
         shared = [python, "-m", "wanda_kernels", "bench", "--suite", suite, "--out", str(parts)]
         full = [*shared, "--device", "cuda", *([] if suite in ("end-to-end", "scaling") else ["--models", MODELS])]
-        return Stage(f"bench {suite}", seconds, full, [*shared, "--device", "cpu", "--quick"])
+        return Stage(f"bench {suite}", seconds, full, [*shared, "--device", "cpu", "--quick"], spare=spare)
 
     llama = [python, "-m", "benchmarks.random_llama"]
-    profile = ["ncu", "--csv", "--log-file", str(parts / "ncu.csv"), "--metrics", METRICS]
+    tiny_llama = [*llama, "--device", "cpu", "--quick", "--blocks", "2", "--samples", "2", "--length", "16"]
+    tests = [python, "-m", "pytest", "-m", "gpu and not slow", "--tb=short", "--maxfail", "30"]
+    tests += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *_test_files()]
+    # A card's clocks are not ours to set.
+    profile = ["ncu", "--clock-control", "none", "--csv", "--log-file", str(parts / PROFILE), "--metrics", METRICS]
     profile += ["--kernel-name", "regex:rows|nm_|pack|sqnorm|bitmap|sparse24"]
     return [
-        Stage("environment", 30, own("environment"), tiny("environment")),
-        Stage("build", 180, [python, "setup.py", "build_ext", "--inplace"], tool="nvcc"),
-        Stage("smoke", 60, own("smoke"), tiny("smoke")),
-        Stage("tests", 120, [python, "-m", "pytest", "-m", "gpu", "-q", "--maxfail", "30", "-p", "no:cacheprovider"]),
+        Stage("build", 100, [python, "-m", "benchmarks.gpu_build"], tool="nvcc", required=True),
+        Stage("kernels", 15, own("kernels"), tiny("kernels"), required=True),
+        Stage("environment", 10, own("environment"), tiny("environment")),
+        Stage("smoke", 35, own("smoke"), tiny("smoke")),
+        Stage("ceilings", 15, own("ceilings"), tiny("ceilings")),
+        bench("select", 35),
+        bench("sparse", 35),
+        Stage("llama-7b", 60, llama, tiny_llama),
+        bench("end-to-end", 30),
+        Stage("repeats", 20, own("repeats"), tiny("repeats")),
+        Stage("tests", 50, tests, [*tests, "--collect-only"]),
+        bench("nm", 20),
+        bench("stats", 15),
+        bench("scaling", 25, spare=True),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        sanitizer("synccheck"),
-        Stage("repeats", 40, own("repeats"), tiny("repeats")),
-        Stage("ceilings", 30, own("ceilings"), tiny("ceilings")),
-        bench("select", 40),
-        bench("sparse", 40),
-        bench("nm", 40),
-        bench("stats", 30),
-        bench("end-to-end", 60),
-        Stage("llama-7b", 90, llama, [*llama, "--device", "cpu", "--quick", "--blocks", "2", "--samples", "2",
-                                      "--length", "16"]),
-        bench("scaling", 30),
-        Stage("ncu", 60, [*profile, *own("main")], tool="ncu"),
-    ]  # fmt: skip
+        Stage("ncu", 30, [*profile, *own("main")], tiny("main"), tool="ncu"),
+    ]
 
 
-def run(out: Path, minutes: float, only: Sequence[str] = (), dry: bool = False) -> int:
+def _test_files() -> list[str]:
+    """What only a card can show first; pytest keeps the order of files, but not of a file and its folder."""
+    names = [path.name for path in (ROOT / "tests").glob("test_*.py")]
+    return [f"tests/{name}" for name in sorted(names, key=lambda name: (name != "test_gpu.py", name))]
+
+
+def short_plan(parts: Path) -> list[Stage]:
+    return [replace(stage, seconds=SHORT[stage.name]) for stage in plan(parts) if stage.name in SHORT]
+
+
+def run(out: Path, minutes: float, only: Sequence[str] = (), dry: bool = False, short: bool = False) -> int:
     """Runs the plan; 0 where no stage failed or ran out of time."""
-    parts = out / PARTS
-    stages = plan(parts)
-    names = [stage.name for stage in stages]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise ValueError(f"--only must be of {', '.join(names)}, got '{unknown[0]}'")
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"--out {out} is not empty: name a new folder")
-    parts.mkdir(parents=True)
     end = time.monotonic() + 60 * minutes
-    bad = 0
-    with (out / "summary.txt").open("w") as summary:
-
-        def tell(line: str) -> None:
-            print(line, flush=True)
-            summary.write(line + "\n")
-            summary.flush()
-
-        tell(f"{'dry run, ' if dry else ''}{len(only) or len(stages)} stages, {minutes:g} minutes, results in {out}")
-        for stage in stages:
-            if only and stage.name not in only:
-                continue
+    with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
+        parts = Path(scratch)
+        stages = short_plan(parts) if short else plan(parts)
+        names = [stage.name for stage in stages]
+        unknown = [name for name in only if name not in names]
+        if unknown:
+            raise ValueError(f"--only must be of {', '.join(names)}, got '{unknown[0]}'")
+        if out.exists() and any(out.iterdir()):
+            raise FileExistsError(f"--out {out} is not empty: name a new folder")
+        if only:  # on a GPU never without a look at what would run
+            stages = [stage for stage in stages if stage.name in only or (stage.name == "kernels" and not dry)]
+        results = Results(out, parts)
+        results.tell(f"{'dry run, ' if dry else ''}{len(stages)} stages, {minutes:g} minutes, results in {out}")
+        bad = 0
+        for number, stage in enumerate(stages):
+            left = end - time.monotonic()
+            later = sum(other.seconds for other in stages[number + 1 :] if not other.spare)
             try:
-                verdict, seconds, note = _run_stage(stage, parts, dry, end - time.monotonic())
+                if stage.spare and left - later < stage.seconds:
+                    verdict, seconds, note = "skipped", 0.0, f"its {stage.seconds:g} s do not fit"
+                else:
+                    verdict, seconds, note = _run_stage(stage, results, dry, left)
             except KeyboardInterrupt:
-                _collect(out, parts)
-                tell(f"{stage.name:<17} interrupted")
+                results.tell(f"{stage.name:<17} interrupted")
                 raise
+            results.tell(f"{stage.name:<17} {verdict:<12} {seconds:6.1f} s  {note[:160]}")
             bad += verdict in ("failed", "out of time")
-            tell(f"{stage.name:<17} {verdict:<12} {seconds:6.1f} s  {note[:160]}")
-            _collect(out, parts)
-        tell("all passed" if bad == 0 else f"{bad} stages failed: see log.txt")
-    shutil.rmtree(parts)
+            if stage.required and verdict not in ("ok", "dry"):
+                for failed in (other for other in stages[: number + 1] if other.required):
+                    for line in results.reason(failed.name):
+                        results.tell(f"  {failed.name}: {line}")
+                results.tell(f"stopped: without '{stage.name}' the rest would say nothing of the kernels")
+                return 1
+        results.tell("all passed" if bad == 0 else f"{bad} stages failed: see log.txt")
     return 1 if bad else 0
 
 
-def _run_stage(stage: Stage, parts: Path, dry: bool, left: float) -> tuple[str, float, str]:
+def _run_stage(stage: Stage, results: Results, dry: bool, left: float) -> tuple[str, float, str]:
     """Verdict, seconds, a note."""
     command = stage.dry if dry else stage.command
     if dry and command is None:
@@ -139,26 +182,31 @@ def _run_stage(stage: Stage, parts: Path, dry: bool, left: float) -> tuple[str, 
     assert command is not None
     environment = _environment()
     if not dry and stage.tool and shutil.which(stage.tool, path=environment["PATH"]) is None:
-        return "skipped", 0.0, f"{stage.tool} is not installed"
+        return "failed" if stage.required else "skipped", 0.0, f"{stage.tool} is not installed"
     if left < LEAST_SECONDS:
         return "skipped", 0.0, "no time left"
-    log = parts / f"{stage.name.replace(' ', '-')}.log"
     start = time.monotonic()
-    with log.open("w") as file:
-        child = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            code: int | None = child.wait(timeout=min(stage.seconds * (DRY_SLOWER if dry else 1), left))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(child)
+    limit = min(stage.seconds * (DRY_SLOWER if dry else 1), left)
+    grace = min(GRACE_SECONDS, limit / 2)
+    results.begin(stage.name)
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=results.log, stderr=subprocess.STDOUT, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        code = _wait(child, stage, results, limit - grace)
+        if code is None:
+            _interrupt(child, stage, results, grace)
+    except KeyboardInterrupt:
+        _interrupt(child, stage, results, grace)
+        raise
+    finally:
+        _kill(child)
+        results.end()
     verdict = "out of time" if code is None else "ok" if code == 0 else "failed"
-    note = _note(log, code)
+    note = results.note(verdict != "ok")
     if stage.name.startswith("bench ") and not note:
-        files = parts.glob(f"{stage.name.removeprefix('bench ')}.csv*")
-        note = f"{sum(len(read(path)) for path in files)} rows"
+        note = f"{results.row_count(stage.name.removeprefix('bench '))} rows"
     return verdict, time.monotonic() - start, note
 
 
@@ -169,48 +217,37 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _wait(child: subprocess.Popen[bytes], stage: Stage, results: Results, seconds: float) -> int | None:
+    """Its exit code, or None where it still runs; the results are brought up to date meanwhile."""
+    start = time.monotonic()
+    while child.poll() is None:
+        waited = time.monotonic() - start
+        if waited >= seconds:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(min(UPDATE_SECONDS, seconds - waited))
+        results.update(f"{stage.name:<17} running")
+    return child.returncode
+
+
+def _interrupt(child: subprocess.Popen[bytes], stage: Stage, results: Results, grace: float) -> None:
+    """Asks it and all that it started to end, and gives it time to say how far it came."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGINT)
+    _wait(child, stage, results, grace)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
     """The process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
-def _note(log: Path, code: int | None) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    found = [line.removeprefix("summary: ") for line in lines if line.startswith("summary: ")]
-    if found:
-        return found[-1]
-    return lines[-1] if lines and (code or "passed" in lines[-1]) else ""
-
-
-def _collect(out: Path, parts: Path) -> None:
-    """Everything so far, packed: logs one after the other, rows of all suites, figures, a profile."""
-    logs = sorted(parts.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    with (out / "log.txt").open("w") as file, (out / "figures.jsonl").open("w") as figures:
-        for path in logs:
-            text = path.read_text(errors="replace")
-            cut = "" if len(text) <= LOG_BYTES else f"\n[{len(text) - LOG_BYTES} characters cut]"
-            file.write(f"==== {path.stem}\n{text[:LOG_BYTES]}{cut}\n")
-            for line in text.splitlines():
-                if line.startswith("figures: "):
-                    _keep(line.removeprefix("figures: "), out, figures)
-    rows = [row for path in sorted(parts.glob("*.csv*")) if path.name != "ncu.csv" for row in read(path)]
-    with (out / "rows.csv").open("w", newline="") as file:
-        write = row_writer(file)
-        for row in rows:
-            write(row)
-    profile = parts / "ncu.csv"
-    if profile.exists():
-        (out / "ncu.csv").write_bytes(profile.read_bytes()[:FILE_BYTES])
-
-
-def _keep(text: str, out: Path, figures: object) -> None:
-    found = json.loads(text)
-    if "environment" in found:
-        (out / "environment.json").write_text(json.dumps(found["environment"], indent=2) + "\n")
-    else:
-        print(json.dumps(found), file=figures)  # type: ignore[call-overload]
+def _stop(number: int, _frame: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):  # the end takes seconds: once is enough
+        signal.signal(each, signal.SIG_IGN)
+    raise StoppedError(number)
 
 
 def record(folder: Path) -> list[Path]:
@@ -233,9 +270,10 @@ def record(folder: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--minutes", type=float, help=f"default: {MINUTES:g}, with --short {SHORT_MINUTES:.1f}")
+    parser.add_argument("--out", type=Path, help="default: $OUT, or gpu-results")
     parser.add_argument("--only", default="", metavar="STAGE,STAGE,..")
+    parser.add_argument("--short", action="store_true", help="what matters most")
     parser.add_argument("--dry", action="store_true", help="the plan on the CPU, with tiny sizes")
     parser.add_argument("--record", type=Path, metavar="DIR", help="take over the rows of a run, and run nothing")
     options = parser.parse_args()
@@ -244,12 +282,16 @@ def main() -> None:
             print("\n".join(f"wrote {path}" for path in record(options.record)))
             return
         only = [name.strip() for name in options.only.split(",") if name.strip()]
-        sys.exit(run(options.out, options.minutes, only, options.dry))
+        out = options.out or Path(os.environ.get("OUT") or "gpu-results")
+        minutes = options.minutes or (SHORT_MINUTES if options.short else MINUTES)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+        sys.exit(run(out, minutes, only, options.dry, options.short))
     except (OSError, ValueError) as error:
         sys.exit(f"gpu_suite: error: {error}")
-    except KeyboardInterrupt:
+    except StoppedError as stopped:
         print("interrupted; what was measured is in the folder", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped.number)
 
 
 if __name__ == "__main__":

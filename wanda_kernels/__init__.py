@@ -5,12 +5,10 @@ holds the operators; ``wanda-kernels --help`` is the command line. Once this pac
 packed models.
 """
 
-from importlib.metadata import version
-
 from . import ops
+from ._version import __version__
 from .packed import compress, decompress
 from .pruning import LayerReport, Owl, PruningReport, prune
 from .text import perplexity
 
-__version__ = version("wanda_kernels")
 __all__ = ["LayerReport", "Owl", "PruningReport", "__version__", "compress", "decompress", "ops", "perplexity", "prune"]

@@ -10,9 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.console import Console
 from rich.table import Table
 
+from .._version import __version__
 from .options import Debug
 
-PACKAGES = ("wanda_kernels", "torch", "transformers", "triton", "safetensors", "datasets", "gguf", "lm_eval")
+PACKAGES = ("torch", "transformers", "triton", "safetensors", "datasets", "gguf", "lm_eval")
 
 
 def _version(package: str) -> str:
@@ -38,7 +39,8 @@ def gather() -> dict[str, dict[str, str]]:
     from .. import _backend
     from ..packed import dispatch
 
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version(), "wanda_kernels": __version__}
+    versions |= {name: _version(name) for name in PACKAGES}
     backends = {"cpu": _backend.cpu_status, "cuda": _backend.cuda_status}
     backends["triton"] = "installed" if importlib.util.find_spec("triton") else "not installed"
     cpu = {"processor": processor_name(), "cores": str(os.cpu_count()), "torch threads": str(torch.get_num_threads())}
