@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -45,9 +46,42 @@ def start(model: Path, out: Path, **options) -> multiprocessing.process.BaseProc
     return process
 
 
-def run_command(arguments: list[str], said: Path, file_limit: int | None) -> None:
+def die_while_publishing(step: int) -> None:
+    """SIGKILL of this process at the ``step``-th thing that it does to files from the writing of config.json on: the
+    small files, the rename, the removal of what is left."""
+    seen = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "ctypes.dlsym"):
+            return
+        if not seen and not (
+            event == "open" and ".partial" in str(arguments[0]) and "config.json" in str(arguments[0])
+        ):
+            return
+        seen += 1
+        if seen > step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def run_and_die(model: Path, out: Path, step: int, options: dict) -> None:
+    die_while_publishing(step)
+    run(model, out, options)
+
+
+def start_and_die(model: Path, out: Path, step: int, **options) -> multiprocessing.process.BaseProcess:
+    process = CONTEXT.Process(target=run_and_die, args=(model, out, step, options))
+    process.start()
+    return process
+
+
+def run_command(arguments: list[str], said: Path, file_limit: int | None, die_at: int | None = None) -> None:
     """``wanda-kernels`` with ``arguments``; what it prints goes to the file ``said``; no file may pass the limit."""
     torch.set_num_threads(1)
+    if die_at is not None:
+        die_while_publishing(die_at)
     with said.open("w") as file:
         for fd in (1, 2):
             os.dup2(file.fileno(), fd)
@@ -56,8 +90,10 @@ def run_command(arguments: list[str], said: Path, file_limit: int | None) -> Non
     main(arguments)
 
 
-def start_command(arguments: list, said: Path, file_limit: int | None = None) -> multiprocessing.process.BaseProcess:
-    process = CONTEXT.Process(target=run_command, args=([str(part) for part in arguments], said, file_limit))
+def start_command(
+    arguments: list, said: Path, file_limit: int | None = None, die_at: int | None = None
+) -> multiprocessing.process.BaseProcess:
+    process = CONTEXT.Process(target=run_command, args=([str(part) for part in arguments], said, file_limit, die_at))
     process.start()
     return process
 

@@ -6,9 +6,12 @@ writes have neither fault. Format: https://huggingface.co/docs/safetensors (8 by
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +74,26 @@ def write_at(fd: int, buffer: memoryview | bytes, offset: int) -> None:
         done += os.pwritev(fd, [buffer[done : done + CHUNK]], offset + done)
 
 
+def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
+    """Opens a file that this package wrote, or writes: a descriptor.
+
+    Raises:
+        OSError: it is a link, no plain file, known by a second name, or another user's: what is written there would
+            be written elsewhere.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(f"{path} is a link: it is not followed") from error
+        raise
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+        os.close(fd)
+        raise OSError(f"{path} is not a plain file of this user's under one name: it is not used")
+    return fd
+
+
 class Checkpoint:
     """The tensors of a model folder.
 
@@ -101,10 +124,13 @@ class Checkpoint:
     def _add_shards(self) -> None:
         path = self.folder / INDEX
         try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no index of a checkpoint: {type(error).__name__}: {error}") from error
+            index = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no index of a checkpoint: {error}") from error
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{path} is no index of a checkpoint: its weight_map must name a file for each tensor")
+        names = sorted(set(weight_map.values()))
         for name in names:
             if os.path.basename(name) != name:
                 raise ValueError(f"{path} names the shard '{name}': it must lie in the same folder")
@@ -142,6 +168,11 @@ class Checkpoint:
         """Bytes of all the files."""
         heads = sum(len(head) for head in self.files.values())
         return heads + sum(entry.size for entry in self.entries.values())
+
+    def size_of(self, name: str) -> int:
+        """Bytes of the file ``name``."""
+        ends = (entry.end for entry in self.entries.values() if entry.file == name)
+        return max(ends, default=len(self.files[name]))
 
     def fd(self, name: str) -> int:
         if name not in self._fds:
@@ -183,7 +214,7 @@ class CheckpointWriter:
     """Files with the names, headers and places of another checkpoint's, written in any order.
 
     Args:
-        folder: to write to; files that are there already are gone on with.
+        folder: to write to.
         source: whose tensors go to the same places.
     """
 
@@ -191,14 +222,13 @@ class CheckpointWriter:
         self._folder = folder
         self._source = source
         self._fds: dict[str, int] = {}
-        self._touched: set[int] = set()
+        self._touched: set[str] = set()
 
     def _fd(self, name: str) -> int:
         if name not in self._fds:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            self._fds[name] = os.open(self._folder / name, flags, 0o644)
+            self._fds[name] = open_own(self._folder / name, os.O_RDWR | os.O_CREAT, 0o644)
             write_at(self._fds[name], self._source.files[name], 0)
-        self._touched.add(self._fds[name])
+        self._touched.add(name)
         return self._fds[name]
 
     def write(self, tensor: str, data: Tensor) -> None:
@@ -221,10 +251,42 @@ class CheckpointWriter:
             self._fd(name)
 
     def sync(self) -> None:
-        """What was written so far is on the disk, or an error says why not."""
-        for fd in self._touched:
-            os.fdatasync(fd)
+        """What was written so far is on the disk, under its name, or an error says why not."""
+        for name in self._touched:
+            self._check_name(name)
+            os.fdatasync(self._fds[name])
         self._touched.clear()
+
+    def _check_name(self, name: str) -> None:
+        path, found = self._folder / name, os.fstat(self._fds[name])
+        if found.st_nlink == 0 or not path.exists() or not os.path.samestat(found, os.lstat(path)):
+            raise FileNotFoundError(f"{path} was removed while it was written")
+
+    def check_written(self, tensors: Iterable[str]) -> None:
+        """Raises ValueError where a file is too short to hold the ``tensors`` that were written to it, is gone or is
+        no longer a plain file."""
+        ends: dict[str, int] = {}
+        for tensor in tensors:
+            entry = self._source.entries[tensor]
+            ends[entry.file] = max(entry.end, ends.get(entry.file, 0))
+        for name, end in ends.items():
+            path = self._folder / name
+            try:
+                fd = open_own(path, os.O_RDONLY)
+            except OSError as error:
+                raise ValueError(f"{path} is gone or no plain file: {error}") from error
+            size = os.fstat(fd).st_size
+            os.close(fd)
+            if not end <= size <= self._source.size_of(name):
+                raise ValueError(f"{path} has {size} bytes, at least {end} were written")
+
+    def check_whole(self) -> None:
+        """Raises OSError where a file has not the size, or lies no longer under the name, that it must have."""
+        for name in self._source.files:
+            self._check_name(name)
+            size, wanted = os.fstat(self._fds[name]).st_size, self._source.size_of(name)
+            if size != wanted:
+                raise OSError(f"{self._folder / name} has {size} bytes, it must have {wanted}")
 
     def close(self) -> None:
         for fd in self._fds.values():

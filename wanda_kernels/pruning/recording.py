@@ -6,7 +6,7 @@ attention). Nothing is sized by ``max_position_embeddings``, and equal tensors o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,19 @@ class Recording:
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
+
+    def blocks_hand_on_more(self) -> bool:
+        """Whether blocks give later ones more than hidden states: through a mapping that several are called with, as
+        Gemma 4's shared keys and values."""
+        for batch in zip(*self.calls, strict=True):
+            found: dict[int, int] = {}
+            for call in batch:
+                for value in (*call.args, *call.kwargs.values()):
+                    if isinstance(value, MutableMapping):
+                        found[id(value)] = found.get(id(value), 0) + 1
+            if any(count > 1 for count in found.values()):
+                return True
+        return False
 
 
 def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:
@@ -137,7 +150,7 @@ def _share_with_first_batch(recording: Recording) -> None:
             return kept
         if isinstance(new, tuple | list) and type(new) is type(old) and len(new) == len(old):
             return type(new)(share(a, b) for a, b in zip(new, old, strict=True))
-        if isinstance(new, dict) and isinstance(old, dict):
+        if isinstance(new, dict) and isinstance(old, dict) and new:  # an empty one is for the blocks to fill
             return {key: share(value, old.get(key)) for key, value in new.items()}
         return new
 

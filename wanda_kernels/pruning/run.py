@@ -49,6 +49,7 @@ class Run:
         self.residence = residence or Residence()
         self.processes = processes
         self.first = 0
+        self.can_resume = True
         self.samples = [range(0)]  # of each process
         self.layers: list[LayerReport] = []
         self.plans: dict[tuple, Plan] = {}  # by the kind of block
@@ -77,6 +78,12 @@ class Run:
         batches = self.share(batches)
         with self.stopwatch.measure("forward"):
             recording = record_calls(model, blocks, batches, hidden.append if self.first == 0 else lambda _: None)
+        self.can_resume = not recording.blocks_hand_on_more()
+        if not self.can_resume and self.first:
+            raise ValueError(
+                f"{type(model).__name__} hands more than hidden states from block to block (shared keys and values): a "
+                "run of it cannot be gone on with"
+            )
         owl = self.target.options.owl
         targets = [self.target] * len(blocks)
         self.progress.start(self._steps(len(blocks) - self.first, len(batches), propagate, exact_error))

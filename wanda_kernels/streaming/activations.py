@@ -12,20 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.checkpoint import bytes_of, read_at, write_at
+from .._checks import FLOATS
+from ..models.checkpoint import bytes_of, open_own, read_at, write_at
 from ..pruning.activations import Activations
+
+FLOAT_NAMES = {str(dtype).removeprefix("torch.") for dtype in FLOATS}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a state's activations lie: ``file``, one batch after the other."""
+    """What a state says of its activations: which of the two files, and the batches in it, one after the other. Where
+    the files lie it does not say: that is the run's to know."""
 
-    file: str
+    turn: int
     dtype: str
     shapes: list[list[int]]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Stored:
+        """Raises ValueError for what :meth:`to_dict` does not give."""
+        stored = cls(data.get("turn", 0), data.get("dtype", ""), data.get("shapes", []))
+        shapes = stored.shapes if isinstance(stored.shapes, list) else [None]
+        sound = [isinstance(s, list) and all(isinstance(n, int) and n > 0 for n in s) for s in shapes]
+        if stored.turn not in (0, 1) or stored.dtype not in FLOAT_NAMES or not shapes or not all(sound):
+            raise ValueError(f"its activations are described as {str(data)[:100]}")
+        return stored
+
+    @property
+    def bytes(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes) * getattr(torch, self.dtype).itemsize
 
 
 class TwoFiles:
@@ -42,22 +60,20 @@ class TwoFiles:
             return cls(work, "activations")
         return cls(Path(offload), f"wanda-{hashlib.sha256(str(work.absolute()).encode()).hexdigest()[:12]}")
 
-    @classmethod
-    def of(cls, path: str) -> TwoFiles:
-        """The two of which ``path`` is one."""
-        return cls(Path(path).parent, Path(path).name.rpartition("-")[0])
-
     def path(self, turn: int) -> str:
-        return str(self._paths[turn % 2].absolute())
-
-    def turn_of(self, path: str) -> int:
-        return [self.path(0), self.path(1)].index(path)
+        return str(self._paths[turn % 2])
 
     def fd(self, turn: int) -> int:
         turn %= 2
         if turn not in self._fds:
-            self._fds[turn] = os.open(self._paths[turn], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fds[turn] = open_own(self._paths[turn], os.O_RDWR | os.O_CREAT)
         return self._fds[turn]
+
+    def check(self, stored: Stored) -> None:
+        """Raises ValueError where the files do not hold what a state says."""
+        size = os.fstat(self.fd(stored.turn)).st_size
+        if size < stored.bytes:
+            raise ValueError(f"{self.path(stored.turn)} has {size} bytes, the state's activations {stored.bytes}")
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -107,14 +123,18 @@ class SavedActivations(Activations):
                 write_at(self._files.fd(turn), data, offset)
                 offset += len(data)
             os.fdatasync(self._files.fd(turn))
-            return _stored(self._files.path(turn), batches[0].dtype, [list(batch.shape) for batch in batches])
+            return _stored(turn, batches[0].dtype, [list(batch.shape) for batch in batches])
 
         return save
 
     def restore(self, stored: Stored) -> None:
-        for batch in _read_all(stored):
+        offset = 0
+        for shape in stored.shapes:
+            batch = torch.empty(shape, dtype=getattr(torch, stored.dtype))
+            read_at(self._files.fd(stored.turn), bytes_of(batch), offset, self._files.path(stored.turn))
+            offset += batch.numel() * batch.element_size()
             self.append(batch.to(self._device))
-        self._turn = self._files.turn_of(stored.file)
+        self._turn = stored.turn
 
 
 class SpilledActivations(Activations):
@@ -179,29 +199,15 @@ class SpilledActivations(Activations):
 
         def save() -> Stored:
             os.fdatasync(self._files.fd(turn))
-            return _stored(self._files.path(turn), self._dtype, self._shapes)
+            return _stored(turn, self._dtype, self._shapes)
 
         return save
 
     def restore(self, stored: Stored) -> None:
         self._dtype = getattr(torch, stored.dtype)
         self._shapes = stored.shapes
-        self._turn = self._files.turn_of(stored.file)
+        self._turn = stored.turn
 
 
-def _stored(path: str, dtype: torch.dtype, shapes: list[list[int]]) -> Stored:
-    return Stored(path, str(dtype).removeprefix("torch."), shapes)
-
-
-def _read_all(stored: Stored) -> list[Tensor]:
-    batches, offset = [], 0
-    fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for shape in stored.shapes:
-            batch = torch.empty(shape, dtype=getattr(torch, stored.dtype))
-            read_at(fd, bytes_of(batch), offset, stored.file)
-            offset += batch.numel() * batch.element_size()
-            batches.append(batch)
-    finally:
-        os.close(fd)
-    return batches
+def _stored(turn: int, dtype: torch.dtype, shapes: list[list[int]]) -> Stored:
+    return Stored(turn % 2, str(dtype).removeprefix("torch."), shapes)

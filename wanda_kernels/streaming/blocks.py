@@ -158,7 +158,7 @@ class StreamedBlocks(Residence):
                 for name in self._names[index]:
                     self._writer.write(name, self._view(index, name))
                 self._writer.sync()
-            if self._commit is not None:
+            if self._commit is not None and run.can_resume:
                 stored = None if saver is None else saver().to_dict()
                 self._commit({"done": index + 1, "layers": layers, "plans": plans, "activations": stored})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from .._words import to_json
 from ..distributed import Processes
 from ..models.checkpoint import Checkpoint, CheckpointWriter
 from ..models.load import choose_device
@@ -96,9 +96,10 @@ def stream_prune(
     alone = processes is None or processes.size == 1
     if resume and not alone:
         raise ValueError("resuming is for one process: several keep no state")
-    check_leftovers(out, resume, overwrite)
+    out = out.resolve() if out.is_symlink() else out
+    check_leftovers(out, resume, overwrite, model)
     if offload is not None and not Path(offload).is_dir():
-        raise NotADirectoryError(f"--offload {offload} is no folder")
+        raise NotADirectoryError(f"offload {offload} is no folder")
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"model folder {model} holds no config.json: only folders can be streamed")
     place = choose_device(device)
@@ -114,22 +115,23 @@ def stream_prune(
         "method": method, "sparsity": target.sparsity, "pattern": str(target.pattern) if target.pattern else None,
         "method options": target.options.to_dict(),
         "propagate": propagate, "batch_size": size, "exact_error": exact_error, "fuse_statistics": fuse_statistics,
+        "offload": None if offload is None else str(Path(offload).resolve()),
     }  # fmt: skip
     run = Run(target, Stopwatch(place), progress or Progress(), processes=processes)
     job = _Job(run, skeleton, blocks, checkpoint, ids, options, place, activation_memory)
     if processes is None or processes.is_first:
         begun_with = identity(options, ids, checkpoint, place)
-        with _work_folder(out, resume, begun_with) as (work, state):
-            check_bytes(work.path, checkpoint.size)
+        with _work_folder(out, job, resume, begun_with, offload) as (work, state):
 
             def commit(done: dict[str, Any]) -> None:
                 work.commit({"begun_with": begun_with, "blocks": len(blocks)} | done)
 
-            files = work.choose_files(state, offload)
-            job.work_through(state, files, CheckpointWriter(work.folder, checkpoint), commit if alone else None)
+            assert work.files is not None
+            writer = CheckpointWriter(work.folder, checkpoint)
+            job.work_through(state, work.files, writer, commit if alone else None)
             report = job.report()
             _add_small_files(work.folder, checkpoint, tokenizer, report)
-            work.publish()
+            work.publish(overwrite)
         return report
     files = TwoFiles.beside(path_for(out).with_suffix(f".rank{processes.rank}"), offload or out.parent)
     try:
@@ -166,6 +168,8 @@ class _Job:
                 with torch.no_grad(), evaluating(self.skeleton):
                     self._prune(streamed, stored, files)
             streamed.finish()
+            if writer is not None:
+                writer.check_whole()
         finally:
             streamed.close()
             files.close()
@@ -173,13 +177,33 @@ class _Job:
             if writer is not None:
                 writer.close()
 
+    def check_state(self, state: dict[str, Any], writer: CheckpointWriter, files: TwoFiles) -> None:
+        """Raises ValueError where ``state`` cannot be gone on from: another model's, or not what the files hold."""
+        if state["blocks"] != len(self.blocks):
+            raise ValueError(f"it is of {state['blocks']} blocks, the model has {len(self.blocks)}")
+        stored = self._go_on_from(state)
+        blocks = self.blocks[: self.run.first]
+        names = [f"{block.name}.{name}" for block in blocks for name in block.linears]
+        if [layer.name for layer in self.run.layers] != names:
+            raise ValueError(f"it reports on {len(self.run.layers)} layers, {len(names)} are done")
+        if (stored is None) != (self.ids is None or self.run.first == len(self.blocks)):
+            raise ValueError("its activations do not fit the number of blocks that are done")
+        if stored is not None:
+            assert self.ids is not None
+            sequences = sum(shape[0] for shape in stored.shapes)
+            if sequences != self.ids.shape[0]:
+                raise ValueError(f"its activations are of {sequences} sequences, there are {self.ids.shape[0]}")
+            files.check(stored)
+        done = tuple(f"{block.name}." for block in blocks)
+        writer.check_written(name for name in self.checkpoint.entries if name.startswith(done))
+
     def _go_on_from(self, state: dict[str, Any] | None) -> Stored | None:
         if state is None:
             return None
         self.run.first = state["done"]
         self.run.layers = [LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state["layers"]]
         self.run.plans = plans_from_list(state["plans"], [kind_of(block) for block in self.blocks])
-        return None if state["activations"] is None else Stored(**state["activations"])
+        return None if state["activations"] is None else Stored.from_dict(state["activations"])
 
     def _prune(self, streamed: StreamedBlocks, stored: Stored | None, files: TwoFiles) -> None:
         if self.ids is None:
@@ -221,18 +245,22 @@ class _Job:
         )
 
 
-def check_leftovers(out: Path, resume: bool, overwrite: bool) -> None:
+def check_leftovers(out: Path, resume: bool, overwrite: bool, source: str | Path | None = None) -> None:
     """Raises FileExistsError where ``out`` may not be written, or an unfinished run to it is there and neither
-    ``resume`` nor ``overwrite`` says what to do with it."""
-    check_output(out, overwrite)
-    state = read_state(out)
-    if state is not None and not resume and not overwrite:
+    ``resume`` nor ``overwrite`` says what to do with it. ``source``: the model."""
+    check_output(out, overwrite, source)
+    if overwrite and not resume:
+        return
+    if read_state(out) is not None and not resume:
         raise FileExistsError(f"{describe(out)}: pass --resume to go on, or --overwrite to start anew")
 
 
 def describe(out: Path) -> str | None:
-    """What an unfinished run to ``out`` left, in words; None if nothing."""
-    state = read_state(out)
+    """What an unfinished run to ``out`` left, in words; None if nothing that can be gone on with."""
+    try:
+        state = read_state(out)
+    except (ValueError, OSError):
+        return None
     if state is None:
         return None
     return f"{path_for(out)} holds an unfinished run, {state['done']} of {state['blocks']} blocks done"
@@ -240,30 +268,47 @@ def describe(out: Path) -> str | None:
 
 @contextmanager
 def _work_folder(
-    out: Path, resume: bool, begun_with: dict[str, Any]
+    out: Path, job: _Job, resume: bool, begun_with: dict[str, Any], offload: str | Path | None
 ) -> Iterator[tuple[WorkFolder, dict[str, Any] | None]]:
     """The folder and the state to go on from. What is worth going on with stays there after an error."""
     work = WorkFolder(out)
     try:
+        files = work.choose_files(offload)
         state = work.state() if resume else None
         if state is not None:
             refuse_other_run(state["begun_with"], begun_with, out)
+            try:
+                job.check_state(state, CheckpointWriter(work.folder, job.checkpoint), files)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"the unfinished run to {out} cannot be gone on with: {error}; pass --overwrite without "
+                    "--resume to start anew"
+                ) from error
+            work.keep_only(set(job.checkpoint.files))
+        there = sum(path.stat().st_size for path in work.folder.iterdir()) if state is not None else 0
+        check_bytes(work.path, job.checkpoint.size - there)
     except BaseException:
-        work.release()
+        _leave(work)
         raise
     if state is None:
-        work.clear()
+        work.begin()
     try:
         yield work, state
     except (ValueError, TypeError):  # of the input: it would end the same way again
         work.remove()
         raise
     except BaseException:
-        if work.state() is None:
-            work.remove()
-        else:
-            work.release()
+        _leave(work)
         raise
+
+
+def _leave(work: WorkFolder) -> None:
+    """What is there stays where there is something to go on with, or to look at."""
+    try:
+        is_empty = work.state() is None
+    except (ValueError, OSError):  # damaged: told where it is read to be gone on with
+        is_empty = False
+    work.remove() if is_empty else work.release()
 
 
 def _add_small_files(folder: Path, checkpoint: Checkpoint, tokenizer: Any, report: PruningReport) -> None:
@@ -273,4 +318,4 @@ def _add_small_files(folder: Path, checkpoint: Checkpoint, tokenizer: Any, repor
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     # Without the seconds, so that the same command gives the same bytes.
-    (folder / "pruning_report.json").write_text(json.dumps(report.to_dict(seconds=False), indent=2))
+    (folder / "pruning_report.json").write_text(to_json(report.to_dict(seconds=False)))

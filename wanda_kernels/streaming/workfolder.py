@@ -1,19 +1,27 @@
-"""The hidden folder beside the output: what is done so far, and the lock that keeps a second run out."""
+"""The hidden folder beside the output: what is done so far, and the lock that keeps a second run out.
+
+What lies there is believed only as far as it can be checked: links are not followed, other users' files are not used,
+and a state counts only for the very folder, by its inode, that it was written for. So the rename that publishes the
+folder makes the state void in the same moment: a run that is killed right after it leaves nothing to go on from.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
+from .._words import to_json
+from ..models.checkpoint import open_own
 from ..models.save import put_in_place
 from .activations import TwoFiles
 
-VERSION = 1
+VERSION = 2
 
 
 class WorkFolder:
@@ -27,28 +35,28 @@ class WorkFolder:
 
     Raises:
         RuntimeError: another process works on it.
+        OSError: it is a link, or another user's.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = path_for(out)
         self.folder = self.path / "folder"
+        self.files: TwoFiles | None = None
         out.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        self.folder.mkdir(exist_ok=True)
-        self.files: TwoFiles | None = None
 
-    def choose_files(self, state: dict[str, Any] | None, offload: str | Path | None) -> TwoFiles:
-        """Where activations go: as before if a state has some, else to ``offload``, or here."""
-        stored = state["activations"] if state is not None else None
-        self.files = TwoFiles.of(stored["file"]) if stored is not None else TwoFiles.beside(self.path, offload)
+    def choose_files(self, offload: str | Path | None) -> TwoFiles:
+        """Where activations go: to ``offload``, or here."""
+        self.files = TwoFiles.beside(self.path, offload)
         return self.files
 
     def _take_lock(self) -> int:
         while True:
-            self.path.mkdir(exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            _refuse_foreign(self.path)
             try:
-                fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fd = open_own(self.path / "lock", os.O_RDWR | os.O_CREAT)
             except FileNotFoundError:  # removed by a run that ended just now
                 continue
             try:
@@ -72,25 +80,36 @@ class WorkFolder:
     def commit(self, state: dict[str, Any]) -> None:
         """Replace ``state.json`` at once: a run that dies at any moment leaves the old or the new one."""
         temporary = self.path / "state.new"
-        with temporary.open("w") as file:
-            json.dump(state | {"version": VERSION}, file)
+        temporary.unlink(missing_ok=True)
+        content = state | {"version": VERSION, "folder": _inode(self.folder)}
+        with os.fdopen(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
+            file.write(to_json(content | {"digest": _digest(content)}, indent=None))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path / "state.json")
 
-    def clear(self) -> None:
-        """Forget what an earlier run left."""
-        path = self.path / "state.json"
-        # there may be no state, a damaged one, or one without activations
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            TwoFiles.of(json.loads(path.read_text())["activations"]["file"]).remove()
-        path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
+    def begin(self) -> None:
+        """An empty ``folder``, and nothing of an earlier run."""
+        (self.path / "state.json").unlink(missing_ok=True)
+        for files in (self.files, TwoFiles.beside(self.path, None)):
+            if files is not None:
+                files.remove()
+        if self.folder.is_symlink() or self.folder.is_file():
+            self.folder.unlink()
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(mode=0o755)
 
-    def publish(self) -> None:
-        """``folder`` becomes the output."""
-        put_in_place(self.folder, self.out)
+    def keep_only(self, names: set[str]) -> None:
+        """Takes away what ``folder`` holds beside the files ``names``: what is written there later must not be written
+        through a link."""
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def publish(self, overwrite: bool) -> None:
+        """``folder`` becomes the output; with it goes what makes the state valid."""
+        put_in_place(self.folder, self.out, overwrite)
         self.remove()
 
     def remove(self) -> None:
@@ -100,7 +119,7 @@ class WorkFolder:
         os.close(self._lock)
 
     def release(self) -> None:
-        """Leave it for :option:`--resume`."""
+        """Leave it for a run that goes on."""
         os.close(self._lock)
 
 
@@ -108,15 +127,53 @@ def path_for(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
+def _refuse_foreign(path: Path) -> None:
+    """Raises OSError where ``path`` is no folder of this user's own."""
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise OSError(f"{path} is a link, or not a folder of this user's: it is not used; take it away first")
+
+
+def _inode(folder: Path) -> list[int]:
+    found = os.lstat(folder)
+    return [found.st_dev, found.st_ino]
+
+
+def _digest(state: dict[str, Any]) -> str:
+    content = {key: value for key, value in state.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(json.loads(to_json(content)), sort_keys=True).encode()).hexdigest()
+
+
 def read_state(out: Path) -> dict[str, Any] | None:
-    """The state that an unfinished run to ``out`` left, or None."""
-    path = path_for(out) / "state.json"
-    if not path.exists():
+    """The state that an unfinished run to ``out`` left, or None: also where it was finished and published.
+
+    Raises:
+        ValueError: it is damaged, or what it speaks of is gone. OSError: it is a link, or another user's.
+    """
+    work = path_for(out)
+    if not os.path.lexists(work):
         return None
+    _refuse_foreign(work)
+    path = work / "state.json"
+    if not os.path.lexists(path):
+        return None
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        content = file.read()
+    advice = "pass --overwrite without --resume to start anew"
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; remove {path.parent} to start anew") from error
-    if state.get("version") != VERSION:
-        raise ValueError(f"{path} was written by another version of wanda_kernels: remove {path.parent} to start anew")
-    return state
+        raise ValueError(f"{path} is damaged: {error}; {advice}") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise ValueError(f"{path} was written by another version of wanda_kernels: {advice}")
+    if state.get("digest") != _digest(state):
+        raise ValueError(f"{path} is damaged: it was changed after it was written; {advice}")
+    done, blocks = state.get("done"), state.get("blocks")
+    if type(done) is not int or type(blocks) is not int or not 0 <= done <= blocks:
+        raise ValueError(f"{path} is damaged: {done} of {blocks} blocks are done; {advice}")
+    folder = work / "folder"
+    if os.path.lexists(folder) and _inode(folder) == state.get("folder"):
+        return state
+    if done == blocks:  # its folder became the output
+        return None
+    raise ValueError(f"{path} speaks of {folder}, which was taken away or replaced since; {advice}")
