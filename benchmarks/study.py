@@ -21,7 +21,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     files = [options.out / "calibration-text.txt", options.out / "evaluation-text.txt"]
     for file, half in zip(files, smollm2.text_halves(), strict=True):
-        file.write_text(half)
+        file.write_text(half, encoding="utf-8")
     arguments = ["study", str(smollm2.model_file()), "--out", str(options.out), "--paper", "--scale", options.scale]
     wanda_kernels([*arguments, "--dtype", "float32", "--calibration", str(files[0]), "--text", str(files[1])])
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
 
 import pytest
 import tiny
 import torch
 
 from wanda_kernels import compress, prune
-from wanda_kernels.finetune import fit, hold_masks, masked_lora, merge
+from wanda_kernels.finetune import fit, hold_masks, load_masked_lora, masked_lora, merge
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,12 +144,12 @@ def test_refusals():
     with pytest.raises(ValueError, match="no linear layer of the model holds zeros: prune it first"):
         masked_lora(tiny.model())
     model = pruned()
-    with pytest.raises(ValueError, match="lora_dropout: a masked adapter cannot have it"):
-        masked_lora(model, lora_dropout=0.1)
     with pytest.raises(ValueError, match="r: give rank"):
         masked_lora(model, r=4)
     with pytest.raises(ValueError, match=r"target_modules \['x_proj'\] are none of the model's pruned"):
         masked_lora(model, target_modules=["x_proj"])
+    with pytest.raises(ValueError, match="target_modules None, layers_to_transform 7 are none of the model's pruned"):
+        masked_lora(model, layers_to_transform=7)
     other = torch.optim.SGD(tiny.model().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="the optimizer trains none of the model's pruned weights"):
         hold_masks(model, other)
@@ -157,6 +162,184 @@ def test_refusals():
         model.lm_head.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="the loss of step 1 is nan: lower the learning rate"):
         fit(model, opt, tiny.ids(3, 8), steps=1)
+
+
+def count_zeros(model):
+    return sum(int((parameter == 0).sum()) for name, parameter in model.named_parameters() if "proj" in name)
+
+
+def documented_inits():
+    hint = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
+    literal = next(part for part in typing.get_args(hint) if typing.get_origin(part) is typing.Literal)
+    return [True, False, *typing.get_args(literal), "lora_ga", "pissa_niter_4", "OLoRA", "later", 1, None, ["pissa"]]
+
+
+@pytest.mark.parametrize("init", documented_inits(), ids=str)
+def test_an_initialisation_keeps_the_zeros_or_is_refused(init):
+    model = pruned()
+    before, weights = count_zeros(model), tiny.weights(model)
+    if init in ("gaussian", "orthogonal") or isinstance(init, bool):
+        wrapped, _ = train_lora(model, steps=3, init_lora_weights=init)
+        assert count_zeros(merge(wrapped)) == before
+        return
+    with pytest.raises(ValueError, match="init_lora_weights must be one of True, False, 'gaussian', 'orthogonal'"):
+        masked_lora(model, init_lora_weights=init)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora_dropout", 0.1), ("use_dora", True), ("lora_bias", True), ("bias", "all"), ("fan_in_fan_out", True),
+        ("modules_to_save", ["lm_head"]), ("trainable_token_indices", [1]), ("layer_replication", [(0, 2), (1, 3)]),
+        ("target_parameters", ["mlp.up_proj.weight"]), ("megatron_config", {}), ("alora_invocation_tokens", [1]),
+        ("use_qalora", True), ("ensure_weight_tying", True), ("loftq_config", {"loftq_bits": 4}),
+        ("arrow_config", peft.ArrowConfig()), ("eva_config", peft.EvaConfig()), ("of_no_version", 1),
+    ],
+)  # fmt: skip
+def test_other_options_are_refused_by_name(name, value):
+    model = pruned()
+    with pytest.raises(ValueError, match=f"^{name}: a masked adapter cannot have it, got .* it has alpha_pattern, .*"):
+        masked_lora(model, **{name: value})
+    assert not isinstance(model.model.layers[0].mlp.up_proj, peft.tuners.lora.LoraLayer)
+    default = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    if name in default:
+        masked_lora(model, **{name: getattr(peft.LoraConfig(), name)})  # as it is anyway
+
+
+def test_options_that_choose_layers_ranks_and_scale():
+    model = pruned()
+    before = count_zeros(model)
+    wrapped, _ = train_lora(
+        model, target_modules=["up_proj", "q_proj"], exclude_modules=["q_proj"], layers_to_transform=[0, 2],
+        rank_pattern={"layers.2.mlp.up_proj": 3}, alpha_pattern={"layers.0.mlp.up_proj": 5}, use_rslora=True,
+    )  # fmt: skip
+    adapted = {name: layer for name, layer in wrapped.named_modules() if hasattr(layer, "mask")}
+    assert [name.removeprefix("base_model.model.model.") for name in adapted] == [
+        "layers.0.mlp.up_proj", "layers.2.mlp.up_proj",
+    ]  # fmt: skip
+    first, second = adapted.values()
+    assert first.scaling["default"] == pytest.approx(5 / 8**0.5)
+    assert (second.r["default"], second.scaling["default"]) == (3, pytest.approx(16 / 3**0.5))
+    assert count_zeros(merge(wrapped)) == before
+
+
+@pytest.fixture
+def saved_adapter(tmp_path):
+    """A pruned model, its logits with a trained adapter, and where that lies."""
+    model = pruned()
+    base = copy.deepcopy(model)
+    wrapped, _ = train_lora(model)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        return base, wrapped(input_ids=tiny.ids(2, 16)).logits, tmp_path
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=tiny.ids(2, 16)).logits
+
+
+@pytest.mark.parametrize("load", [load_masked_lora, peft.PeftModel.from_pretrained])
+def test_a_saved_adapter_is_the_trained_model(saved_adapter, load):
+    base, trained, folder = saved_adapter
+    before = count_zeros(base)
+    loaded = load(base, folder / "adapter")
+    assert torch.equal(logits(loaded), trained)
+    merged = merge(loaded)
+    assert torch.equal(logits(merged), trained)
+    assert count_zeros(merged) == before
+
+
+def test_several_adapters(saved_adapter):
+    base, trained, folder = saved_adapter
+    before, dense = count_zeros(base), logits(base)
+    wrapped, _ = train_lora(base, rank=4, init_lora_weights=False)
+    first = logits(wrapped)
+    wrapped.load_adapter(folder / "adapter", "again")
+    assert torch.equal(logits(wrapped), first)
+    wrapped.set_adapter("again")
+    assert torch.equal(logits(wrapped), trained)
+    wrapped.merge_adapter(["default", "again"])
+    assert count_zeros(wrapped.get_base_model()) == before + sum(
+        int((p == 0).sum()) for n, p in wrapped.named_parameters() if "lora_" in n
+    )
+    wrapped.unmerge_adapter()
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(logits(wrapped), dense)
+    wrapped.save_pretrained(folder / "both")
+    with pytest.raises(ValueError, match="adapter_names: a masked adapter serves whole batches"):
+        wrapped.eval()(input_ids=tiny.ids(2, 16), adapter_names=["again", "default"])
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        wrapped.add_adapter("plain", peft.LoraConfig(target_modules=["up_proj"]))
+    assert count_zeros(merge(wrapped)) == before
+    other = load_masked_lora(pruned(), folder / "both" / "again", trainable=True)
+    assert torch.equal(logits(other), trained)
+    assert any(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_plain_peft_refuses_a_saved_adapter(saved_adapter):
+    """In a process of its own, where nothing imported this package."""
+    _, _, folder = saved_adapter
+    program = (
+        "import peft, transformers\n"
+        f"base = transformers.AutoModelForCausalLM.from_pretrained({str(folder / 'base')!r})\n"
+        f"for load in (lambda: peft.PeftModel.from_pretrained(base, {str(folder / 'adapter')!r}),\n"
+        f"             lambda: base.load_adapter({str(folder / 'adapter')!r})):\n"
+        "    try:\n        load()\n"
+        "    except KeyError as error:\n        print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["'WANDA_MASKED_LORA (import wanda_kernels.finetune)'"] * 2
+
+
+def test_adapters_that_do_not_fit(saved_adapter):
+    base, _, folder = saved_adapter
+    with pytest.raises(ValueError, match="no linear layer of the model holds zeros"):
+        load_masked_lora(tiny.model(), folder / "adapter")
+    with pytest.raises(ValueError, match="is no linear layer with zeros: a masked adapter belongs to the pruned model"):
+        peft.PeftModel.from_pretrained(tiny.model(), folder / "adapter")
+    smaller = tiny.model(num_hidden_layers=2)
+    prune(smaller, method="magnitude", pattern="2:4")
+    with pytest.raises(ValueError, match=r"the model has no layer for base_model.*layers\.2.*14 tensors"):
+        load_masked_lora(smaller, folder / "adapter")
+    with pytest.raises(ValueError, match=r"a masked adapter is loaded by wanda_kernels.finetune.load_masked_lora"):
+        copy.deepcopy(base).load_adapter(str(folder / "adapter"))
+    # one that is taken for plain LoRA's: its tensors are not plain LoRA's
+    file = folder / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"peft_type": "LORA"}))
+    with pytest.warns(UserWarning, match="Found missing adapter keys"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter")
+    with pytest.raises(ValueError, match="holds an adapter of type LORA, not one that masked_lora made"):
+        load_masked_lora(copy.deepcopy(base), folder / "adapter")
+    file.write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="init_lora_weights must be one of"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter")
+
+
+def test_models_that_cannot_be_wrapped():
+    wrapped = masked_lora(pruned())
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    plain = peft.get_peft_model(pruned(), peft.LoraConfig(target_modules=["q_proj"]))
+    for model in (wrapped, plain, plain.get_base_model()):
+        for use in (masked_lora, lambda model: hold_masks(model, optimizer)):
+            with pytest.raises(ValueError, match=r"the model has adapters already \(peft\): merge them first"):
+                use(model)
+    with pytest.raises(ValueError, match=r"merge needs what masked_lora returned, got a PeftModel.* without"):
+        merge(plain)
+    compiled = torch.compile(pruned(), backend="eager")
+    for use in (masked_lora, lambda model: hold_masks(model, optimizer)):
+        with pytest.raises(ValueError, match=r"the model is compiled: give the one that torch.compile was given"):
+            use(compiled)
+    packed = tiny.model(hidden_size=128, intermediate_size=192)
+    prune(packed, method="magnitude", pattern="2:4")
+    compress(packed)
+    for use in (masked_lora, lambda model: hold_masks(model, optimizer)):
+        with pytest.raises(ValueError, match="the model is packed: unpack it first"):
+            use(packed)
+    masked_lora(merge(wrapped))  # as the message says
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch):

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import xml.dom.minidom
 from types import SimpleNamespace
 
@@ -53,6 +59,16 @@ def test_the_papers_plan():
     assert {run.key for run in runs if run.detail and run.samples} == detailed
 
 
+def test_no_two_sparsities_share_a_name():
+    names = {
+        0.5: "50%", 0.625: "62.5%", 0.999: "99.9%", 0.001: "0.1%", 0.07: "7%", 0.0: "0%", 0.9999999: "99.99999%",
+        0.29: "29%", 1 / 3: "33.33333333333333%", math.nextafter(0.5, 1): "50.00000000000001%", 1e-7: "0.00001%",
+    }  # fmt: skip
+    assert {share: Run("wanda", share).target for share in names} == names
+    assert len({run.key for run in grid(["wanda"], list(names), [], [None], [4], [0])}) == len(names)
+    assert Run("wanda", pattern=" 02:4 ").target == "2:4"
+
+
 def calibration(samples, seed):
     return (tiny.ids(samples, 16) + seed) % 128
 
@@ -90,14 +106,19 @@ def outcome(run, value):
     } | (layers if run.detail else {})  # fmt: skip
 
 
-@pytest.fixture
-def done(tmp_path):
-    results = Results(tmp_path, {"model": "m<b>", "calibration": "c4", "length": 9, "text": "t", "windows": 2,
+def results_in(folder):
+    """Of the paper's plan, with figures that are made up."""
+    results = Results(folder, {"model": "m<b>", "calibration": "c4", "length": 9, "text": "t", "windows": 2,
                                  "dtype": "float32"}, {"device": "here"})  # fmt: skip
     results.set_dense({"perplexity": 5.0})
     for number, run in enumerate(paper_plan(Scale(16, 64, 4, (0.5, 0.7), (1, 16), (0, 1)))):
         results.add(run, outcome(run, 10.0 + number))
     return results
+
+
+@pytest.fixture
+def done(tmp_path):
+    return results_in(tmp_path)
 
 
 def test_results_are_gone_on_with(done, tmp_path):
@@ -106,7 +127,7 @@ def test_results_are_gone_on_with(done, tmp_path):
     assert Run("wanda", 0.5, samples=1, detail=True) not in again  # there without details
     assert Run("wanda", 0.5, samples=17) not in again
     assert [session["device"] for session in again.data["circumstances"]] == ["here", "there"]
-    with pytest.raises(ValueError, match=r"is of a study with length 9, this one has 10: .* --overwrite"):
+    with pytest.raises(ValueError, match=r"is of a study with length 9, this one has 10: .* overwrite it"):
         Results(tmp_path, done.data["settings"] | {"length": 10}, {})
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the file of a study"):
@@ -232,6 +253,9 @@ def test_study_and_its_continuation(work, tmp_path, capsys, monkeypatch):
         (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--samples", "500"], "500 samples are required"),
         (["--length", "3000"], "is shorter than one window of 3000 tokens"),
+        (["--groups", "row", "--patterns", "2:4"], "no run is left: groups go with sparsities"),
+        (["--sparsities", "nan"], "sparsity must be in [0, 1), got nan"),
+        (["--patterns", "4:2"], "pattern must be N:M with 0 < N < M"),
     ],
 )
 def test_bad_options_write_nothing(work, tmp_path, capsys, options, message):
@@ -239,3 +263,47 @@ def test_bad_options_write_nothing(work, tmp_path, capsys, options, message):
     assert code == 1
     assert message in stderr.strip().splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["a file", "a broken file", "another study", "its report a folder", "too long"])
+def test_what_can_be_known_before_the_model_is_loaded(work, tmp_path, capsys, monkeypatch, what):
+    def load(*arguments, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("wanda_kernels.models.load_model", load)
+    out = tmp_path / "out"
+    if what == "too long":
+        out, message = tmp_path / ("x" * 300), "too long"
+    elif what == "a file":
+        out.write_text("")
+        message = "is a file"
+    else:
+        out.mkdir()
+        if what == "its report a folder":
+            (out / "report.html").mkdir()
+            message = "its report.html is a folder"
+        elif what == "a broken file":
+            (out / "results.json").write_text("x")
+            message = "results.json is not the file of a study"
+        else:
+            settings = {"model": "m", "calibration": "c4", "text": "t", "length": 9, "windows": 2, "dtype": "float32"}
+            Results(out, settings, {}).set_dense({"perplexity": 5.0})
+            message = "is of a study with calibration c4, this one has text.txt"
+    code, _, stderr = call(capsys, *arguments(work, out))
+    assert code == 1
+    assert message in stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_study_that_is_ended_says_by_what(work, tmp_path, number, code):
+    out = tmp_path / "a [b] c"
+    command = [sys.executable, "-m", "wanda_kernels", *map(str, arguments(work, out))]
+    many = ["--sparsities", ",".join(f"0.{n}" for n in range(10, 90))]
+    process = subprocess.Popen([*command, *many], stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "80"})
+    while not (out / "results.json").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert re.search(r"interrupted; \d+ of 160 runs are in .*/a \[b\] c: the same command goes on", stderr)
+    assert Results(out, json.loads((out / "results.json").read_text())["settings"], {}).data["dense"] is not None

@@ -123,7 +123,7 @@ def test_parsing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "a,,b"], "--tasks must be task names or files, each once"),
+        (["--tasks", "a,,b"], "tasks must be task names or files, each once"),
         (["--tasks", "./none.yaml"], "task ./none.yaml does not exist"),
         (["--tasks", "boolq", "--text", "x.txt"], "--text has no meaning with --tasks"),
         (["--limit", "3"], "--limit has no meaning without --tasks"),

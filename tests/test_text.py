@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+import os
+import re
 
 import pytest
 import saved
@@ -39,7 +42,7 @@ def test_safetensors_ids(tmp_path):
     save_file({"input_ids": tiny.ids(6, 20)}, path)
     assert torch.equal(load_calibration(str(path), None), tiny.ids(6, 20))
     assert torch.equal(load_calibration(str(path), None, samples=2, length=10), tiny.ids(6, 20)[:2, :10])
-    with pytest.raises(ValueError, match="has samples 6, --samples 7 was asked for"):
+    with pytest.raises(ValueError, match="has samples 6, samples 7 was asked for"):
         load_calibration(str(path), None, samples=7)
 
 
@@ -70,14 +73,88 @@ def test_broken_files(tmp_path):
     empty.write_text(" \n")
     with pytest.raises(ValueError, match="is empty"):
         load_calibration(str(empty), None)
-    binary = tmp_path / "binary.txt"
-    binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
-        load_calibration(str(binary), None)
     short = tmp_path / "short.txt"
     short.write_text(saved.text(100))
     with pytest.raises(ValueError, match="has 100 tokens, 3 windows of 32; 8 samples are required"):
         load_calibration(str(short), saved.tokenizer(), samples=8, length=32)
+
+
+WORDS = "w1 w\u00e9 \u4f60\u597d \U0001f600"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (b"", "utf-8"), (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+    ],
+    ids=["utf-8", "utf-8 marked", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"],
+)  # fmt: skip
+def test_every_encoding_and_line_end_is_the_same_text(tmp_path, mark, encoding, end):
+    seen = []
+
+    def spy(text, **options):
+        seen.append(text)
+        return {"input_ids": [1] * 8}
+
+    text = f"{WORDS}{end}{end}a\0b\x0c\x85\u2028c{end}"
+    path = tmp_path / "text.txt"
+    path.write_bytes(mark + text.encode(encoding))
+    load_calibration(str(path), spy, samples=1, length=4)
+    evaluation_ids(str(path), spy)
+    assert seen == [text.replace(end, "\n")] * 2
+    seen.clear()
+    lines = end.join(json.dumps({"text": text + str(n)}, ensure_ascii=False) for n in range(3))
+    path = path.with_suffix(".jsonl")
+    path.write_bytes(mark + lines.encode(encoding))
+    load_calibration(str(path), spy, samples=3, length=4)
+    assert sorted(seen) == [text + str(n) for n in range(3)]
+
+
+@pytest.mark.parametrize("load", [lambda path: load_calibration(path, None), lambda path: evaluation_ids(path, None)])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("caf\u00e9".encode("latin-1"), r"is not UTF-8 text \(byte 3: .*\): save it as UTF-8"),
+        (codecs.BOM_UTF8 + b"ab\xff", r"is not UTF-8 text \(byte 5: .*\): save it as UTF-8"),
+        (b"\xff\xfe\x00", r"is not UTF-16-LE text \(byte 2: .*\): save it as UTF-8"),
+        (codecs.BOM_UTF32_BE + b"\x7f" * 4, r"is not UTF-32-BE text \(byte 4: .*\): save it as UTF-8"),
+        ("caf\u00e9 au lait".encode("utf-16-le"), r"is not UTF-8 text \(byte 6: .*\): save it as UTF-8"),
+        ("au lait".encode("utf-16-le"), r"is not UTF-8 text \(byte 1: every second one is NUL"),
+        ("au lait".encode("utf-16-be"), r"is not UTF-8 text \(byte 0: every second one is NUL"),
+        ("au lait".encode("utf-32-le"), r"is not UTF-8 text \(byte 1: every second one is NUL"),
+        (codecs.BOM_UTF16_LE, "is empty"),
+        (b"\r\n \r", "is empty"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_is_no_text(tmp_path, load, suffix, data, message):
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"file {re.escape(str(path))} {message}"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".safetensors"])
+def test_what_is_no_regular_file(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name, what in (("pipe", "a pipe, a socket or a device"), ("folder", "a folder")):
+        with pytest.raises(ValueError, match=f"{name}{suffix} is {what}: give a regular file"):
+            load_calibration(str(tmp_path / f"{name}{suffix}"), None)
+        with pytest.raises(ValueError, match=f"{name}{suffix} is {what}: give a regular file"):
+            evaluation_ids(str(tmp_path / f"{name}{suffix}"), None)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("w1")
+    path.chmod(0)
+    with pytest.raises(PermissionError, match=r"text\.txt"):
+        evaluation_ids(str(path), None)
 
 
 class Documents(list):
@@ -118,7 +195,9 @@ def test_jsonl_documents_are_skipped_or_packed(tmp_path):
         assert any(window == one[begin : begin + 32] for one in long for begin in range(len(one) - 31))
     assert torch.equal(ids, load_calibration(source, saved.tokenizer(), samples=3, length=32))
     assert not torch.equal(ids, load_calibration(source, saved.tokenizer(), samples=3, length=32, seed=1))
-    with pytest.raises(ValueError, match=r"3 of 7 documents are longer than 32 tokens, 4 samples .* or pass --pack"):
+    with pytest.raises(
+        ValueError, match=r"3 of 7 documents are longer than 32 tokens, 4 samples .* documents together \(pack\)"
+    ):
         load_calibration(source, saved.tokenizer(), samples=4, length=32)
     # 216 words and 7 ends of text
     assert load_calibration(source, saved.tokenizer(), samples=6, length=32, pack=True).shape == (6, 32)
@@ -129,13 +208,16 @@ def test_jsonl_documents_are_skipped_or_packed(tmp_path):
 def test_bad_jsonl(tmp_path):
     path = tmp_path / "documents.jsonl"
     source = jsonl(path, [40], column="body")
-    with pytest.raises(ValueError, match=r"line 1 has no text in column 'text' \(it has: body\): choose .* --column"):
+    with pytest.raises(ValueError, match=r"line 1 has no text in column 'text' \(it has: body\): name another column"):
         load_calibration(source, saved.tokenizer(), samples=1, length=32)
     assert load_calibration(source, saved.tokenizer(), samples=1, length=32, column="body").shape == (1, 32)
     for content, message in (
-        ("\n", "holds no documents"),
+        ("\n", "is empty"),
         ('{"text": "x"}\n{', "line 2 is not JSON"),
         ("3", "it has: int"),
+        ('{"text": "\\ud83d"}', "line 1 has half a surrogate pair in column 'text'"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ("9" * 5000, "line 1 is not JSON"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -159,7 +241,7 @@ def test_hub_data_sets(monkeypatch):
 
 @pytest.mark.parametrize("source", ["wikitext2", "notes.txt", "ids.safetensors"])
 def test_pack_needs_documents(source):
-    with pytest.raises(ValueError, match=f"--pack puts documents together: calibration data {source} has none"):
+    with pytest.raises(ValueError, match=f"pack puts documents together: calibration data {source} has none"):
         load_calibration(source, None, pack=True)
 
 
@@ -168,13 +250,13 @@ def test_wikitext2(monkeypatch):
     monkeypatch.setattr(hub, "load", lambda name, split: documents)
     assert load_calibration("wikitext2", saved.tokenizer(), samples=5, length=64).shape == (5, 64)
     assert len(evaluation_ids("wikitext2", saved.tokenizer())) == 500
-    with pytest.raises(ValueError, match="wikitext2 has 500 tokens here, --length 500 is too long"):
+    with pytest.raises(ValueError, match="wikitext2 has 500 tokens here, length 500 is too long"):
         load_calibration("wikitext2", saved.tokenizer(), samples=5, length=500)
 
 
 def test_without_network_the_hub_says_so():
     pytest.importorskip("datasets")
-    with pytest.raises(OSError, match=r"data set c4 could not be had from the Hugging Face hub.* pass a file: --cal"):
+    with pytest.raises(OSError, match=r"data set c4 could not be had from the Hugging Face hub.* give a file: .txt"):
         hub.load("c4", "train")
     with pytest.raises(OSError, match=r"data set me/nothing could not be had from the Hugging Face hub"):
         load_calibration("me/nothing", saved.tokenizer(), 1, 32)
@@ -193,3 +275,38 @@ def test_perplexity_is_exp_of_the_mean_loss_over_windows():
         assert perplexity(model, ids, 32, batch_size) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="the text has 100 tokens, one window needs 101"):
         perplexity(model, ids, 101)
+
+
+def test_perplexity_of_a_broken_model_is_nan_and_of_a_hopeless_one_inf():
+    model, ids = tiny.model(), tiny.ids(3, 16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    assert perplexity(model, ids, 16) == math.inf
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    assert math.isnan(perplexity(model, ids, 16))
+
+
+@pytest.mark.parametrize("ids", [[0, 128, 3, 4], [0, -1, 3, 4]])
+def test_token_ids_that_the_model_has_not(ids):
+    with pytest.raises(ValueError, match=r"must be 0 to 127, the model's vocabulary has 128; got (0 to 128|-1 to 4)"):
+        perplexity(tiny.model(), torch.tensor(ids), 4)
+
+
+def test_data_sets_run_no_code_of_their_own(monkeypatch):
+    pytest.importorskip("datasets")
+    asked = []
+
+    def version_3(path, name=None, split=None, trust_remote_code=None, **more):
+        asked.append(trust_remote_code)
+        return Documents()
+
+    def version_5(path, name=None, split=None, **more):
+        asked.append("trust_remote_code" in more)
+        return Documents()
+
+    for version in (version_3, version_5):
+        monkeypatch.setattr("datasets.load_dataset", version)
+        hub.load("c4", "train")
+        hub.load("wikitext2", "test")
+    assert asked == [False] * 4

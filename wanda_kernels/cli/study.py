@@ -7,11 +7,13 @@ import datetime
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import interrupt
 from .options import Debug, Device, Dtype, Model, check_length
 
 Scale = Annotated[
@@ -71,11 +73,11 @@ def study_command(
 ) -> None:
     """Prune MODEL in many ways and compare. The same command again goes on where it was ended."""
     from ..models import load_model, load_tokenizer
-    from ..models.save import check_output
     from ..study import Results, Runner, grid, paper_plan, write_report
     from ..study.paper import published
     from ..study.pictures import check_library
     from ..study.plan import SCALES
+    from ..study.results import FILES, check_folder, refuse_other_study
     from ..text import evaluation_ids, load_calibration, split_windows
     from .display import bar, console, pruning_bar, quiet_libraries, working
 
@@ -96,8 +98,13 @@ def study_command(
         names = [name.strip() for name in methods.split(",")]
         chosen = [pattern.strip() for pattern in patterns.split(",")] if patterns else []
         plan = grid(names, shares, chosen, kinds, counts, _split("--seeds", seeds, int))
+        if not plan:
+            raise ValueError("no run is left: groups go with sparsities, not with patterns or ablations")
     check_library()
-    check_output(out, overwrite=True)
+    check_folder(out)
+    given = {"calibration": _name(calibration), "text": _name(text), "length": tokens, "pack": pack}
+    if not overwrite:
+        refuse_other_study(out, given)
     quiet_libraries()
     with working(f"loading the tokenizer of {model}"):
         tokenizer = load_tokenizer(model)
@@ -120,17 +127,19 @@ def study_command(
         loaded: Any = load_model(model, dtype, device)
     check_length(tokens, loaded.config)
     settings = {
-        "model": loaded.config._name_or_path, "calibration": _name(calibration), "text": _name(text), "length": tokens,
-        "windows": len(evaluation), "dtype": str(loaded.dtype).removeprefix("torch."), "pack": pack,
+        "model": loaded.config._name_or_path, "windows": len(evaluation), **given,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
     }  # fmt: skip
     if overwrite:
-        for name in ("results.json", "results.csv", "report.html"):
+        for name in FILES:
             (out / name).unlink(missing_ok=True)
     results = Results(out, settings, _circumstances(loaded))
     missing = [run for run in plan if run not in results]
-    if len(missing) < len(plan):
-        console.print(f"{len(plan) - len(missing)} of {len(plan)} runs are in {out} already", highlight=False)
     done = len(plan) - len(missing)
+    # names of files are no markup, and are not folded
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    if done:
+        tell(f"{done} of {len(plan)} runs are in {out} already")
     try:
         with bar() as shown:
             whole = shown.add_task("study", total=len(plan), completed=done)
@@ -139,23 +148,19 @@ def study_command(
             if results.data["dense"] is None:
                 dense = runner.dense()
                 results.set_dense(dense)
-                shown.console.print(f"dense: perplexity {dense['perplexity']:.2f}", highlight=False)
+                tell(f"dense: perplexity {dense['perplexity']:.2f}")
             for run in missing:
                 with pruning_bar(shown, run.key) as progress:
                     outcome = runner.run(run, progress)
                 results.add(run, outcome)
                 done += 1
                 shown.update(whole, completed=done)
-                shown.console.print(
-                    f"{run.key}: perplexity {outcome['perplexity']:.2f}, {outcome['seconds']:.1f} s", highlight=False
-                )
+                tell(f"{run.key}: perplexity {outcome['perplexity']:.2f}, {outcome['seconds']:.1f} s")
+        data = results.data | {"runs": results.runs}
+        write_report(out / "report.html", data, published(loaded.config) if calibration == "c4" else None)
     except KeyboardInterrupt:
-        console.print(
-            f"interrupted; {done} of {len(plan)} runs are in {out}: the same command goes on", highlight=False
-        )
-        sys.exit(130)
-    data = results.data | {"runs": results.runs}
-    write_report(out / "report.html", data, published(loaded.config) if calibration == "c4" else None)
+        tell(f"interrupted; {done} of {len(plan)} runs are in {out}: the same command goes on")
+        sys.exit(interrupt.exit_code())
     print(f"{len(results.runs)} runs: {out / 'report.html'}, results.json, results.csv")
 
 

@@ -4,44 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear as product
+from torch import nn
 
-from .masks import mask_of, pruned_linears
-
-
-def _masked_linear() -> type[nn.Module]:
-    """The layer, made here because its base class is in an optional package."""
-    from peft.tuners.lora import Linear
-
-    class MaskedLoraLinear(Linear):
-        """peft's LoRA layer, except that the adapter's weight is masked, and that it adds weights, not outputs."""
-
-        mask: Tensor
-
-        def __init__(self, base_layer: nn.Linear, *args: Any, **options: Any) -> None:
-            super().__init__(base_layer, *args, **options)
-            self.register_buffer("mask", mask_of(base_layer.weight), persistent=False)
-
-        def get_delta_weight(self, adapter: str) -> Tensor:
-            """M * (B A) * scaling: what merging adds."""
-            return super().get_delta_weight(adapter) * self.mask
-
-        def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-            if self.disable_adapters or self.merged:
-                return super().forward(x, *args, **options)
-            base: Any = self.get_base_layer()
-            weight: Tensor = base.weight
-            for adapter in self.active_adapters:
-                if adapter in self.lora_A:
-                    # added and rounded as merging does it: the merged model is the trained one, to the bit
-                    weight = (weight + self.get_delta_weight(adapter)).to(base.weight.dtype)
-            return product(x, weight, base.bias)
-
-    return MaskedLoraLinear
+from .masks import pruned_linears
 
 
 def masked_lora(
@@ -59,43 +28,75 @@ def masked_lora(
         rank: of the adapters. The paper trains with 8.
         alpha: the adapter is scaled by ``alpha / rank``.
         target_modules: full names or their ends, as ``q_proj``; None: every linear layer of the blocks with zeros.
-        options: more of ``peft.LoraConfig``; no dropout, DoRA or bias, which do not act on the weight.
+        options: of ``peft.LoraConfig``, those that choose layers, ranks and scale (``exclude_modules``,
+            ``layers_to_transform``, ``rank_pattern``, ``use_rslora``, ..), and ``init_lora_weights`` of True, False,
+            ``gaussian`` or ``orthogonal``. All others are refused: initialisations that change the pruned weight,
+            dropout, DoRA, biases, trained tokens and such do not keep the zeros, or do not act on the weight.
 
     Returns:
-        A ``peft.PeftModel``: train its parameters that require gradients, then :func:`merge`.
+        A ``peft.PeftModel``: train its parameters that require gradients, then :func:`merge`. What its
+        ``save_pretrained`` writes is loaded by :func:`load_masked_lora`, and not by plain peft.
 
     Raises:
         ImportError: without peft.
-        ValueError: a model without zeros, targets that are none of its pruned layers, or options as above.
+        ValueError: a model without zeros, or with adapters; targets that are none of its pruned layers; options as
+            above.
 
     Source: Wanda (arXiv 2306.11695), section 5, LoRA fine-tuning; the mask on the adapter is this package's.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("LoRA needs the peft package: pip install 'wanda_kernels[finetune]'")
+    _need_peft()
     import peft
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-    for name in ("lora_dropout", "use_dora", "lora_bias", "r", "lora_alpha"):
-        if options.get(name):
-            instead = {"r": "rank", "lora_alpha": "alpha"}.get(name)
-            raise ValueError(f"{name}: " + (f"give {instead}" if instead else "a masked adapter cannot have it"))
+    from . import adapter
+
+    for name, instead in {"r": "give rank", "lora_alpha": "give alpha", "task_type": "it is CAUSAL_LM"}.items():
+        if name in options:
+            raise ValueError(f"{name}: {instead}")
+    adapter.refuse_other_options(options)
     linears = pruned_linears(model)
-    chosen = [
-        name
-        for name in linears
-        if target_modules is None or any(name == end or name.endswith(f".{end}") for end in target_modules)
-    ]
+    wanted = sorted({name.rsplit(".", 1)[-1] for name in linears}) if target_modules is None else target_modules
+    # peft's own rule says which are meant. It passes over layers_to_transform where targets are full names, as below.
+    choosing = {name: options.pop(name, None) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
+    asked = peft.LoraConfig(target_modules=wanted if isinstance(wanted, str) else list(wanted), **choosing)
+    chosen = [name for name in linears if check_target_module_exists(asked, name)]
     if not chosen:
-        raise ValueError(f"target_modules {list(target_modules or [])} are none of the model's pruned linear layers")
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=chosen,
-        task_type="CAUSAL_LM",
-        **options,
-    )
-    config._register_custom_module({nn.Linear: _masked_linear()})
+        said = "".join(f", {name} {value}" for name, value in choosing.items() if value is not None)
+        raise ValueError(f"target_modules {target_modules}{said} are none of the model's pruned linear layers")
+    config = adapter.MaskedLoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM", **options
+    )  # fmt: skip
     training = model.training
     return peft.get_peft_model(model, config).train(training)
+
+
+def load_masked_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Any:
+    """The model with an adapter that the ``save_pretrained`` of :func:`masked_lora`'s model wrote.
+
+    ``peft.PeftModel.from_pretrained`` gives the same where ``wanda_kernels.finetune`` is imported, and an error where
+    it is not.
+
+    Args:
+        model: the pruned model that the adapter was trained on, without it.
+        folder: of the adapter.
+        trainable: go on with the training.
+
+    Raises:
+        ImportError: without peft.
+        ValueError: no masked adapter, one that does not fit the model, a model as :func:`masked_lora` refuses it.
+    """
+    _need_peft()
+    import peft
+
+    from .adapter import MaskedLoraConfig
+
+    pruned_linears(model)
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, MaskedLoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{folder} holds an adapter of type {kind}, not one that masked_lora made")
+    training = model.training
+    return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).train(training)
 
 
 @torch.no_grad()
@@ -103,6 +104,21 @@ def merge(model: Any) -> nn.Module:
     """The model without adapters, their masked weights added to its own: zeros stay, logits stay up to rounding.
 
     Args:
-        model: what :func:`masked_lora` returned.
+        model: what :func:`masked_lora` or :func:`load_masked_lora` returned.
+
+    Raises:
+        ValueError: for any other, whose adapter would fill the zeros.
     """
+    _need_peft()
+    from .adapter import MaskedLoraModel
+
+    if not isinstance(getattr(model, "base_model", None), MaskedLoraModel):
+        raise ValueError(
+            f"merge needs what masked_lora returned, got a {type(model).__name__} without a masked adapter"
+        )
     return model.merge_and_unload()
+
+
+def _need_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("LoRA needs the peft package: pip install 'wanda_kernels[finetune]'")

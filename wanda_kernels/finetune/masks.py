@@ -14,8 +14,13 @@ def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the decoder blocks whose weights hold zeros, by their name in ``model``.
 
     Raises:
-        ValueError: where none does, or the model cannot be pruned (see :func:`wanda_kernels.prune`).
+        ValueError: where none does, or the model cannot be pruned (see :func:`wanda_kernels.prune`), is compiled, or
+            has adapters.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled: give the one that torch.compile was given, and compile afterwards")
+    if any(hasattr(module, "base_layer") and hasattr(module, "active_adapters") for module in model.modules()):
+        raise ValueError("the model has adapters already (peft): merge them first (merge_and_unload) or unload them")
     found = {
         f"{block.name}.{name}": linear
         for block in find_blocks(model)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 from . import tables
@@ -35,6 +37,7 @@ def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: floa
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,
+        "text.parse_math": False,  # a name with $ is a name
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     }
     with matplotlib.rc_context(style):
@@ -50,12 +53,13 @@ def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: floa
     wanted = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg))
     # ids that nothing refers to would repeat in the page
     svg = re.sub(r" id=\"([^\"]*)\"", lambda match: match[0] if match[1] in wanted else "", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def bars(data: Row) -> str | None:
     """Perplexity by method and pattern, on a logarithmic axis, with the dense model as a line."""
     runs = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["method"] in COLOURS]
+    runs = [run for run in runs if _can_be_drawn(run["perplexity"])]
     targets = [target for target in tables.PATTERNS if any(run["target"] == target for run in runs)]
     methods = [method for method in COLOURS if any(run["method"] == method for run in runs)]
     if not targets:
@@ -79,6 +83,11 @@ def bars(data: Row) -> str | None:
     return _draw("bars", "Perplexity by method and pattern", paint)
 
 
+def _can_be_drawn(perplexity: float) -> bool:
+    """An axis with more powers of ten than this has no end that is a float."""
+    return 1e-99 < perplexity < 1e99
+
+
 def _perplexity_axis(axes: Any, data: Row) -> None:
     """Logarithmic, labelled by plain numbers, with the dense model as a line."""
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
@@ -88,14 +97,15 @@ def _perplexity_axis(axes: Any, data: Row) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 10 * low else NullFormatter())
-    if data["dense"]:
+    if data["dense"] and _can_be_drawn(data["dense"]["perplexity"]):
         axes.axhline(data["dense"]["perplexity"], color=_INK, linewidth=1, linestyle="--", label="dense")
 
 
 def _curves(data: Row, runs: list[Row], along: str, label: str, name: str, title: str, log_x: bool) -> str | None:
     lines = {}
     for method in COLOURS:
-        points = sorted({(run[along], run["perplexity"]) for run in runs if run["method"] == method and run[along]})
+        of_method = [run for run in runs if run["method"] == method and run[along]]
+        points = sorted({(r[along], r["perplexity"]) for r in of_method if _can_be_drawn(r["perplexity"])})
         if len(points) > 1:
             lines[method] = points
     if not lines:
@@ -131,13 +141,14 @@ def calibration_curves(data: Row) -> str | None:
 
 def heat_map(run: Row, what: str) -> str | None:
     """``what`` of each layer: blocks along, kinds of layer up."""
-    layers = [layer for layer in run.get("layers", []) if layer[what] is not None]
-    if not layers:
-        return None
     places = []
-    for layer in layers:
-        numbers = [part for part in layer["name"].split(".") if part.isdigit()]
-        places.append((int(numbers[0]), layer["name"].rsplit(".", 1)[-1], layer[what]))
+    for layer in run.get("layers", []):
+        number = re.search(r"(?:^|\.)([0-9]{1,6})\.", layer["name"])
+        if number and layer[what] is not None and math.isfinite(layer[what]):
+            kind: str = layer["name"].rsplit(".", 1)[-1]
+            places.append((int(number[1]), kind if len(kind) <= 40 else f"{kind[:40]} ..", layer[what]))
+    if not places:
+        return None
     kinds = list(dict.fromkeys(kind for _, kind, _ in places))
     blocks = sorted({block for block, _, _ in places})
     values = [[float("nan")] * len(blocks) for _ in kinds]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 from ..pruning.methods.options import ABLATIONS
-from ..pruning.selection import Target
+from ..pruning.selection import Pattern, Target
 
 COMPARED = ("magnitude", "sparsegpt", "wanda")
 GROUPS = ("layer", "column", "column:128", "row", "row:128")
@@ -31,7 +32,11 @@ class Run:
 
     @property
     def target(self) -> str:
-        return self.pattern or f"{self.sparsity:.0%}"
+        """``2:4``, or ``62.5%``: all figures of the sparsity, so that two have never the same name."""
+        if self.pattern is not None:
+            return str(Pattern.parse(self.pattern))
+        share = Decimal(repr(float(0.5 if self.sparsity is None else self.sparsity)))
+        return f"{(100 * share).normalize():f}%"
 
     @property
     def label(self) -> str:

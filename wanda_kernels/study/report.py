@@ -8,6 +8,8 @@ from typing import Any
 
 from .paper import SOURCE
 from .pictures import all_pictures
+from .results import replace_file
+from .stored import checked
 from .tables import Table, all_tables
 
 _STYLE = """
@@ -30,7 +32,12 @@ _TITLES = {"layers": "Layer by layer"}
 
 
 def write_report(path: Path, data: dict[str, Any], published: dict[str, dict[str, float]] | None = None) -> None:
-    """``data``: a study's results, with ``runs`` a list. ``published``: figures of the paper for the same model."""
+    """``data``: a study's results, with ``runs`` a list. ``published``: figures of the paper for the same model.
+
+    Raises:
+        ValueError: a field of ``data`` is not what it has to be, with its name.
+    """
+    data = checked(data)
     tables, pictures = all_tables(data, published), all_pictures(data)
     body = []
     for name in dict.fromkeys([*tables, *pictures]):
@@ -41,19 +48,19 @@ def write_report(path: Path, data: dict[str, Any], published: dict[str, dict[str
         if table is not None:
             body.append(_table(table))
         body += [f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for text, svg in drawn]
-    settings = data["settings"]
+    model = escape(str(data["settings"]["model"]))
     source = f"<p class='caption'>Published figures: {escape(SOURCE)}.</p>" if published else ""
     damped = sum(run["damped"] for run in data["runs"])
-    path.write_text(
+    replace_file(
+        path,
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>Pruning {escape(settings['model'])}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>Pruning {escape(settings['model'])}</h1>\n{_facts(data)}{source}\n"
+        f"<title>Pruning {model}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>Pruning {model}</h1>\n{_facts(data)}{source}\n"
         + "\n".join(body)
         + "\n<footer><p>Each run is in results.json and results.csv. "
         + (f"{damped} layers needed more damping of their Hessian than asked for. " if damped else "")
         + "Made by <code>wanda-kernels study</code>.</p></footer>\n</body>\n</html>\n",
-        encoding="utf-8",
     )
 
 

@@ -4,18 +4,61 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .._words import to_json
+from ..models.save import check_writable
 from .plan import Run
+from .stored import read_results
 
 COLUMNS = (
     "method", "sparsity", "pattern", "group", "variant", "weight_update", "owl", "samples", "seed",
     "perplexity", "achieved_sparsity", "seconds", "peak_memory_bytes",
 )  # fmt: skip
+
+
+FILES = ("results.json", "results.csv", "report.html")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError where a study cannot be written to ``folder``: call it before the long work."""
+    if not folder.exists():
+        check_writable(folder)
+        return
+    if not folder.is_dir():
+        raise NotADirectoryError(f"output folder {folder} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(f"output folder {folder} cannot be written: {error.strerror or error}") from error
+    for name in FILES:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"output folder {folder}: its {name} is a folder: choose another")
+
+
+def refuse_other_study(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The results that ``folder`` holds, or None.
+
+    Raises:
+        ValueError: they are of other ``settings``, or broken.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    found = read_results(path)
+    for name, value in settings.items():
+        there = found["settings"].get(name)
+        if there != value:
+            said = str(there) if str(there).isprintable() and len(str(there)) < 200 else repr(str(there)[:200])
+            raise ValueError(
+                f"{path} is of a study with {name} {said}, this one has {value}: choose another folder, or overwrite it"
+            )
+    return found
 
 
 class Results:
@@ -38,21 +81,12 @@ class Results:
             "dense": None,
             "runs": {},
         }
-        if not self._path.exists():
+        before = refuse_other_study(folder, settings)
+        if before is None:
             return
-        try:
-            before = json.loads(self._path.read_text())
-            there, sessions = before["settings"], before["circumstances"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._path} is not the file of a study: choose another folder") from error
-        for name, value in settings.items():
-            if there.get(name) != value:
-                raise ValueError(
-                    f"{self._path} is of a study with {name} {there.get(name)}, this one has {value}: choose another "
-                    "folder, or pass --overwrite"
-                )
-        self.data = before
-        if sessions[-1] != circumstances:
+        self.data = before | {"settings": settings}
+        sessions = before["circumstances"]
+        if not sessions or sessions[-1] != circumstances:
             sessions.append(circumstances)
 
     def __contains__(self, run: Run) -> bool:
@@ -73,16 +107,18 @@ class Results:
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self._path, json.dumps(self.data, indent=1) + "\n")
+        replace_file(self._path, to_json(self.data, indent=1) + "\n")
         table = io.StringIO()
         writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.runs)
-        _replace(self._path.with_suffix(".csv"), table.getvalue())
+        replace_file(self._path.with_suffix(".csv"), table.getvalue())
 
 
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all."""
+def replace_file(path: Path, text: str) -> None:
+    """Whole or not at all. A link in the place of ``path``, or of what is written first, is replaced, not followed."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.unlink(missing_ok=True)  # of a run that was killed
+    with partial.open("x", encoding="utf-8", errors="replace") as file:  # names of files may be no Unicode
+        file.write(text)
     os.replace(partial, path)

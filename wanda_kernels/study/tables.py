@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,7 @@ def seed_table(data: Row) -> Table:
         for target in _targets(runs):
             values = [run["perplexity"] for run in runs if run["method"] == method and run["target"] == target]
             if len(values) > 1:
-                spread = statistics.stdev(values)
+                spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
                 rows.append([method, target, str(len(values)), figure(statistics.mean(values)), f"{spread:.3f}"])
     heading = ["method", "target", "seeds", "mean perplexity", "standard deviation"]
     return Table("Seeds", "Robustness to which calibration samples are drawn.", heading, rows)

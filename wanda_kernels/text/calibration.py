@@ -15,22 +15,13 @@ from torch import Tensor
 
 from . import hub
 from .documents import draw_windows, read_jsonl, shuffled, text_of
+from .files import check_regular, read_text
 from .windows import sample_windows, tokenize
 
 SAMPLES = 128
 LENGTH = 2048
 FILES = {".txt", ".md", ".json", ".jsonl", ".csv", ".gz", ".parquet", ".safetensors"}  # no hub id ends so
 HUB_ID = r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?"  # owner/name, and a configuration
-
-
-def read_text(path: Path, argument: str) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{argument} file {path} is not UTF-8 text: {error}") from error
-    if not text.strip():
-        raise ValueError(f"{argument} file {path} is empty")
-    return text
 
 
 def load_calibration(
@@ -64,9 +55,9 @@ def load_calibration(
     path = Path(source).expanduser()
     named = re.fullmatch(HUB_ID, source) if not path.exists() and path.suffix not in FILES else None
     if pack and not (source == "c4" or path.suffix == ".jsonl" or named):
-        raise ValueError(f"--pack puts documents together: calibration data {source} has none to tell apart")
-    if source.endswith(".safetensors"):
-        return _load_ids(Path(source), samples, length)
+        raise ValueError(f"pack puts documents together: calibration data {source} has none to tell apart")
+    if path.suffix == ".safetensors":
+        return _load_ids(path, samples, length)
     samples = SAMPLES if samples is None else samples
     length = LENGTH if length is None else length
     if source == "c4":
@@ -77,7 +68,7 @@ def load_calibration(
         rows = hub.stream(named[1], named[2], split, seed)
         texts: Iterator[str] = (text_of(row, column, f"data set {source}") for row in rows)
         return draw_windows(texts, tokenizer, samples, length, seed, pack, source)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"calibration must be c4, wikitext2, a data set of the hub (owner/name) or a file; {source} does not exist"
         )
@@ -89,8 +80,7 @@ def load_calibration(
 
 
 def _load_ids(path: Path, samples: int | None, length: int | None) -> Tensor:
-    if not path.is_file():
-        raise FileNotFoundError(f"calibration file {path} does not exist")
+    check_regular(path, "calibration")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -105,7 +95,7 @@ def _load_ids(path: Path, samples: int | None, length: int | None) -> Tensor:
         )
     for name, wanted, there in (("samples", samples, ids.shape[0]), ("length", length, ids.shape[1])):
         if wanted is not None and not 1 <= wanted <= there:
-            raise ValueError(f"calibration file {path} has {name} {there}, --{name} {wanted} was asked for")
+            raise ValueError(f"calibration file {path} has {name} {there}, {name} {wanted} was asked for")
     return ids[:samples, :length].contiguous()
 
 
@@ -126,7 +116,7 @@ def _draw_c4(tokenizer: Any, samples: int, length: int, seed: int, pack: bool) -
             begin = draw.randint(0, len(ids) - length - 1)
             windows.append(ids[begin : begin + length])
         elif not windows and tried >= 20000:
-            raise ValueError(f"none of {tried} documents of c4 is longer than {length} tokens: lower --length")
+            raise ValueError(f"none of {tried} documents of c4 is longer than {length} tokens: lower length")
     return torch.stack(windows)
 
 
@@ -134,7 +124,7 @@ def _draw_wikitext2(tokenizer: Any, samples: int, length: int, seed: int) -> Ten
     """Random windows, which may overlap, of the training text, as the official code has it."""
     ids = tokenize(tokenizer, " ".join(hub.load("wikitext2", "train")["text"]))
     if len(ids) <= length:
-        raise ValueError(f"wikitext2 has {len(ids)} tokens here, --length {length} is too long")
+        raise ValueError(f"wikitext2 has {len(ids)} tokens here, length {length} is too long")
     draw = random.Random(seed)
     begins = [draw.randint(0, len(ids) - length - 1) for _ in range(samples)]
     return torch.stack([ids[begin : begin + length] for begin in begins])

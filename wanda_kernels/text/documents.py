@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import read_text
 from .windows import tokenize
 
 
@@ -18,32 +19,32 @@ def read_jsonl(path: Path, column: str) -> list[str]:
     """The texts of a JSONL file: an object a line, its text in ``column``. Empty lines are skipped.
 
     Raises:
-        ValueError: naming the line, where it is no object with a text in ``column``; a file without documents.
+        ValueError: naming the line, where it is no object with a text in ``column``; as :func:`read_text`.
     """
     documents = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"calibration file {path} is not UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
+    # not splitlines(), which also splits at characters that a text in a line may have (U+2028, form feed, ..)
+    for number, line in enumerate(read_text(path, "calibration").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, strict=False)  # a text may hold control characters that nobody escaped
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"calibration file {path}, line {number} is not JSON: {error}") from error
         documents.append(text_of(row, column, f"calibration file {path}, line {number}"))
-    if not documents:
-        raise ValueError(f"calibration file {path} holds no documents")
     return documents
 
 
 def text_of(row: Any, column: str, where: str) -> str:
-    """Raises ValueError where ``row`` has no text in ``column``, with the columns it has."""
+    """Raises ValueError where ``row`` has no text in ``column``, with the columns it has, or one that is no Unicode."""
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} has no text in column '{column}' (it has: {there}): choose one with --column")
-    return row[column]
+        raise ValueError(f"{where} has no text in column '{column}' (it has: {there}): name another column")
+    text: str = row[column]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half a surrogate pair in column '{column}' (character {error.start})") from error
+    return text
 
 
 def shuffled(documents: list[str], seed: int) -> Iterator[str]:
@@ -88,5 +89,5 @@ def draw_windows(
         if pack
         else (f"{len(windows)} of {read} documents are longer than {length} tokens")
     )
-    advice = "lower --samples or --length" + ("" if pack else ", or pass --pack")
+    advice = "lower samples or length" + ("" if pack else ", or put documents together (pack)")
     raise ValueError(f"calibration data {source}: {what}, {samples} samples of {length} are required: {advice}")

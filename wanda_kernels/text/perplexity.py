@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from . import hub
-from .calibration import read_text
-from .windows import split_windows, tokenize
+from .files import read_text
+from .windows import check_vocabulary, split_windows, tokenize
 
 
 def evaluation_ids(source: str, tokenizer: Any) -> Tensor:
@@ -21,7 +21,7 @@ def evaluation_ids(source: str, tokenizer: Any) -> Tensor:
     if source == "wikitext2":
         return tokenize(tokenizer, "\n\n".join(hub.load("wikitext2", "test")["text"]))
     path = Path(source).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"text must be wikitext2 or a file; {source} does not exist")
     return tokenize(tokenizer, read_text(path, "text"))
 
@@ -43,14 +43,18 @@ def perplexity(
         batch_size: windows per forward pass.
         on_window: told how many windows are done after each batch.
 
+    Returns:
+        nan where a loss is (a broken model), inf where the figure is too large for a float.
+
     Raises:
-        ValueError: fewer tokens than one window.
+        ValueError: fewer tokens than one window; token ids that are not in the model's vocabulary.
 
     Source: Wanda's reference code, ``lib/eval.py``.
     """
     windows = ids if ids.dim() == 2 else split_windows(ids, length)
     if len(windows) == 0:
-        raise ValueError(f"the text has {len(ids)} tokens, one window needs {length}: lower --length")
+        raise ValueError(f"the text has {len(ids)} tokens, one window needs {length}: lower length")
+    check_vocabulary(model, windows)
     device = next(model.parameters()).device
     total = 0.0
     done = 0
@@ -62,4 +66,5 @@ def perplexity(
         done += len(batch)
         if on_window is not None:
             on_window(done)
-    return math.exp(total / len(windows)) if total / len(windows) < 700 else math.inf
+    mean = total / len(windows)
+    return math.inf if mean > 700 else math.exp(mean)

@@ -21,7 +21,7 @@ def parse_tasks(text: str) -> list[str]:
         return list(PAPER_TASKS)
     names = [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) != len(names):
-        raise ValueError(f"--tasks must be task names or files, each once, with commas between them, got '{text}'")
+        raise ValueError(f"tasks must be task names or files, each once, with commas between them, got '{text}'")
     return names
 
 
@@ -110,7 +110,7 @@ class TaskEvaluation:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        adapter: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        adapter: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
         found: Any = simple_evaluate(
             adapter, tasks=self._names, num_fewshot=few_shot, limit=limit, log_samples=False,
             task_manager=self._manager,

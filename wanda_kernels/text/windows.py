@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -22,6 +22,20 @@ def split_windows(ids: Tensor, length: int) -> Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
+def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+    """Raises ValueError where ``ids`` hold a token that the model's embedding has no row for."""
+    find: Any = getattr(model, "get_input_embeddings", None)  # of transformers' models
+    if find is None or ids.numel() == 0:
+        return
+    size = find().weight.shape[0]
+    low, high = (int(end) for end in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"token ids must be 0 to {size - 1}, the model's vocabulary has {size}; got {low} to {high}: give ids of "
+            "the model's own tokenizer"
+        )
+
+
 def sample_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
     """``samples`` of the non-overlapping windows, drawn without repetition: [samples, length].
 
@@ -34,7 +48,7 @@ def sample_windows(ids: Tensor, samples: int, length: int, seed: int, source: st
     if len(windows) < samples:
         raise ValueError(
             f"calibration text {source} has {len(ids)} tokens, {len(windows)} windows of {length}; {samples} "
-            "samples are required: give a longer text, or lower --samples or --length"
+            "samples are required: give a longer text, or lower samples or length"
         )
     chosen = random.Random(seed).sample(range(len(windows)), samples)
     return windows[sorted(chosen)]
