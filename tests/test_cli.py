@@ -116,23 +116,23 @@ def test_ready_token_ids(work, tmp_path, capsys):
 
 
 BAD = [
-    (["--sparsity", "1.5"], 1, "sparsity must be in [0, 1), got 1.5"),
-    (["--sparsity", "1"], 1, "sparsity must be in [0, 1), got 1.0"),
+    (["--sparsity", "1.5"], 2, "sparsity must be in [0, 1), got 1.5"),
+    (["--sparsity", "1"], 2, "sparsity must be in [0, 1), got 1.0"),
     (["--sparsity", "half"], 2, "Invalid value for '--sparsity'"),
-    (["--pattern", "4:2"], 1, "pattern must be N:M with 0 < N < M, for instance 2:4, got '4:2'"),
+    (["--pattern", "4:2"], 2, "pattern must be N:M with 0 < N < M, for instance 2:4, got '4:2'"),
     (["--pattern", "2:5"], 1, "has 64 input columns, not a multiple of the pattern's M = 5"),
-    (["--pattern", "2:4", "--sparsity", "0.5"], 1, "give sparsity or pattern, not both"),
+    (["--pattern", "2:4", "--sparsity", "0.5"], 2, "give sparsity or pattern, not both"),
     (
         ["--method", "magic"],
-        1,
+        2,
         "method must be one of wanda, magnitude, sparsegpt, ria, ablate_mag_seq",
     ),
-    (["--group", "rows"], 1, "group must be row, layer or column, or row:N or column:N, got 'rows'"),
-    (["--owl-lambda", "0.1"], 1, "--owl-lambda 0.1 needs --owl"),
-    (["--damping", "0.1"], 1, "damping is an option of sparsegpt"),
-    (["--propagate", "x"], 1, "propagate must be one of pruned, dense, got 'x'"),
-    (["--dtype", "int8"], 1, "dtype must be one of"),
-    (["--device", "tpu"], 1, "device must be auto, cpu or cuda, got 'tpu'"),
+    (["--group", "rows"], 2, "group must be row, layer or column, or row:N or column:N, got 'rows'"),
+    (["--owl-lambda", "0.1"], 2, "--owl-lambda 0.1 needs --owl"),
+    (["--damping", "0.1"], 2, "damping is an option of sparsegpt"),
+    (["--propagate", "x"], 2, "propagate must be one of pruned, dense, got 'x'"),
+    (["--dtype", "int8"], 2, "dtype must be one of"),
+    (["--device", "tpu"], 2, "device must be auto, cpu or cuda, got 'tpu'"),
     (["--samples", "0"], 2, "--samples"),
     (["--samples", "5000"], 1, "5000 samples are required"),
     (["--length", "512"], 1, "--length 512 is longer than the model's context of 256 tokens"),
@@ -173,7 +173,11 @@ def test_existing_output(work, tmp_path, capsys):
     code, _, stderr = call(capsys, *arguments)
     assert code == 1
     assert "is not empty: choose another, or pass --overwrite" in stderr
+    code, _, stderr = call(capsys, *arguments, "--overwrite")
+    assert code == 1
+    assert "holds no model" in stderr
     assert [path.name for path in out.iterdir()] == ["mine"]
+    (out / "config.json").write_text('{"model_type": "llama"}')
     assert call(capsys, *arguments, "--overwrite")[0] == 0
     assert not (out / "mine").exists()
 

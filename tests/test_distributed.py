@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_a_failure_of_any_process_is_told_by_all(failing, tmp_path):
 def test_a_killed_process_ends_all(tmp_path):
     ranks = streaming_child.start_ranks(3, tmp_path / "run", **OPTIONS, fails=(1, "kill"))
     assert finish(ranks) == [1, -9, 1]
-    assert "an exchange with the other processes failed" in error_of(tmp_path / "run", 0)
+    for other in (0, 2):
+        assert error_of(tmp_path / "run", other) == "stopped, because rank 1 is gone (killed?)"
 
 
 def test_a_process_that_hangs_ends_the_others(tmp_path):
@@ -135,7 +137,7 @@ def test_torchrun(tmp_path):
 
     done = torchrun(2, *options, "--out", tmp_path / "three", "--pattern", "2:5")
     assert done.returncode != 0
-    assert "error: rank 1: model.layers.0.self_attn.q_proj has 64 input columns, not a multiple" in done.stderr
+    assert re.search(r"error: rank [01]: model\.layers\.0\.self_attn\.q_proj has 64 input columns, not", done.stderr)
     assert not (tmp_path / "three").exists()
 
 

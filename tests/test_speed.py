@@ -105,11 +105,12 @@ def test_command_line(tmp_path, capsys):
     result = json.loads(out.read_text())
     assert [row["batch"] for row in result["rows"]] == [1, 1, 2, 2]
     assert set(result["dispatch"].values()) <= {"packed", "unpack"}
-    for arguments, message in (
-        ([dense, "--batches", "1,0"], "--batches must be numbers from 1 on, with commas between them, got '1,0'"),
-        ([dense, dense], "each model may be named once"),
-        ([dense, "--json", str(tmp_path / "no" / "x.json")], "its folder does not exist"),
-        ([str(tmp_path / "none")], "does not exist"),
+    for arguments, code, message in (
+        ([dense, "--batches", "1,0"], 2, "--batches must be numbers from 1 on, with commas between them, got '1,0'"),
+        ([dense, dense], 2, "each model may be named once"),
+        ([dense, "--json", str(tmp_path / "no" / "x.json")], 1, "its folder does not exist"),
+        ([dense, "--json", str(tmp_path)], 1, "is a folder: name a file"),
+        ([str(tmp_path / "none")], 1, "does not exist"),
     ):
-        assert run("speed", *arguments) == 1
+        assert run("speed", *arguments) == code
         assert message in capsys.readouterr().err

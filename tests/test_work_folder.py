@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,8 +15,11 @@ import tiny
 from test_resume import BLOCKS, EndsAt, digest, model, unfinished  # noqa: F401  (fixtures)
 from test_streaming import one_thread  # noqa: F401  (a fixture)
 
+from wanda_kernels.models.checkpoint import write_at
 from wanda_kernels.streaming import stream_prune, workfolder
+from wanda_kernels.streaming.activations import TwoFiles
 from wanda_kernels.streaming.run import describe
+from wanda_kernels.streaming.state import layers_of
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,6 @@ CHANGES = {
     "done": [-1, 0, 1, 3, BLOCKS, BLOCKS + 1, 10**6, True, "2", None, 2.0],
     "blocks": [1, 2, BLOCKS - 1, 10**6, None],
     "layers": [None, [], {}, [{"a": 1}], [[]]],
-    "plans": [None, [], [[1]], [{}], "x"],
     "activations": [
         None, {}, [], {"turn": 5}, {"turn": 0, "dtype": "nn", "shapes": [[1, 24, 64]]},
         {"turn": 0, "dtype": "float32", "shapes": [[2**40, 2**10]]},
@@ -106,7 +109,7 @@ CHANGES = {
     ],
     "begun_with": [None, {}, {"option": {}}],
     "folder": [None, [0, 0], []],
-    "version": [1, 3, None, "2"],
+    "version": [1, 2, None, "3"],
     "digest": ["", None],
 }  # fmt: skip
 
@@ -136,6 +139,59 @@ def test_a_state_with_a_wrong_field_gives_no_wrong_output(field, knows_how, unfi
         before = json.loads(state_of(tmp_path).read_text())
         before["folder"] = workfolder._inode(tmp_path / ".out.partial" / "folder")
         state_of(tmp_path).write_text(rewritten(before))
+
+
+LIES = [
+    lambda state: state["activations"].update(turn=1 - state["activations"]["turn"]),
+    lambda state: state["activations"].update(dtype="bfloat16"),
+    lambda state: state["activations"].update(dtype="float64"),
+    lambda state: state["activations"].update(shapes=[[5, 64, 24]]),
+    lambda state: state["activations"].update(shapes=[[4, 24, 64], [1, 24, 64]]),
+    lambda state: state["activations"].update(shapes=[[5, 24, 8, 8]]),
+    lambda state: state["layers"][3].update(damping=[]),
+    lambda state: state["layers"][3].update(sparsity="half"),
+    lambda state: state["layers"][3].update(estimated_error=True),
+    lambda state: state["layers"][3].update(shape=[64, 65]),
+    lambda state: state["layers"][3].update(statistics=3),
+    lambda state: state["layers"][3].pop("threshold"),
+]
+
+
+@pytest.mark.parametrize("lie", range(len(LIES)))
+def test_a_state_that_could_be_true_is_held_against_the_run(lie, unfinished, whole):  # noqa: F811
+    """Written by one who knows how: the other file's activations, say, would give other weights without a word."""
+    state = json.loads(state_of(unfinished).read_text())
+    LIES[lie](state)
+    state_of(unfinished).write_text(rewritten(state))
+    assert "cannot be gone on with" in attempt(unfinished, resume=True)
+    assert not (unfinished / "out").exists()
+    stream_prune(unfinished / "model", unfinished / "out", tiny.ids(), overwrite=True)
+    assert digest(unfinished / "out") == whole
+
+
+def test_a_state_holds_no_plans(unfinished, whole):  # noqa: F811
+    """How statistics are added up is seen anew by each run: believed, a changed plan would change the weights."""
+    state = json.loads(state_of(unfinished).read_text())
+    assert sorted(state) == sorted(CHANGES)
+    stream_prune(unfinished / "model", unfinished / "out", tiny.ids(), resume=True)
+    assert digest(unfinished / "out") == whole
+
+
+def test_a_report_with_numbers_that_json_has_not():
+    layer = {"name": "a", "shape": [2, 3], "sparsity": 0.5, "seconds": 1, "estimated_error": "nan"}
+    layer |= {"exact_error": "inf", "input_of": None, "statistics": None, "threshold": None, "damping": None}
+    read = layers_of({"layers": [layer]})[0]
+    assert math.isnan(read.estimated_error)
+    assert read.exact_error == math.inf
+    assert read.shape == (2, 3)
+
+
+def test_nameless_activations_leave_nothing(tmp_path):
+    files = TwoFiles.beside(tmp_path / "work", tmp_path, nameless=True)
+    write_at(files.fd(1), b"abc", 0)
+    assert list(tmp_path.iterdir()) == []
+    assert os.pread(files.fd(1), 3, 0) == b"abc"
+    files.remove()
 
 
 def test_a_state_that_is_not_one(unfinished):  # noqa: F811

@@ -5,10 +5,40 @@ holds the operators; ``wanda-kernels --help`` is the command line. Once this pac
 packed models.
 """
 
-from . import ops
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._register import register
 from ._version import __version__
-from .packed import compress, decompress
-from .pruning import LayerReport, Owl, PruningReport, prune
-from .text import perplexity
+
+if TYPE_CHECKING:
+    from . import ops
+    from .packed import compress, decompress
+    from .pruning import LayerReport, Owl, PruningReport, prune
+    from .text import perplexity
 
 __all__ = ["LayerReport", "Owl", "PruningReport", "__version__", "compress", "decompress", "ops", "perplexity", "prune"]
+
+# Loaded at the first use: torch alone takes seconds, in which the command line could not even say that it was
+# interrupted.
+_HOMES = {
+    "compress": ".packed", "decompress": ".packed", "LayerReport": ".pruning", "Owl": ".pruning",
+    "PruningReport": ".pruning", "prune": ".pruning", "perplexity": ".text",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

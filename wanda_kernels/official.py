@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .cli import interrupt
+from .cli import interrupt, ranks
+from .cli.options import UsageError
 
 # LLaMA-2's context, and the paper's windows for it; LLaMA's is 2048. Newer models announce more than fits a GPU.
 LONGEST = 4096
@@ -51,42 +52,43 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Load, prune, evaluate, log, save: in the official order."""
-    from .cli.display import PruningDisplay, bar, quiet_libraries, working
+    from .cli.checks import check_model
+    from .cli.display import PruningDisplay, bar, quiet_libraries, tell_reference, working
+    from .cli.options import usage
     from .models import load_model, load_tokenizer, save_pretrained
-    from .models.load import choose_device
-    from .models.save import check_output
+    from .models.load import check_choices, load_config
+    from .models.save import check_output, check_writable
     from .pruning import prune
-    from .pruning.selection import Target
     from .text import evaluation_ids, load_calibration, perplexity, split_windows
 
-    pattern = None if options.sparsity_type == "unstructured" else options.sparsity_type
-    if pattern and options.sparsity_ratio != 0.5:
-        raise ValueError(f"--sparsity_ratio must be 0.5 for {pattern}, got {options.sparsity_ratio:g}")
-    if options.use_variant and (options.prune_method != "wanda" or pattern):
-        raise ValueError("--use_variant is for --prune_method wanda and --sparsity_type unstructured")
-    target: dict[str, Any] = {"pattern": pattern} if pattern else {"sparsity": options.sparsity_ratio}
-    target |= {"method": options.prune_method, "variant": options.use_variant}
-    resolved = Target.resolve(**({"sparsity": None, "pattern": None} | target))
-    for folder in (options.save, options.save_model):
-        if folder is not None:
-            check_output(folder, overwrite=True)
+    with usage():
+        ranks.refuse("the official command")
+        target, resolved = _target(options)
+        device = check_choices(options.dtype or "auto", options.device)
+    if options.save is not None:
+        check_writable(options.save)
+    if options.save_model is not None:
+        check_output(options.save_model, overwrite=True, source=options.model)
     zero_shot = _zero_shot_tasks() if options.eval_zero_shot else None
     quiet_libraries()
-    device = choose_device(options.device)
+    tell_reference(device)
     dtype = options.dtype or ("float16" if device.type == "cuda" else "auto")
-    with working(f"loading llm model {options.model}"):
+    config = load_config(options.model)
+    length = options.length or min(getattr(config, "max_position_embeddings", LONGEST), LONGEST)
+    check_model(options.model, resolved, dtype, options.save_model, length=length)
+    with working(f"loading the tokenizer of {options.model}"):
         tokenizer = load_tokenizer(options.model)
-        model: Any = load_model(options.model, dtype, options.device)
-    print("use device ", device, model.dtype)
-    length = options.length or min(getattr(model.config, "max_position_embeddings", LONGEST), LONGEST)
     windows = split_windows(evaluation_ids(options.text, tokenizer), length)
     if len(windows) == 0:
         raise ValueError(f"text {options.text} is shorter than one window of {length} tokens: lower --length")
+    input_ids = None
+    if options.sparsity_ratio != 0 and resolved.needs_calibration:
+        with working("loading calibration data"):
+            input_ids = load_calibration(options.calibration, tokenizer, options.nsamples, length, options.seed)
+    with working(f"loading llm model {options.model}"):
+        model: Any = load_model(options.model, dtype, options.device)
+    print("use device ", device, model.dtype)
     if options.sparsity_ratio != 0:
-        input_ids = None
-        if resolved.needs_calibration:
-            with working("loading calibration data"):
-                input_ids = load_calibration(options.calibration, tokenizer, options.nsamples, length, options.seed)
         print("pruning starts")
         with bar() as shown:
             prune(model, input_ids, progress=PruningDisplay(shown), **target)
@@ -109,6 +111,20 @@ def run(options: argparse.Namespace) -> None:
             print({"task": row["task"], **row["metrics"]})
     if options.save_model is not None:
         save_pretrained(options.save_model, model, tokenizer, overwrite=True)
+
+
+def _target(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Arguments of :func:`wanda_kernels.prune`, and what they mean together."""
+    from .pruning.selection import Target
+
+    pattern = None if options.sparsity_type == "unstructured" else options.sparsity_type
+    if pattern and options.sparsity_ratio != 0.5:
+        raise ValueError(f"--sparsity_ratio must be 0.5 for {pattern}, got {options.sparsity_ratio:g}")
+    if options.use_variant and (options.prune_method != "wanda" or pattern):
+        raise ValueError("--use_variant is for --prune_method wanda and --sparsity_type unstructured")
+    target: dict[str, Any] = {"pattern": pattern} if pattern else {"sparsity": options.sparsity_ratio}
+    target |= {"method": options.prune_method, "variant": options.use_variant}
+    return target, Target.resolve(**({"sparsity": None, "pattern": None} | target))
 
 
 def _zero_shot_tasks() -> Any:
@@ -147,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.debug:
             traceback.print_exc()
         print(f"wanda_kernels.official: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .models.load import empty_model
 from .pruning.blocks import find_blocks
 from .pruning.driver import BATCH_TOKENS
 
@@ -75,12 +76,8 @@ class Shape:
 
 def shape_of(config: Any) -> Shape:
     """Builds the model without weights. Raises ValueError where it could not be pruned."""
-    from transformers import AutoModelForCausalLM
-
     dtype = config.dtype or torch.bfloat16
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    model = empty_model(config, dtype)
     blocks = find_blocks(model, meta=True)
     largest = max(blocks, key=lambda block: sum(p.numel() for p in block.module.parameters()))
     block_numel = sum(p.numel() for p in largest.module.parameters())

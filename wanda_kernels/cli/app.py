@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
+from .._version import __version__
 from . import bench, compress, info, interrupt, plan, prune, ranks, speed, study
 from . import eval as evaluate
-from .options import debug_wanted
+from .options import UsageError, debug_wanted, usage
 
 INTERRUPTED = 130
 
@@ -22,6 +24,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"wanda-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What belongs to no command."""
+    if context.invoked_subcommand not in ("prune", "info"):
+        with usage():
+            ranks.refuse(f"wanda-kernels {context.invoked_subcommand}")
+
+
 app.command("prune")(prune.prune_command)
 app.command("plan")(plan.plan_command)
 app.command("compress")(compress.compress_command)
@@ -34,19 +57,22 @@ app.command("info")(info.info_command)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command and exits: 0 on success only, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM, 1 for
-    everything else."""
+    """Runs a command and exits, with a code of docs/exit-codes.md."""
     try:
         with interrupt.remembered():
             code = app(args=arguments, prog_name="wanda-kernels", standalone_mode=False)
+            if not code:
+                ranks.goodbye()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
         if debug_wanted():
             traceback.print_exc()
         if hasattr(error, "format_message"):  # a usage error of typer's
+            if not error.format_message():  # no arguments: the help was shown
+                ranks.end(2)
             _fail(f"{error.format_message()} (see --help)", 2)
-        _fail(str(error) or type(error).__name__, 1)
+        _fail(ranks.lost() or str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1)
     if code == INTERRUPTED:  # newer typer returns it, older raises Abort
         _fail("interrupted; nothing was written", interrupt.exit_code())
     ranks.end(code or 0)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import Debug, Device
+from .options import Debug, Device, usage
 
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 _HELP = "end-to-end|select|stats|nm|sparse|scaling"
@@ -21,12 +21,12 @@ def bench_command(
     suite: Annotated[list[str] | None, typer.Option("--suite", metavar=_HELP, help="May be given again.")] = None,
     device: Device = "auto",
     models: Annotated[
-        str | None, typer.Option("--models", metavar="7B,3-70B,..", help="Whose shapes. [default: by device]")
+        str | None, typer.Option("--models", metavar="7B,3-70B,..", help="Whose shapes. \\[default: by device]")
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each candidate at most, in turns.")] = 15,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="For the rows. [default: benchmarks/results/<device>]"),
+        typer.Option("--out", metavar="DIR", help="For the rows. \\[default: benchmarks/results/<device>]"),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny shapes, to see that all runs; written only to --out.")
@@ -38,8 +38,9 @@ def bench_command(
 ) -> None:
     """Measure the kernels and whole runs, each checked first, against their peers, side by side."""
     _add_checkout()
-    screen = Console()
-    screen.width = max(screen.width, 130)  # not folded in a log
+    from .display import screen as screen_of
+
+    screen = screen_of(130)
     if compare is not None:
         _compare(*compare, screen)
         return
@@ -63,20 +64,23 @@ def _measure(
     screen: Console,
 ) -> None:  # fmt: skip
     from ..models.load import choose_device
-    from .display import bar, quiet_libraries
+    from ..models.save import check_writable
+    from .display import bar, quiet_libraries, tell_reference
 
     harness: Any = importlib.import_module("benchmarks.harness")
     registry: Any = importlib.import_module("benchmarks.suites")
     places: Any = importlib.import_module("benchmarks.circumstances")
     unknown = [name for name in suites if name not in registry.SUITES]
-    if unknown:
-        raise ValueError(f"--suite must be one of {', '.join(registry.SUITES)}, got '{unknown[0]}'")
-    if models:
-        importlib.import_module("benchmarks.shapes").weights_of(models)
-    target = choose_device(device)
-    if out is not None and out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {out} is a file")
+    with usage():
+        if unknown:
+            raise ValueError(f"--suite must be one of {', '.join(registry.SUITES)}, got '{unknown[0]}'")
+        if models:
+            importlib.import_module("benchmarks.shapes").weights_of(models)
+        target = choose_device(device)
+    if out is not None:
+        check_writable(out)
     quiet_libraries()
+    tell_reference(target)
     settings = harness.Settings(device=target, repeats=min(repeats, 2) if quick else repeats, quick=quick)
     if out is None and not quick:
         out = places.RESULTS / places.folder_name(target)

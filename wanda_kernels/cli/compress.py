@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .options import Debug
+from .options import Debug, usage
 
 Source = Annotated[str, typer.Argument(metavar="DIR", help="A folder as `prune` or save_pretrained writes it.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR2", help="Folder to write to.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DIR2 if it is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DIR2 if it holds a model.")]
 
 
 def compress_command(
@@ -26,19 +25,28 @@ def compress_command(
 ) -> None:
     """Pack a pruned model's weights: 9/16 of their size in 16-bit types at 50 % and 2:4."""
     from ..models import load_model, load_tokenizer, save_pretrained
+    from ..models.load import empty_model, load_config
     from ..models.save import check_output
     from ..packed import compress
-    from .display import quiet_libraries, working
+    from ..packed.format import check_format
+    from ..packed.model import refuse_unpackable
+    from ..pruning.blocks import find_blocks
+    from .display import quiet_libraries, say, tell_reference_on_cpu, working
 
-    check_output(out, overwrite)
+    with usage():
+        check_format(format)
+    check_output(out, overwrite, model)
     quiet_libraries()
+    tell_reference_on_cpu()
+    with working(f"checking {model}"):
+        refuse_unpackable(find_blocks(empty_model(load_config(model)), meta=True))
     with working(f"loading {model}"):
         tokenizer, loaded = load_tokenizer(model), load_model(model, "auto", "cpu")
     with working("packing"):
         report = compress(loaded, format)
     with working(f"saving to {out}"):
-        save_pretrained(out, loaded, tokenizer, overwrite=overwrite)
-    _tell(f"{report}\nsaved to {out}; load it after `import wanda_kernels`")
+        save_pretrained(out, loaded, tokenizer, extra=_report_of(model), overwrite=overwrite)
+    say(f"{report}\nsaved to {out}; load it after `import wanda_kernels`")
 
 
 def decompress_command(model: Source, out: Out, overwrite: Overwrite = False, debug: Debug = False) -> None:
@@ -46,18 +54,23 @@ def decompress_command(model: Source, out: Out, overwrite: Overwrite = False, de
     from ..models import load_model, load_tokenizer, save_pretrained
     from ..models.save import check_output
     from ..packed import decompress
-    from .display import quiet_libraries, working
+    from .display import quiet_libraries, say, tell_reference_on_cpu, working
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, model)
     quiet_libraries()
+    tell_reference_on_cpu()
     with working(f"loading {model}"):
         tokenizer, loaded = load_tokenizer(model), load_model(model, "auto", "cpu")
     with working("unpacking"):
         decompress(loaded)
     with working(f"saving to {out}"):
-        save_pretrained(out, loaded, tokenizer, overwrite=overwrite)
-    _tell(f"saved to {out}")
+        save_pretrained(out, loaded, tokenizer, extra=_report_of(model), overwrite=overwrite)
+    say(f"saved to {out}")
 
 
-def _tell(text: str) -> None:
-    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+def _report_of(model: str) -> dict[str, str]:
+    """What pruning said of the model goes with it."""
+    from ..models.save import REPORT
+
+    path = Path(model).expanduser() / REPORT
+    return {REPORT: path.read_text(encoding="utf-8")} if path.is_file() else {}

@@ -10,23 +10,44 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from .. import _backend
+from .._words import percent
 from ..pruning.progress import Progress
 from ..pruning.report import LayerReport, sparsity_of
 from . import interrupt
 
-console = Console(stderr=True)
+# Text comes from users, files and models: it is never markup, an emoji's name or something to colour.
+_PLAIN: dict[str, bool] = {"markup": False, "emoji": False, "highlight": False}
+console = Console(stderr=True, **_PLAIN)  # type: ignore[arg-type]
+
+
+def screen(width: int = 0) -> Console:
+    """For results, on stdout. ``width``: at least so many columns, so that a table is not folded in a log."""
+    found = Console(**_PLAIN)  # type: ignore[arg-type]
+    found.width = max(found.width, width)
+    return found
+
+
+def say(text: str) -> None:
+    """A line of results, not folded."""
+    screen().print(text, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A line beside the results, on stderr, not folded."""
+    console.print(text, soft_wrap=True)
 
 
 @contextmanager
 def bar() -> Iterator[Bar]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("left", markup=False),
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=console, transient=True) as shown:
@@ -38,10 +59,10 @@ def working(what: str) -> Iterator[None]:
     """A spinner for a step whose end cannot be told; a plain line where stderr is no terminal."""
     interrupt.check()
     if console.is_terminal:
-        with console.status(f"{what} ..."):
+        with console.status(Text(f"{what} ...")):
             yield
     else:
-        console.print(f"{what} ...", highlight=False)
+        note(f"{what} ...")
         yield
 
 
@@ -58,7 +79,11 @@ def tell_reference(device: torch.device) -> None:
     """A line where the slow PyTorch reference serves the operators on ``device``, and why."""
     status = _backend.cpu_status if device.type == "cpu" else _backend.cuda_status
     if _backend.serves_reference(device.type):
-        console.print(f"note: running on the PyTorch reference: {status}", highlight=False, soft_wrap=True)
+        note(f"note: running on the PyTorch reference: {status}")
+
+
+def tell_reference_on_cpu() -> None:
+    tell_reference(torch.device("cpu"))
 
 
 class _OneBar(Progress):
@@ -100,6 +125,5 @@ class PruningDisplay(Progress):
     def block(self, name: str, layers: list[LayerReport]) -> None:
         weights = sum(layer.numel for layer in layers)
         mean = sum(layer.estimated_error * layer.numel for layer in layers) / max(1, weights)
-        self._bar.console.print(
-            f"{name:<24} sparsity {sparsity_of(layers):7.2%}   estimated error {mean:.3f}", highlight=False
-        )
+        share = percent(sparsity_of(layers), 2)
+        self._bar.console.print(f"{name:<24} sparsity {share:>7}   estimated error {mean:.3f}")

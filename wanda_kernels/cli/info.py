@@ -7,8 +7,8 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .._version import __version__
 from .options import Debug
@@ -69,9 +69,11 @@ def gather() -> dict[str, dict[str, str]]:
 
 def info_command(debug: Debug = False) -> None:
     """Show versions, backends (on or off, and why), processor features and GPUs."""
+    from .display import screen
+
     table = Table(show_header=False, box=None, pad_edge=False)
     for section, entries in gather().items():
         for number, (name, value) in enumerate(entries.items()):
-            table.add_row(f"[bold]{section}[/bold]" if number == 0 else "", name, value)
+            table.add_row(Text(section if number == 0 else "", "bold"), name, value)
         table.add_section()
-    Console().print(table)
+    screen().print(table)

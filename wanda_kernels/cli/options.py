@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 _debug = False
+
+
+class UsageError(ValueError):
+    """Options that are wrong by themselves, whatever the model and the machine: exit code 2."""
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Inside, options are checked: what the library refuses is wrong usage."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def debug_wanted() -> bool:
@@ -29,7 +44,7 @@ Dtype = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", min=1, help="Sequences per forward pass. [default: by device and length]"),
+    typer.Option("--batch-size", min=1, help="Sequences per forward pass. \\[default: by device and length]"),
 ]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .options import Debug
+from .options import Debug, usage
 
 
 def plan_command(
@@ -27,19 +26,19 @@ def plan_command(
     from ..plan import H100, predict, shape_of
     from ..pruning.driver import check_options
     from .display import quiet_libraries, working
+    from .display import screen as screen_of
 
-    check_options(propagate, None)
+    with usage():
+        check_options(propagate, None)
     quiet_libraries()
     config = load_config(model)
     with working("building the model without weights"):
         shape = shape_of(config)
     found = predict(shape, H100, gpus, samples, length, 2 if propagate == "pruned" else 1)
-    screen = Console()
-    screen.width = max(screen.width, 110)  # not folded in a log
+    screen = screen_of(110)
     screen.print(
         f"{shape.model_bytes / 1e9:.4g} GB in {shape.blocks} blocks of {shape.block_bytes / 1e9:.3g} GB; "
         f"{samples} x {length} tokens, {gpus} x {memory:g} GB",
-        highlight=False,
     )
     ways = Table()
     for heading in ("way", "GB on each GPU", "fits", "command"):
@@ -54,5 +53,5 @@ def plan_command(
     screen.print(ways)
     screen.print(f"streamed, each process also holds {found.host_bytes_streamed / 1e9:.1f} GB of the host's memory")
     parts = ", ".join(f"{part} {seconds:.3g} s" for part, seconds in found.seconds.items())
-    screen.print(f"estimated, not measured: {found.total / 60:.2g} minutes ({parts})", highlight=False, soft_wrap=True)
-    screen.print(f"({H100.source}; streamed, reading and writing overlap with the rest)", highlight=False)
+    screen.print(f"estimated, not measured: {found.total / 60:.2g} minutes ({parts})", soft_wrap=True)
+    screen.print(f"({H100.source}; streamed, reading and writing overlap with the rest)")

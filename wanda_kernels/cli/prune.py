@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from .._words import to_json
+from ..models.save import REPORT
+from . import checks, ranks, streaming
 from . import method_options as methods
-from . import ranks, streaming
-from .options import BatchSize, Debug, Device, Dtype, Model, check_length
+from .options import BatchSize, Debug, Device, Dtype, Model, check_length, usage
 
 
 def prune_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the pruned model to.")],
     sparsity: Annotated[
-        float | None, typer.Option("--sparsity", help="Share of each row to prune, in [0, 1). [default: 0.5]")
+        float | None, typer.Option("--sparsity", help="Share of each row to prune, in [0, 1). \\[default: 0.5]")
     ] = None,
     pattern: Annotated[
         str | None, typer.Option("--pattern", metavar="N:M", help="Keep N of every M inputs, for instance 2:4.")
@@ -42,10 +42,10 @@ def prune_command(
         ),
     ] = "c4",
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Calibration sequences. [default: 128]")
+        int | None, typer.Option("--samples", min=1, help="Calibration sequences. \\[default: 128]")
     ] = None,
     length: Annotated[
-        int | None, typer.Option("--length", min=2, help="Tokens in each of them. [default: 2048]")
+        int | None, typer.Option("--length", min=2, help="Tokens in each of them. \\[default: 2048]")
     ] = None,
     pack: Annotated[
         bool, typer.Option("--pack", help="Put documents together; otherwise those shorter than --length are skipped.")
@@ -110,24 +110,51 @@ def prune_command(
 ) -> None:
     """Prune MODEL and save it as a Hugging Face folder."""
     from ..models import load_model, load_tokenizer, save_pretrained
+    from ..models.load import check_choices
     from ..models.save import check_output, check_space
     from ..packed import compress as pack_weights
     from ..pruning import prune
+    from ..pruning.driver import check_options
     from ..pruning.selection import Target
     from ..pruning.stopwatch import Stopwatch
     from ..text import load_calibration
-    from .display import PruningDisplay, bar, quiet_libraries, tell_reference, working
+    from ..text.calibration import LENGTH
+    from .display import PruningDisplay, bar, quiet_libraries, say, screen, tell_reference, working
 
-    chosen = methods.method_options(
-        group, variant, weight_update, block_size, damping, ria_power, methods.owl_of(owl, owl_lambda, owl_outlier)
-    )
-    target = Target.resolve(method, sparsity, pattern, **chosen)
-    streaming.check_options(model, stream, resume, offload, compress, device_map)
+    with usage():
+        chosen = methods.method_options(
+            group, variant, weight_update, block_size, damping, ria_power, methods.owl_of(owl, owl_lambda, owl_outlier)
+        )
+        target = Target.resolve(method, sparsity, pattern, **chosen)
+        check_options(propagate, batch_size)
+        place = check_choices(dtype, device, device_map)
+        streaming.check_options(model, stream, resume, offload, compress, device_map)
+    options: dict[str, Any] = {
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "method": method,
+        "propagate": propagate,
+        "batch_size": batch_size,
+        "exact_error": exact_error,
+        "fuse_statistics": fuse,
+        **chosen,
+    }
     if stream:
-        streaming.check_leftovers(out, resume, overwrite)
-    check_output(out, overwrite)
+        streaming.check_leftovers(out, resume, overwrite, model)
+    check_output(out, overwrite, model)
     quiet_libraries()
-    processes = ranks.join(device)
+    processes = None
+    if ranks.launched():
+        drawing = {"samples": samples, "length": length, "pack": pack, "column": column, "split": split, "seed": seed}
+        places = {"stream": stream, "dtype": dtype, "device": device, "compress": compress, "out": str(out.absolute())}
+        named = {"MODEL": ranks.fingerprint(model), "calibration": ranks.fingerprint(calibration)}
+        given = options | {"owl": str(chosen.get("owl"))} | drawing | places | named
+        processes = ranks.join(device, given)
+    options["processes"] = processes
+    # What the config alone can tell, before anything large is read.
+    tokens = None if calibration.endswith(".safetensors") else LENGTH  # such a file has its own length
+    checks.check_model(model, target, dtype, out, compress, (length or tokens) if target.needs_calibration else None)
+    tell_reference(place)
     outer = Stopwatch()
     with outer.measure("load"):
         with working(f"loading the tokenizer of {model}"):
@@ -141,37 +168,24 @@ def prune_command(
         if not stream:
             with working(f"loading {model}"):
                 loaded = load_model(model, dtype, device, device_map)
-    options: dict[str, Any] = {
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "method": method,
-        "propagate": propagate,
-        "batch_size": batch_size,
-        "exact_error": exact_error,
-        "fuse_statistics": fuse,
-        "processes": processes,
-        **chosen,
-    }
     if stream:
-        places = {"device": device, "dtype": dtype, "offload": offload, "activation_memory": activation_memory}
-        streaming.prune(model, out, input_ids, tokenizer, places, options, outer, resume, overwrite)
+        where = {"device": device, "dtype": dtype, "offload": offload, "activation_memory": activation_memory}
+        streaming.prune(model, out, input_ids, tokenizer, where, options, outer, resume, overwrite)
         return
     if input_ids is not None:
         check_length(input_ids.shape[1], loaded.config)
     check_space(out, loaded)
-    tell_reference(next(loaded.parameters()).device)
     with bar() as shown:
         report = prune(loaded, input_ids, **options, progress=PruningDisplay(shown))
     if processes is not None and not processes.is_first:
         return  # the first one saves
     packing = pack_weights(loaded) if compress else None
     # Without the seconds, so that the same command gives the same bytes.
-    extra = {"pruning_report.json": json.dumps(report.to_dict(seconds=False), indent=2)}
+    extra = {REPORT: to_json(report.to_dict(seconds=False))}
     with outer.measure("saving"), working(f"saving to {out}"):
         save_pretrained(out, loaded, tokenizer, extra=extra, overwrite=overwrite)
     report.seconds = {"load": outer.seconds()["load"], **report.seconds, "saving": outer.seconds()["saving"]}
-    screen = Console()
-    screen.print(report)
+    screen().print(report)
     if packing is not None:
-        screen.print(f"packed {packing}", highlight=False, soft_wrap=True, markup=False)
-    screen.print(f"saved to {out}", highlight=False, soft_wrap=True)
+        say(f"packed {packing}")
+    say(f"saved to {out}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from ..distributed import Processes
+
+GRACE_S = 10.0  # from the loss of another process to the end of this one, whatever it does
 
 _joined: Processes | None = None
 
@@ -22,25 +27,78 @@ def prefix() -> str:
     return f"rank {os.environ['RANK']}: " if launched() and os.environ["WORLD_SIZE"] != "1" else ""
 
 
-def join(device: str) -> Processes | None:
-    """The processes that torchrun started, None where it did not. All but the first are silent from now on."""
+def refuse(command: str) -> None:
+    """Raises ValueError where several processes would do the same work, and write the same files."""
+    if launched() and os.environ["WORLD_SIZE"] != "1":
+        raise ValueError(f"{command} is for one process, torchrun started {os.environ['WORLD_SIZE']}")
+
+
+def join(device: str, given: dict[str, Any]) -> Processes | None:
+    """The processes that torchrun started, None where it did not. All but the first are silent from now on.
+
+    Args:
+        given: the command's options and what they name; a value that differs between processes is refused by its name.
+    """
     global _joined
     if not launched():
         return None
     from ..distributed import join
 
-    _joined = join(device)
+    _joined = join(device, on_loss=_end_soon)
     if not _joined.is_first:
         from .display import console
 
         console.quiet = True
+    _joined.refuse_differences(given)
     return _joined
+
+
+def fingerprint(source: str) -> str:
+    """What a model or a text is: of a file or a folder its content, of anything else its name."""
+    from ..identity import of_file
+    from ..models.checkpoint import INDEX, SINGLE, Checkpoint
+
+    path = Path(source).expanduser()
+    if path.is_file():
+        return of_file(path)
+    if not path.is_dir():
+        return source
+    # The large files by samples of each tensor, the small ones whole.
+    parts = [f"{file.name} {of_file(file)}" for file in sorted(path.glob("*.json"))]
+    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+        checkpoint = Checkpoint(path)
+        parts += [f"{name} {value}" for name, value in checkpoint.fingerprints().items()]
+        checkpoint.close()
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _end_soon(reason: str) -> None:
+    """The main thread may be deep in a library, where no exception reaches it."""
+
+    def end() -> None:
+        print(f"wanda-kernels: error: {prefix()}{reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(GRACE_S, end)
+    timer.daemon = True
+    timer.start()
+
+
+def lost() -> str | None:
+    """Why the run cannot go on, where another process failed or was killed: whatever error came of it here."""
+    return None if _joined is None else _joined.lost
 
 
 def tell(failure: str) -> None:
     """The others why this process ends; their exchanges break."""
     if _joined is not None:
         _joined.leave(failure)
+
+
+def goodbye() -> None:
+    """This process has done its share. Raises LostError where the first one, which saves, did not come so far."""
+    if _joined is not None:
+        _joined.goodbye()
 
 
 def end(code: int) -> NoReturn:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .options import Debug, Device, Dtype
+from .options import Debug, Device, Dtype, usage
 
 
 def speed_command(
@@ -32,19 +30,25 @@ def speed_command(
     debug: Debug = False,
 ) -> None:
     """Prefill and decode tokens per second, same prompts, in turns in one run."""
+    from .._words import to_json
     from ..models import load_model
+    from ..models.load import check_choices
+    from ..models.save import check_file
     from ..packed import dispatch, keep_prefill_copies
-    from ..packed.model import packed_layers
+    from ..packed.model import dense_layers, packed_layers, stayed_dense
     from ..speed import measure
-    from .display import bar, quiet_libraries, working
+    from .display import bar, quiet_libraries, say, screen, tell_reference, working
 
-    sizes = _parse_batches(batches)
     names = [dense, *(sparse or [])]
-    if len(set(names)) != len(names):
-        raise ValueError("each model may be named once")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {out}: its folder does not exist")
+    with usage():
+        sizes = _parse_batches(batches)
+        if len(set(names)) != len(names):
+            raise ValueError("each model may be named once")
+        place = check_choices(dtype, device)
+    if out is not None:
+        check_file(out, "--json")
     quiet_libraries()
+    tell_reference(place)
     models = {}
     for name in names:
         with working(f"loading {name}"):
@@ -54,16 +58,18 @@ def speed_command(
     with bar() as shown:
         task = shown.add_task("generating", total=len(sizes) * (rounds + 2) * len(models))
         rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task))
-    screen = Console()
-    screen.width = max(screen.width, 110)  # not folded in a log
-    screen.print(draw(rows, prompt, tokens))
+    screen(110).print(draw(rows, prompt, tokens))
     for line in verdicts(rows, dense):
-        screen.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(line)
+    for name, model in models.items():
+        if packed_layers(model):
+            for line in stayed_dense(dense_layers(model)):
+                say(f"{name}: dense: {line}")
     for shape, choice in dispatch.choices().items():
-        screen.print(f"{shape}: {choice}", highlight=False, soft_wrap=True, markup=False)
+        say(f"{shape}: {choice}")
     if out is not None:
         result = {"prompt": prompt, "tokens": tokens, "rounds": rounds, "rows": rows, "dispatch": dispatch.choices()}
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        out.write_text(to_json(result) + "\n", encoding="utf-8")
 
 
 def _parse_batches(text: str) -> list[int]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from . import ranks
 from .options import check_length
 
@@ -33,15 +31,15 @@ def check_options(
             raise ValueError(f"{name} needs --stream")
 
 
-def check_leftovers(out: Path, resume: bool, overwrite: bool) -> None:
+def check_leftovers(out: Path, resume: bool, overwrite: bool, model: str) -> None:
     """Raises FileExistsError where an unfinished run is there, and nothing says what to do with it. Tells where there
     is none to go on with."""
     from ..streaming.run import check_leftovers, describe
-    from .display import console
+    from .display import note
 
-    check_leftovers(out, resume, overwrite)
+    check_leftovers(out, resume, overwrite, model)
     if resume and describe(out) is None:
-        console.print(f"no unfinished run to {out}: beginning with the first block", highlight=False, soft_wrap=True)
+        note(f"no unfinished run to {out}: beginning with the first block")
 
 
 def prune(
@@ -56,14 +54,13 @@ def prune(
     overwrite: bool,
 ) -> None:
     """Run it, with a bar; print the report. ``places``: device, dtype, offload, activation_memory (GiB)."""
-    from ..models.load import choose_device, load_config
+    from ..models.load import load_config
     from ..streaming import stream_prune
     from ..streaming.run import describe
-    from .display import PruningDisplay, bar, console, tell_reference
+    from .display import PruningDisplay, bar, note, say, screen
 
     if input_ids is not None:
         check_length(input_ids.shape[1], load_config(model))
-    tell_reference(choose_device(places["device"]))
     places = places | {"activation_memory": int(places["activation_memory"] * 2**30)}
     try:
         with bar() as shown:
@@ -74,13 +71,12 @@ def prune(
     except BaseException:
         left = describe(out)
         if left is not None:
-            console.print(f"{left}: --resume goes on with it", highlight=False, soft_wrap=True)
+            note(f"{left}: --resume goes on with it")
         raise
     if options["processes"] is not None and not options["processes"].is_first:
         return
     report.seconds = {"load": report.seconds.get("load", 0.0) + outer.seconds()["load"]} | {
         part: seconds for part, seconds in report.seconds.items() if part != "load"
     }
-    screen = Console()
-    screen.print(report)
-    screen.print(f"saved to {out}", highlight=False, soft_wrap=True)
+    screen().print(report)
+    say(f"saved to {out}")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import interrupt
-from .options import Debug, Device, Dtype, Model, check_length
+from .options import Debug, Device, Dtype, Model, check_length, usage
 
 Scale = Annotated[
     str,
@@ -73,39 +73,44 @@ def study_command(
 ) -> None:
     """Prune MODEL in many ways and compare. The same command again goes on where it was ended."""
     from ..models import load_model, load_tokenizer
+    from ..models.load import check_choices, load_config
     from ..study import Results, Runner, grid, paper_plan, write_report
     from ..study.paper import published
     from ..study.pictures import check_library
     from ..study.plan import SCALES
     from ..study.results import FILES, check_folder, refuse_other_study
     from ..text import evaluation_ids, load_calibration, split_windows
-    from .display import bar, console, pruning_bar, quiet_libraries, working
+    from .display import bar, console, pruning_bar, quiet_libraries, tell_reference, working
 
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got '{scale}'")
-    size = SCALES[scale]
-    counts = _split("--samples", samples, int) or [size.samples]
-    if min(counts) < 1:
-        raise ValueError(f"--samples must be at least 1, got {samples}")
-    tokens = length or size.length
-    if paper:
-        if len(counts) > 1:
-            raise ValueError(f"--paper varies the samples by itself: give --samples one number, got {samples}")
-        plan = paper_plan(dataclasses.replace(size, samples=counts[0]))
-    else:
-        shares = _split("--sparsities", sparsities, float) or ([] if patterns else [0.5])
-        kinds = [None if group.strip() == "own" else group.strip() for group in groups.split(",")]
-        names = [name.strip() for name in methods.split(",")]
-        chosen = [pattern.strip() for pattern in patterns.split(",")] if patterns else []
-        plan = grid(names, shares, chosen, kinds, counts, _split("--seeds", seeds, int))
-        if not plan:
-            raise ValueError("no run is left: groups go with sparsities, not with patterns or ablations")
+    with usage():
+        if scale not in SCALES:
+            raise ValueError(f"--scale must be one of {', '.join(SCALES)}, got '{scale}'")
+        size = SCALES[scale]
+        counts = _split("--samples", samples, int) or [size.samples]
+        if min(counts) < 1:
+            raise ValueError(f"--samples must be at least 1, got {samples}")
+        tokens = length or size.length
+        if paper:
+            if len(counts) > 1:
+                raise ValueError(f"--paper varies the samples by itself: give --samples one number, got {samples}")
+            plan = paper_plan(dataclasses.replace(size, samples=counts[0]))
+        else:
+            shares = _split("--sparsities", sparsities, float) or ([] if patterns else [0.5])
+            kinds = [None if group.strip() == "own" else group.strip() for group in groups.split(",")]
+            names = [name.strip() for name in methods.split(",")]
+            chosen = [pattern.strip() for pattern in patterns.split(",")] if patterns else []
+            plan = grid(names, shares, chosen, kinds, counts, _split("--seeds", seeds, int))
+            if not plan:
+                raise ValueError("no run is left: groups go with sparsities, not with patterns or ablations")
+        place = check_choices(dtype, device)
     check_library()
     check_folder(out)
     given = {"calibration": _name(calibration), "text": _name(text), "length": tokens, "pack": pack}
     if not overwrite:
         refuse_other_study(out, given)
     quiet_libraries()
+    tell_reference(place)
+    check_length(tokens, load_config(model))
     with working(f"loading the tokenizer of {model}"):
         tokenizer = load_tokenizer(model)
     with working(f"loading text from {text}"):
@@ -125,7 +130,6 @@ def study_command(
             calibrate(largest, 0)
     with working(f"loading {model}"):
         loaded: Any = load_model(model, dtype, device)
-    check_length(tokens, loaded.config)
     settings = {
         "model": loaded.config._name_or_path, "windows": len(evaluation), **given,
         "dtype": str(loaded.dtype).removeprefix("torch."),

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,8 @@ DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -50,6 +53,31 @@ class Entry:
     @property
     def size(self) -> int:
         return self.end - self.begin
+
+
+def json_object(content: bytes, what: str) -> dict[str, Any]:
+    """A JSON object of a file that may be damaged.
+
+    Raises:
+        ValueError: it is none, or says two things of one name (readers differ in which one counts).
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if found.setdefault(name, value) != value:
+                raise ValueError(f"it has {name[:200]} twice, with other values")
+        return found
+
+    try:
+        found = json.loads(content, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError(f"{what} is damaged: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{what} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is damaged: it must be a JSON object, it is {str(found)[:50]}")
+    return found
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -99,19 +127,24 @@ class Checkpoint:
 
     Args:
         folder: with ``model.safetensors``, or an index and the shards that it names.
+        files: these files of it instead, whatever their names.
 
     Raises:
-        FileNotFoundError, ValueError: a folder without either; a shard that is missing, damaged or truncated; an
-            index that disagrees with its shards.
+        FileNotFoundError, ValueError: a folder without either, or with both; a shard that is missing, damaged or
+            truncated; an index that disagrees with its shards.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Iterable[str] | None = None) -> None:
         self.folder = folder
         self.index: str | None = None
         self.files: dict[str, bytes] = {}  # name -> its first bytes, up to the data
         self.entries: dict[str, Entry] = {}
         self._fds: dict[str, int] = {}
-        if (folder / SINGLE).is_file():
+        if files is not None:
+            for name in files:
+                self._add(name)
+        elif (folder / SINGLE).is_file():
+            self._refuse_both()
             self._add(SINGLE)
         elif (folder / INDEX).is_file():
             self.index = INDEX
@@ -121,19 +154,29 @@ class Checkpoint:
                 f"{folder} holds neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be streamed"
             )
 
-    def _add_shards(self) -> None:
+    def _weight_map(self) -> dict[str, str]:
         path = self.folder / INDEX
-        try:
-            index = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is no index of a checkpoint: {error}") from error
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        index = json_object(path.read_bytes(), f"index {path}")
+        weight_map = index.get("weight_map")
+        if not isinstance(index.get("metadata"), dict):
+            raise ValueError(f"{path} is no index of a checkpoint: its metadata must be an object")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{path} is no index of a checkpoint: its weight_map must name a file for each tensor")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if os.path.basename(name) != name:
-                raise ValueError(f"{path} names the shard '{name}': it must lie in the same folder")
+        return weight_map
+
+    def _refuse_both(self) -> None:
+        """Of two checkpoints in one folder, one would be dropped without a word."""
+        if (self.folder / INDEX).is_file() and set(self._weight_map().values()) != {SINGLE}:
+            raise ValueError(
+                f"{self.folder} holds {SINGLE} and also {INDEX} of other files: take away the one that does not count"
+            )
+
+    def _add_shards(self) -> None:
+        path = self.folder / INDEX
+        weight_map = self._weight_map()
+        for name in sorted(set(weight_map.values())):
+            if os.path.basename(name) != name or not name or len(name) > 255 or "\0" in name:
+                raise ValueError(f"{path} names the shard '{name[:100]}': it must lie in the same folder")
             if not (self.folder / name).is_file():
                 raise FileNotFoundError(f"{path} names the shard {name}, which is not there")
             self._add(name)
@@ -155,7 +198,7 @@ class Checkpoint:
             length = file.read(8)
             head = length + file.read(int.from_bytes(length, "little"))
         self.files[name] = head
-        for tensor, entry in json.loads(head[8:]).items():
+        for tensor, entry in json_object(head[8:], f"the header of {path}").items():
             if tensor == "__metadata__":
                 continue
             if tensor in self.entries:
@@ -191,6 +234,8 @@ class Checkpoint:
 
     def load(self, tensor: str) -> Tensor:
         entry = self.entries[tensor]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{tensor} is {entry.dtype} in {entry.file}, it must be one of {', '.join(DTYPES)}")
         loaded = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         self.read(tensor, loaded)
         return loaded

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .checkpoint import INDEX, SINGLE, Checkpoint
+from .checkpoint import INDEX, SINGLE, Checkpoint, json_object
+from .fits import check_config, check_fits, check_size, listed
 
 ADAPTER = "adapter_config.json"
-SHOWN = 4  # names in an error
 DTYPES: dict[str, Any] = {
     "auto": "auto",
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+_BAD_QUANTISED = "could not be read by its quantization_config (incomplete or damaged?)"
+_BAD_CONFIG = "cannot be made from its config.json"
 
 
 def choose_device(name: str) -> torch.device:
@@ -59,6 +62,7 @@ def _source(model: str) -> tuple[str, dict[str, str]]:
             )
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"model folder {model} holds no config.json")
+        json_object((path / "config.json").read_bytes(), str(path / "config.json"))
         return str(path), {}
     if path.exists():
         raise ValueError(f"{model} is neither a model folder nor a .gguf file")
@@ -76,9 +80,15 @@ def _gguf_options() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _explain(model: str, error: Exception) -> Exception:
+def _words(error: Exception) -> str:
+    """In one line; with its type where the words alone say nothing (``'x'`` of a KeyError)."""
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: {text}"
+
+
+def _explain(model: str, error: Exception, what: str = "could not be read (incomplete or damaged?)") -> Exception:
     """One sentence for what goes wrong while reading a model; the cause stays attached."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _words(error)
     if "trust_remote_code" in text:
         return ValueError(
             f"model {model} needs code of its own (auto_map), and a model's code is never run here: transformers "
@@ -88,7 +98,7 @@ def _explain(model: str, error: Exception) -> Exception:
         return FileNotFoundError(
             f"model {model} is no local path and could not be had from the Hugging Face hub: {text[:300]}"
         )
-    return ValueError(f"model {model} could not be read (incomplete or damaged?): {text[:300]}")
+    return ValueError(f"model {model} {what}: {text[:300]}")
 
 
 def _transformers_version() -> str:
@@ -102,8 +112,28 @@ def load_config(model: str) -> Any:
     from transformers import AutoConfig
 
     source, options = _source(model)
+    if Path(source).is_dir() and "gguf_file" not in options:
+        checkpoint = _checkpoint(model, source)
+        check_config(Path(source) / "config.json", checkpoint)
+        generation = Path(source) / "generation_config.json"
+        if generation.is_file():
+            json_object(generation.read_bytes(), str(generation))
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:
+        raise _explain(model, error, *([_BAD_CONFIG] if not options else [])) from error
+    if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
+        raise ValueError(f"model {model} {_BAD_CONFIG}: its dtype is {config.dtype}, not a floating-point type")
+    return config
+
+
+def _checkpoint(model: str, source: str) -> Checkpoint | None:
+    """The tensors of a local folder, or None where they are in another format. Damaged shards, an index that disagrees
+    with them: transformers lets some pass."""
+    if not any((Path(source) / name).is_file() for name in (SINGLE, INDEX)):
+        return None
+    try:
+        return Checkpoint(Path(source))
     except Exception as error:
         raise _explain(model, error) from error
 
@@ -123,6 +153,18 @@ def auto_class(config: Any) -> Any:
     raise ValueError(
         f"{type(config).__name__} is the configuration of no causal language model that transformers knows"
     )
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """The model of ``config`` on the meta device: its structure and shapes, without weights.
+
+    Args:
+        dtype: of the weights; None: the config's, or float32.
+    """
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=dtype or config.dtype or torch.float32)
+    model.tie_weights()
+    return model.eval()
 
 
 def weight_bytes(model: str, dtype: str = "auto") -> int | None:
@@ -163,19 +205,27 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
     """
     target = check_choices(dtype, device, device_map)
     name, options = _source(model)
-    chosen = auto_class(load_config(model))
+    config = load_config(model)
+    chosen = auto_class(config)
+    checkpoint = None if "gguf_file" in options else _checkpoint(model, name)
+    if checkpoint is not None:
+        _check_fits(model, config, checkpoint)
     if "gguf_file" in options:
         options |= _gguf_options()
     if device_map is not None:
         options["device_map"] = device_map
     try:
-        if "gguf_file" not in options and any((Path(name) / file).is_file() for file in (SINGLE, INDEX)):
-            Checkpoint(Path(name))  # damaged shards, an index that disagrees with them: transformers lets some pass
         loaded, info = chosen.from_pretrained(
-            name, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True, **options
+            name,
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
         )
     except Exception as error:
-        raise _explain(model, error) from error
+        quantised = getattr(config, "quantization_config", None) is not None
+        raise _explain(model, error, *([_BAD_QUANTISED] if quantised else [])) from error
     _refuse_incomplete(model, info)
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -183,6 +233,17 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
         )
     loaded.config._name_or_path = os.path.basename(os.path.normpath(model)) if Path(model).exists() else model
     return loaded.eval() if device_map is not None else loaded.eval().to(target)
+
+
+def _check_fits(model: str, config: Any, checkpoint: Checkpoint) -> None:
+    try:
+        empty = empty_model(config)
+    except Exception as error:
+        raise _explain(model, error, _BAD_CONFIG) from error
+    if getattr(config, "quantization_config", None) is None:
+        check_fits(empty, checkpoint)
+    else:  # what is stored how is the quantizer's to say
+        check_size(empty, checkpoint, quantised=True)
 
 
 def _refuse_incomplete(model: str, info: dict[str, Any]) -> None:
@@ -202,16 +263,12 @@ def _refuse_incomplete(model: str, info: dict[str, Any]) -> None:
             f"model {model} holds tensors that its config.json has no place for: {listed(unexpected)}; they would be "
             "lost. Correct config.json, or take them out of the files (--stream copies them as they are)"
         )
-    for kind in ("mismatched_keys", "error_msgs", "conversion_errors"):
+    if info.get("mismatched_keys"):
+        sizes = [f"{name} is {list(there)}, not {list(own)}" for name, there, own in sorted(info["mismatched_keys"])]
+        raise ValueError(f"model {model} does not fit its config.json: {listed(sizes)}")
+    for kind in ("error_msgs", "conversion_errors"):
         if info.get(kind):
             raise ValueError(f"model {model} does not fit its config.json: {listed(map(str, info[kind]))}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few of many names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def load_tokenizer(model: str) -> Any:
@@ -224,4 +281,4 @@ def load_tokenizer(model: str) -> Any:
     except Exception as error:
         if not Path(model).expanduser().exists() or "trust_remote_code" in str(error):
             raise _explain(model, error) from error
-        raise ValueError(f"the tokenizer of {model} could not be read: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"the tokenizer of {model} could not be read: {_words(error)[:300]}") from error

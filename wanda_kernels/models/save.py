@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+REPORT = "pruning_report.json"  # beside a pruned model's weights
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag, of Linux
 
 

@@ -7,7 +7,6 @@
 from .format import FORMATS, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
 from .linear import PackedLinear
 from .model import PackedReport, compress, decompress, keep_prefill_copies
-from .register import register
 
 __all__ = [
     "FORMATS",
@@ -21,5 +20,3 @@ __all__ = [
     "validate_bitmap",
     "validate_sparse24",
 ]
-
-register()

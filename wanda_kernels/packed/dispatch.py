@@ -92,10 +92,12 @@ def load(path: str | Path) -> None:
     """Add the choices of a file; they are not timed again."""
     try:
         found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"dispatch file {path} ({_ENVIRONMENT}) could not be read: {error}") from error
-    if not isinstance(found, dict) or not set(found.values()) <= set(WAYS):
-        raise ValueError(f"dispatch file {path} must map shapes to {', '.join(WAYS[:-1])} or {WAYS[-1]}")
+    wrong = [name for name, way in found.items() if way not in WAYS] if isinstance(found, dict) else ["it is no object"]
+    if wrong:
+        ways = f"{', '.join(WAYS[:-1])} or {WAYS[-1]}"
+        raise ValueError(f"dispatch file {path} ({_ENVIRONMENT}) must map shapes to {ways}: {str(wrong[0])[:200]}")
     _choices.update(found)
 
 

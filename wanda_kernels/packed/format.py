@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import FLOATS
+
 FORMATS = ("bitmap", "2:4")
 COLUMNS = 64  # C_in is a multiple
 PADDING = 32  # values that kernels may read past the last one of a bitmap
@@ -61,6 +63,9 @@ def pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
     """Raises ValueError unless the counts fit: kernels read what they say without looking again."""
+    _check_types(values, bitmap=bitmap)
+    if starts.dtype != torch.int32:
+        raise ValueError(f"its row starts must be int32, they are {starts.dtype}")
     counts = _population(bitmap)
     expected = torch.zeros(bitmap.shape[0] + 1, dtype=torch.int64, device=bitmap.device)
     expected[1:] = counts.cumsum(0)
@@ -72,6 +77,7 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
 
 def validate_sparse24(values: Tensor, indices: Tensor) -> None:
     """Raises ValueError unless each group's indices ascend."""
+    _check_types(values, indices=indices)
     codes = torch.stack([indices & 15, indices >> 4], dim=-1)
     if bool(((codes & 3) >= (codes >> 2)).any()):
         raise ValueError("a group's two indices do not ascend")
@@ -128,6 +134,14 @@ def _population(bitmap: Tensor) -> Tensor:
     """[C_out, C_in / 8] uint8 -> the bits set in each row."""
     table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=bitmap.device)
     return table[bitmap.int()].sum(dim=1, dtype=torch.int64)
+
+
+def _check_types(values: Tensor, **codes: Tensor) -> None:
+    for name, tensor in codes.items():
+        if tensor.dtype != torch.uint8 or tensor.dim() != 2:
+            raise ValueError(f"its {name} must be uint8 in two dimensions, got {tensor.dtype} {list(tensor.shape)}")
+    if values.dtype not in FLOATS:
+        raise ValueError(f"its values must be float32, bfloat16 or float16, they are {values.dtype}")
 
 
 def _check_columns(weight: Tensor) -> None:

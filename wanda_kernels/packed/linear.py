@@ -100,6 +100,10 @@ class PackedLinear(nn.Module):
     def validate(self) -> None:
         """Raises ValueError where the packed tensors contradict each other. Once, after they were loaded."""
         if not self._is_valid:
+            codes = self.packed()[1]
+            if tuple(codes.shape) != (self.out_features, self.in_features // 8):
+                whole = [self.out_features, self.in_features]
+                raise ValueError(f"its {self.form} codes are {list(codes.shape)}, which is not 1/8 of {whole}")
             validate_bitmap(*self.packed()) if self.form == "bitmap" else validate_sparse24(*self.packed())
             self._is_valid = True
 

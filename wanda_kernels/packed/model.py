@@ -136,6 +136,18 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
+def dense_layers(model: nn.Module) -> dict[str, str]:
+    """The linear layers beside the packed ones in the blocks of a packed model -> why they are dense."""
+    packed = packed_layers(model)
+    stacks = {name.rpartition(".")[0] for name in packed}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[0] in stacks
+    }
+    return {name: why_not_plain(linear) or why_dense(linear.weight.data) for name, linear in found.items()}
+
+
 def describe(layer: PackedLinear) -> dict[str, Any]:
     """What config.json says of a layer: enough to make it without its data."""
     if layer.form == "2:4":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..models.load import listed
+from ..models.checkpoint import Checkpoint
+from ..models.fits import check_fits, listed, unplaced
 from ..pruning.blocks import PACKED
+from .format import COLUMNS, FORMATS
 from .linear import PackedLinear
 from .model import packed_layers
 
@@ -25,16 +28,20 @@ class WandaPackedConfig(QuantizationConfigMixin):
         version: of the formats.
     """
 
-    def __init__(self, layers: dict[str, dict[str, Any]], version: int = VERSION, **_unused: Any) -> None:
+    def __init__(self, layers: Any = None, version: Any = VERSION, **_unused: Any) -> None:
         self.quant_method = PACKED  # type: ignore[assignment]  # an enum of transformers' own methods
         self.version = version
         self.layers = layers
-        if version != VERSION:
-            raise ValueError(f"the checkpoint is packed in version {version}, this wanda_kernels knows {VERSION}")
+        if type(version) is not int or version != VERSION:
+            raise ValueError(
+                f"quantization_config: packed in version {str(version)[:99]}, this wanda_kernels knows {VERSION}"
+            )
+        if not isinstance(layers, dict) or not layers:
+            raise ValueError("quantization_config: its layers must be an object of layers and their formats")
         for name, layer in layers.items():
-            form, kept = layer.get("format"), layer.get("kept", 0)
-            if form not in ("2:4", "bitmap") or not isinstance(kept, int) or not 0 <= kept < 2**31:
-                raise ValueError(f"quantization_config: {name} is described as {layer}")
+            form, kept = (layer.get("format"), layer.get("kept", 0)) if isinstance(layer, dict) else (None, None)
+            if form not in FORMATS or type(kept) is not int or not 0 <= kept < 2**31:
+                raise ValueError(f"quantization_config: {name} is described as {str(layer)[:200]}")
 
 
 class WandaPackedQuantizer(HfQuantizer):
@@ -43,7 +50,11 @@ class WandaPackedQuantizer(HfQuantizer):
     requires_calibration = True  # it loads what is packed; compress() packs
     quantization_config: WandaPackedConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_kwargs: Any) -> None:
+    _checkpoint: Checkpoint | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_kwargs: Any
+    ) -> None:
         for name, layer in self.quantization_config.layers.items():
             try:
                 dense = model.get_submodule(name)
@@ -53,6 +64,9 @@ class WandaPackedQuantizer(HfQuantizer):
                 raise ValueError(
                     f"quantization_config names {name}, which is no linear layer of {type(model).__name__}"
                 )
+            rows, cols = dense.out_features, dense.in_features
+            if cols % COLUMNS or layer.get("kept", 0) > rows * cols:
+                raise ValueError(f"quantization_config: {name} of [{rows}, {cols}] cannot be packed as {layer}")
             packed = PackedLinear(
                 dense.in_features,
                 dense.out_features,
@@ -63,13 +77,26 @@ class WandaPackedQuantizer(HfQuantizer):
                 torch.device("meta"),
             )
             model.set_submodule(name, packed)
+        files = [Path(file) for file in checkpoint_files or ()]
+        if len({file.parent for file in files}) == 1 and all(file.suffix == ".safetensors" for file in files):
+            self._checkpoint = Checkpoint(files[0].parent, sorted({file.name for file in files}))
+            check_fits(model, self._checkpoint, packed_layers(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
         # transformers marks what it loaded, fills the rest with whatever is in memory, and only warns
         tensors = model.state_dict(keep_vars=True)
         missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        held = {} if self._checkpoint is None else self._checkpoint.entries
+        sizes = [
+            f"{name} is {list(held[name].shape)}, not {list(tensors[name].shape)}" for name in missing if name in held
+        ]
+        if sizes:
+            raise ValueError(f"the packed checkpoint does not fit its config.json: {listed(sizes)}")
         if missing:
             raise ValueError(f"the packed checkpoint is incomplete: its files lack {listed(missing)}")
+        left = [] if self._checkpoint is None else unplaced(model, self._checkpoint)
+        if left:
+            raise ValueError(f"the packed checkpoint holds what its config.json has no place for: {listed(left)}")
         for name, layer in packed_layers(model).items():
             try:
                 layer.validate()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Processes
+from ..identity import of_environment, of_tokens, of_weights
 from .blocks import find_blocks, refuse_non_finite
 from .methods.options import OptionArguments
 from .progress import Progress
@@ -90,6 +91,15 @@ def prune(
             target.check(f"{block.name}.{name}", linear.weight)
     refuse_non_finite(blocks)
     device = next(iter(blocks[0].linears.values())).weight.device
+    if processes is not None:
+        processes.refuse_differences(
+            {
+                "method": method, "sparsity": target.sparsity, "pattern": str(target.pattern),
+                "options": target.options.to_dict(), "propagate": propagate, "batch_size": batch_size,
+                "fuse_statistics": fuse_statistics, "input_ids": of_tokens(input_ids), "weights": of_weights(model),
+                "environment": of_environment(device),
+            }
+        )  # fmt: skip
     run = Run(target, Stopwatch(device), progress or Progress(), processes=processes)
     with torch.no_grad(), evaluating(model):
         if not target.needs_calibration:

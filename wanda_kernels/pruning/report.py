@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
+from .._words import percent, to_json
 from .methods.options import MethodOptions
 
 
@@ -96,21 +97,22 @@ class PruningReport:
         return data
 
     def to_json(self, indent: int | None = 2) -> str:
-        return json.dumps(self.to_dict(), indent=indent)
+        return to_json(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        console = Console(width=100, no_color=True)
+        console = Console(width=100, no_color=True, emoji=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        target = self.pattern or f"{self.sparsity:.0%}"
+        target = self.pattern or percent(self.sparsity)
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
         told = "".join(f", {name} {value}" for name, value in self.options.items())
-        table = Table(title=f"{self.method} {target}{told}: {len(self.layers)} layers", title_justify="left")
+        title = Text(f"{self.method} {target}{told}: {len(self.layers)} layers")  # never markup: names come from models
+        table = Table(title=title, title_justify="left")
         for heading in ("layer", "layers", "shape", "statistics", "sparsity", "estimated error"):
             table.add_column(heading, justify="left" if heading in ("layer", "statistics") else "right")
         exact = any(layer.exact_error is not None for layer in self.layers)
@@ -121,14 +123,14 @@ class PruningReport:
             shape = " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
             mean = sum(layer.estimated_error for layer in layers) / len(layers)
             paths = "/".join(sorted({layer.statistics or "-" for layer in layers}))
-            row = [kind, str(len(layers)), shape, paths, f"{sparsity_of(layers):.2%}", f"{mean:.3f}"]
+            row = [kind, str(len(layers)), shape, paths, percent(sparsity_of(layers), 2), f"{mean:.3f}"]
             if exact:
                 row.append(f"{sum(layer.exact_error or 0.0 for layer in layers) / len(layers):.3f}")
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         yield table
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.seconds.items())
         asked = self.options.get("damping", MethodOptions.damping)
         for layer in self.layers:
             if layer.damping is not None and layer.damping > asked:
-                yield f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did"
-        yield f"sparsity {self.achieved_sparsity:.2%}; {parts}"
+                yield Text(f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did")
+        yield Text(f"sparsity {percent(self.achieved_sparsity, 2)}; {parts}")

@@ -9,6 +9,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from .._words import percent
 from ..ops import prune_nm_, prune_rows_
 from .methods.options import ABLATIONS, METHODS, MethodOptions, OptionArguments
 from .threshold import kth_smallest
@@ -81,7 +82,7 @@ class Target:
             )
 
     def __str__(self) -> str:
-        return f"{self.method} {self.pattern}" if self.pattern else f"{self.method} {self.sparsity:.0%}"
+        return f"{self.method} {self.pattern}" if self.pattern else f"{self.method} {percent(self.sparsity)}"
 
 
 def prune_weight_(weight: Tensor, norm: Tensor | None, target: Target) -> tuple[float, float]:

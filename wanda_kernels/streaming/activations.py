@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,24 +41,40 @@ class Stored:
             raise ValueError(f"its activations are described as {str(data)[:100]}")
         return stored
 
+    def check(self, done: int, batches: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Raises ValueError where they are not those of ``batches`` of ids after ``done`` blocks. ``dtype``: of the
+        model; some models hand on float32."""
+        if [shape[:2] for shape in self.shapes] != [list(batch.shape) for batch in batches]:
+            raise ValueError(f"its activations are of the shapes {str(self.shapes)[:100]}, not of this run's batches")
+        if {len(shape) for shape in self.shapes} != {3} or len({shape[2] for shape in self.shapes}) != 1:
+            raise ValueError(f"its activations have the shapes {str(self.shapes)[:100]}")
+        if self.turn != done % 2 or getattr(torch, self.dtype) not in (dtype, torch.float32):
+            raise ValueError(f"its activations are {self.dtype} in file {self.turn}, after {done} blocks of {dtype}")
+
     @property
     def bytes(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes) * getattr(torch, self.dtype).itemsize
 
 
 class TwoFiles:
-    """Two files in turns: while one is written, the other has the last state's activations."""
+    """Two files in turns: while one is written, the other has the last state's activations.
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    Args:
+        folder, stem: where they lie, and how their names begin.
+        nameless: they lose their names at once, where no state will speak of them: a kill leaves nothing.
+    """
+
+    def __init__(self, folder: Path, stem: str, nameless: bool = False) -> None:
         self._paths = [folder / f"{stem}-{turn}.bin" for turn in (0, 1)]
+        self._nameless = nameless
         self._fds: dict[int, int] = {}
 
     @classmethod
-    def beside(cls, work: Path, offload: str | Path | None) -> TwoFiles:
+    def beside(cls, work: Path, offload: str | Path | None, nameless: bool = False) -> TwoFiles:
         """In the work folder, or in ``offload``, named after it."""
         if offload is None:
-            return cls(work, "activations")
-        return cls(Path(offload), f"wanda-{hashlib.sha256(str(work.absolute()).encode()).hexdigest()[:12]}")
+            return cls(work, "activations", nameless)
+        return cls(Path(offload), f"wanda-{hashlib.sha256(str(work.absolute()).encode()).hexdigest()[:12]}", nameless)
 
     def path(self, turn: int) -> str:
         return str(self._paths[turn % 2])
@@ -67,12 +83,14 @@ class TwoFiles:
         turn %= 2
         if turn not in self._fds:
             self._fds[turn] = open_own(self._paths[turn], os.O_RDWR | os.O_CREAT)
+            if self._nameless:
+                self._paths[turn].unlink()
         return self._fds[turn]
 
     def check(self, stored: Stored) -> None:
         """Raises ValueError where the files do not hold what a state says."""
         size = os.fstat(self.fd(stored.turn)).st_size
-        if size < stored.bytes:
+        if size != stored.bytes:
             raise ValueError(f"{self.path(stored.turn)} has {size} bytes, the state's activations {stored.bytes}")
 
     def close(self) -> None:

@@ -15,7 +15,6 @@ from ..memory import give_back_freed
 from ..models.checkpoint import DTYPES, Checkpoint, CheckpointWriter
 from ..pruning.activations import Activations
 from ..pruning.blocks import Block, refuse_non_finite
-from ..pruning.fusion import plans_to_list
 from ..pruning.residence import Residence
 from ..pruning.run import Run
 from ..pruning.stopwatch import Stopwatch
@@ -151,7 +150,7 @@ class StreamedBlocks(Residence):
         assert activations is None or isinstance(activations, SavedActivations | SpilledActivations)
         last = index == len(self._blocks) - 1
         saver = None if activations is None or last else activations.saver()
-        layers, plans = [asdict(layer) for layer in run.layers], plans_to_list(run.plans)
+        layers = [asdict(layer) for layer in run.layers]
 
         def write() -> None:
             if self._writer is not None:
@@ -160,7 +159,7 @@ class StreamedBlocks(Residence):
                 self._writer.sync()
             if self._commit is not None and run.can_resume:
                 stored = None if saver is None else saver().to_dict()
-                self._commit({"done": index + 1, "layers": layers, "plans": plans, "activations": stored})
+                self._commit({"done": index + 1, "layers": layers, "activations": stored})
 
         self._written = self._io.submit(write)
         self._submit_read(index + 2)

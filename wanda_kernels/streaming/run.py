@@ -19,17 +19,16 @@ from ..models.load import choose_device
 from ..models.save import check_bytes, check_output
 from ..pruning.blocks import Block, find_blocks
 from ..pruning.driver import check_input_ids, check_options, default_batch_size, evaluating, refuse_in_shares
-from ..pruning.fusion import kind_of, plans_from_list
 from ..pruning.methods.options import OptionArguments
 from ..pruning.progress import Progress
-from ..pruning.report import LayerReport, PruningReport
+from ..pruning.report import PruningReport
 from ..pruning.run import Run
 from ..pruning.selection import Target
 from ..pruning.stopwatch import Stopwatch
 from .activations import SavedActivations, SpilledActivations, Stored, TwoFiles
 from .blocks import Commit, StreamedBlocks
 from .skeleton import build
-from .state import identity, refuse_other_run
+from .state import identity, layers_of, refuse_other_run
 from .workfolder import WorkFolder, path_for, read_state
 
 ACTIVATION_MEMORY = 4 * 2**30
@@ -119,8 +118,10 @@ def stream_prune(
     }  # fmt: skip
     run = Run(target, Stopwatch(place), progress or Progress(), processes=processes)
     job = _Job(run, skeleton, blocks, checkpoint, ids, options, place, activation_memory)
+    begun_with = identity(options, ids, checkpoint, place)
+    if processes is not None:
+        processes.refuse_differences(begun_with)
     if processes is None or processes.is_first:
-        begun_with = identity(options, ids, checkpoint, place)
         with _work_folder(out, job, resume, begun_with, offload) as (work, state):
 
             def commit(done: dict[str, Any]) -> None:
@@ -133,7 +134,8 @@ def stream_prune(
             _add_small_files(work.folder, checkpoint, tokenizer, report)
             work.publish(overwrite)
         return report
-    files = TwoFiles.beside(path_for(out).with_suffix(f".rank{processes.rank}"), offload or out.parent)
+    own = path_for(out).with_suffix(f".rank{processes.rank}")
+    files = TwoFiles.beside(own, offload or out.parent, nameless=True)
     try:
         job.work_through(None, files, None, None)
     finally:
@@ -183,16 +185,16 @@ class _Job:
             raise ValueError(f"it is of {state['blocks']} blocks, the model has {len(self.blocks)}")
         stored = self._go_on_from(state)
         blocks = self.blocks[: self.run.first]
-        names = [f"{block.name}.{name}" for block in blocks for name in block.linears]
-        if [layer.name for layer in self.run.layers] != names:
-            raise ValueError(f"it reports on {len(self.run.layers)} layers, {len(names)} are done")
+        layers = [
+            (f"{block.name}.{name}", tuple(m.weight.shape)) for block in blocks for name, m in block.linears.items()
+        ]
+        if [(layer.name, layer.shape) for layer in self.run.layers] != layers:
+            raise ValueError(f"it reports on {len(self.run.layers)} layers, {len(layers)} are done, or on others")
         if (stored is None) != (self.ids is None or self.run.first == len(self.blocks)):
             raise ValueError("its activations do not fit the number of blocks that are done")
         if stored is not None:
             assert self.ids is not None
-            sequences = sum(shape[0] for shape in stored.shapes)
-            if sequences != self.ids.shape[0]:
-                raise ValueError(f"its activations are of {sequences} sequences, there are {self.ids.shape[0]}")
+            stored.check(self.run.first, self.ids.split(self.options["batch_size"]), self.skeleton.dtype)
             files.check(stored)
         done = tuple(f"{block.name}." for block in blocks)
         writer.check_written(name for name in self.checkpoint.entries if name.startswith(done))
@@ -201,8 +203,7 @@ class _Job:
         if state is None:
             return None
         self.run.first = state["done"]
-        self.run.layers = [LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state["layers"]]
-        self.run.plans = plans_from_list(state["plans"], [kind_of(block) for block in self.blocks])
+        self.run.layers = layers_of(state)
         return None if state["activations"] is None else Stored.from_dict(state["activations"])
 
     def _prune(self, streamed: StreamedBlocks, stored: Stored | None, files: TwoFiles) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.checkpoint import DTYPES, Checkpoint
-from ..models.load import load_config
+from ..models.load import auto_class, listed, load_config
 
 
 def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
@@ -22,16 +22,15 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
             dtype, quantised weights).
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("--stream needs the accelerate package: pip install 'wanda_kernels[stream]'")
+        raise ImportError("streaming needs the accelerate package: pip install 'wanda_kernels[stream]'")
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = load_config(str(folder))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised or packed weights: they cannot be streamed")
     wanted = _dtype(config, checkpoint, dtype)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+        model = auto_class(config).from_config(config, dtype=wanted)
     model.tie_weights()
     _refuse_conversions(model, checkpoint, wanted)
     return model.eval()
@@ -44,18 +43,16 @@ def _dtype(config: Any, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
         kinds = (DTYPES.get(entry.dtype) for entry in checkpoint.entries.values())
         own = next((kind for kind in kinds if kind is not None and kind.is_floating_point), torch.float32)
     if dtype not in ("auto", str(own).removeprefix("torch.")):
-        raise ValueError(f"--stream keeps the checkpoint's dtype, {str(own).removeprefix('torch.')}, got '{dtype}'")
+        raise ValueError(f"streaming keeps the checkpoint's dtype, {str(own).removeprefix('torch.')}, got '{dtype}'")
     return own
 
 
 def _refuse_conversions(model: Any, checkpoint: Checkpoint, wanted: torch.dtype) -> None:
+    missing: list[str] = []
     for names in shared_names(model):
         found = [name for name in names if name in checkpoint.entries]
         if not found:
-            raise ValueError(
-                f"{checkpoint.folder} has no tensor {names[0]}: a checkpoint with other names than its model's "
-                "cannot be streamed; load it and save it once with transformers"
-            )
+            missing.append(names[0])
         for name in found:
             entry, own = checkpoint.entries[name], tensor_of(model, name)
             if entry.shape != tuple(own.shape) or DTYPES.get(entry.dtype) != own.dtype:
@@ -63,6 +60,14 @@ def _refuse_conversions(model: Any, checkpoint: Checkpoint, wanted: torch.dtype)
                     f"{name} is {entry.dtype} {list(entry.shape)} in the checkpoint and {own.dtype} "
                     f"{list(own.shape)} in the model: it cannot be streamed"
                 )
+    if missing:
+        known = {name for names in shared_names(model) for name in names}
+        other = [name for name in checkpoint.entries if name not in known]
+        hint = (
+            f"; it holds {listed(other)}, which the model does not know. Where transformers renames them while "
+            "loading, the model can be pruned in memory, without streaming"
+        )
+        raise ValueError(f"{checkpoint.folder} has no tensor {listed(missing)}{hint if other else ''}")
     if wanted != torch.float32 and any(
         getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     ):

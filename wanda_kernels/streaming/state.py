@@ -1,18 +1,17 @@
-"""What a run's state says beside the blocks that are done: what it began with, and its plans."""
+"""What a streamed run began with, which what goes on with it must be the same as; and its report on the layers."""
 
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .._version import __version__
-from ..models.checkpoint import Checkpoint, bytes_of
+from ..identity import differences, of_environment, of_tokens
+from ..models.checkpoint import Checkpoint
+from ..pruning.report import LayerReport
 
 SHOWN = 3  # differences in an error
 
@@ -22,36 +21,41 @@ def identity(
 ) -> dict[str, Any]:
     """All that decides a run's result."""
     config = (checkpoint.folder / "config.json").read_bytes()
-    data: dict[str, Any] = {"option": options, "calibration": None}
-    if input_ids is not None:
-        digest = hashlib.sha256(bytes_of(input_ids.cpu().contiguous())).hexdigest()
-        data["calibration"] = {"shape": list(input_ids.shape), "tokens": digest}
-    data["model"] = {"config.json": hashlib.sha256(config).hexdigest(), "tensor": checkpoint.fingerprints()}
-    data["environment"] = {
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "wanda_kernels": __version__,
-        "device": str(device.type),
-        "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "kernels": _backend.cpu_status if device.type == "cpu" else _backend.cuda_status,
+    return {
+        "option": options,
+        "calibration": of_tokens(input_ids),
+        "model": {"config.json": hashlib.sha256(config).hexdigest(), "tensor": checkpoint.fingerprints()},
+        "environment": of_environment(device),
     }
-    return data
-
-
-def differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two trees of plain data, in words."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = [*then, *(key for key in now if key not in then)]
-        return [d for key in keys for d in differences(then.get(key), now.get(key), f"{name} {key}".strip())]
-    return [] if then == now else [f"{name} was {then}, now it is {now}"]
 
 
 def refuse_other_run(then: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Raises ValueError where a state is another run's, and says in what it differs."""
-    found = differences(then, now)
+    found = [f"{name} was {before}, now it is {after}" for name, before, after in differences(then, now)]
     if found:
         more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise ValueError(
             f"the unfinished run to {out} was another one: {'; '.join(found[:SHOWN])}{more}. Give what it began with, "
             "or --overwrite without --resume to start anew"
         )
+
+
+NUMBERS = ("sparsity", "seconds", "estimated_error")
+OPTIONAL_NUMBERS = ("exact_error", "threshold", "damping")
+NOT_FINITE = ("nan", "inf", "-inf")  # as strict JSON has them
+
+
+def layers_of(state: dict[str, Any]) -> list[LayerReport]:
+    """The report on the blocks that are done. Raises ValueError, KeyError or TypeError where it is none: found out
+    now, not where the report is printed after all the work."""
+    return [_layer(data) for data in state["layers"]]
+
+
+def _layer(data: dict[str, Any]) -> LayerReport:
+    numbers = {name: data[name] for name in NUMBERS}
+    numbers |= {name: data[name] for name in OPTIONAL_NUMBERS if data[name] is not None}
+    numbers |= {name: float(number) for name, number in numbers.items() if number in NOT_FINITE}
+    words = [data[name] for name in ("input_of", "statistics") if data[name] is not None]
+    if any(type(n) not in (int, float) for n in numbers.values()) or any(type(word) is not str for word in words):
+        raise ValueError(f"its report on {data['name']} is {str(data)[:200]}")
+    return LayerReport(**data | numbers | {"shape": tuple(data["shape"])})

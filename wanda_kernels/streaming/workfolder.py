@@ -21,7 +21,7 @@ from ..models.checkpoint import open_own
 from ..models.save import put_in_place
 from .activations import TwoFiles
 
-VERSION = 2
+VERSION = 3
 
 
 class WorkFolder:

@@ -23,8 +23,8 @@ def register() -> None:
 
 
 def _register(quantizers: ModuleType) -> None:
-    from ..pruning.blocks import PACKED
-    from .quantizer import WandaPackedConfig, WandaPackedQuantizer
+    from .packed.quantizer import WandaPackedConfig, WandaPackedQuantizer
+    from .pruning.blocks import PACKED
 
     if PACKED not in quantizers.AUTO_QUANTIZER_MAPPING:
         quantizers.register_quantization_config(PACKED)(WandaPackedConfig)
