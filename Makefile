@@ -1,7 +1,7 @@
 # make demo   prune a real model and see what it costs and what it keeps
 # make test   the test suite                make lint   ruff, clang-format, mypy
 # make bench  every suite, measured side by side here, into benchmarks/results and the README
-# make soak   200 prunes of random models with faults; each ends whole or in a clear error (minutes)
+# make soak   200 prunes with faults, 2,500 mutated model folders: each is whole or a clear error (many minutes)
 # make gpu    on a machine with a GPU: build, measure, test, record, in nine minutes (gpu-short: the first 200 s)
 # make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
 #
@@ -71,6 +71,7 @@ test-fast: $(STAMP)/test
 
 soak: $(STAMP)/test
 	$(BIN)/python tests/soak.py --runs 200
+	$(BIN)/python tests/mutations.py --packed 2000 --plain 500
 
 lint: $(STAMP)/linters
 	$(BIN)/ruff check .

@@ -57,7 +57,8 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def error(self, rank: int) -> str:
-        lines = [line for line in self.said[rank].read_text().splitlines() if line.startswith("wanda-kernels: error: ")]
+        said = self.said[rank].read_text() if self.said[rank].exists() else ""  # killed before it spoke
+        lines = [line for line in said.splitlines() if line.startswith("wanda-kernels: error: ")]
         return lines[-1] if lines else ""
 
 

@@ -59,6 +59,13 @@ app.command("info")(info.info_command)
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits, with a code of docs/exit-codes.md."""
     try:
+        _run(arguments)
+    except Exception as error:  # noqa: BLE001  (the loss of another process, while an error of this one was told)
+        _fail(ranks.lost() or str(error) or type(error).__name__, 1)
+
+
+def _run(arguments: list[str] | None) -> None:
+    try:
         with interrupt.remembered():
             code = app(args=arguments, prog_name="wanda-kernels", standalone_mode=False)
             if not code:
