@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tiny
@@ -77,11 +78,42 @@ def start_and_die(model: Path, out: Path, step: int, **options) -> multiprocessi
     return process
 
 
-def run_command(arguments: list[str], said: Path, file_limit: int | None, die_at: int | None = None) -> None:
-    """``wanda-kernels`` with ``arguments``; what it prints goes to the file ``said``; no file may pass the limit."""
+def at_state(count: int, action: Callable[..., None], arguments: tuple) -> None:
+    """Calls ``action`` just before the ``count``-th state of this run is put in its place."""
+    seen = 0
+
+    def hook(event: str, parts: tuple) -> None:
+        nonlocal seen
+        if event == "os.rename" and str(parts[1]).endswith("state.json"):
+            seen += 1
+            if seen == count:
+                action(*arguments)
+
+    sys.addaudithook(hook)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_command(
+    arguments: list[str],
+    said: Path,
+    file_limit: int | None,
+    die_at: int | None,
+    state: tuple | None,
+    variables: dict[str, str],
+) -> None:
+    """``wanda-kernels`` with ``arguments``; what it prints goes to the file ``said``; no file may pass the limit.
+
+    ``state``: the arguments of :func:`at_state`; ``variables``: of the environment.
+    """
     torch.set_num_threads(1)
+    os.environ.update(variables)
     if die_at is not None:
         die_while_publishing(die_at)
+    if state is not None:
+        at_state(*state)
     with said.open("w") as file:
         for fd in (1, 2):
             os.dup2(file.fileno(), fd)
@@ -91,9 +123,16 @@ def run_command(arguments: list[str], said: Path, file_limit: int | None, die_at
 
 
 def start_command(
-    arguments: list, said: Path, file_limit: int | None = None, die_at: int | None = None
+    arguments: list,
+    said: Path,
+    file_limit: int | None = None,
+    die_at: int | None = None,
+    state: tuple | None = None,
+    variables: dict[str, str] | None = None,
 ) -> multiprocessing.process.BaseProcess:
-    process = CONTEXT.Process(target=run_command, args=([str(part) for part in arguments], said, file_limit, die_at))
+    """As :func:`run_command`, in a process of its own."""
+    words = [str(part) for part in arguments]
+    process = CONTEXT.Process(target=run_command, args=(words, said, file_limit, die_at, state, variables or {}))
     process.start()
     return process
 

@@ -135,7 +135,11 @@ def test_many_tokens_unpack_no_whole_weight(form):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("weight", lambda t: t[:-1], r"does not fit its config.json: weight is BF16 \[\d+\], it must be bfloat16 \[\d+\]"),
+        (
+            "weight",
+            lambda t: t[:-1],
+            r"does not fit its config.json: weight is BF16 \[\d+\], it must be bfloat16 \[\d+\]",
+        ),
         ("weight_bitmap", lambda t: t ^ 1, "is damaged: its row starts do not fit its bitmap"),
         ("weight_starts", lambda t: t + 2**30, "is damaged: its row starts do not fit its bitmap"),
     ],
@@ -305,7 +309,7 @@ def test_command_line(tmp_path, capsys):
         assert torch.equal(load_file(Path(back) / "model.safetensors")[name], tensor)
     assert run("compress", plain, "--out", packed) == 1
     assert "is not empty" in capsys.readouterr().err
-    assert run("compress", plain, "--out", packed, "--overwrite", "--format", "zip") == 1
+    assert run("compress", plain, "--out", packed, "--overwrite", "--format", "zip") == 2
     assert "format must be auto, bitmap or 2:4, got 'zip'" in capsys.readouterr().err
     assert run("compress", packed, "--out", str(tmp_path / "x")) == 1
     assert "the model is packed already" in capsys.readouterr().err

@@ -57,6 +57,7 @@ def test_a_run_is_drawn_from_its_number_and_seed_alone(tmp_path):
         assert one.draw.random() == same.draw.random() != other.draw.random()
 
 
+@pytest.mark.slow
 def test_the_command_names_what_was_red(tmp_path):
     """At the end once more, and by its exit code."""
     script = Path(soak.__file__)

@@ -13,7 +13,7 @@ import pytest
 import streaming_child
 import tiny
 from test_resume import BLOCKS, EndsAt, digest, model, unfinished  # noqa: F401  (fixtures)
-from test_streaming import one_thread  # noqa: F401  (a fixture)
+from test_streaming import one_thread, save_sharded  # noqa: F401  (a fixture)
 
 from wanda_kernels.models.checkpoint import write_at
 from wanda_kernels.streaming import stream_prune, workfolder
@@ -224,21 +224,30 @@ def test_shards_that_vanish_or_shrink_between_runs(unfinished, whole):  # noqa: 
     assert digest(unfinished / "out") == whole
 
 
-class Removes(EndsAt):
-    """Takes a shard away while the run goes on."""
+class Damages(EndsAt):
+    """Takes a shard away, or cuts it, while the run goes on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, damage) -> None:
         super().__init__(KeyboardInterrupt())
-        self.folder = folder
+        self.folder, self.damage = folder, damage
 
     def block(self, name, layers) -> None:
         if name.endswith(".2"):
-            sorted(self.folder.glob("*.safetensors"))[0].unlink()
+            self.damage(sorted(self.folder.glob("*.safetensors"))[0])
 
 
-def test_a_shard_that_vanishes_during_a_run(model, tmp_path):  # noqa: F811
-    with pytest.raises(OSError, match=r"was removed while it was written|No such file"):
-        stream_prune(model, tmp_path / "out", tiny.ids(), progress=Removes(tmp_path / ".out.partial" / "folder"))
+def cut(path: Path) -> None:
+    """It would grow again with the next write, and have the right size."""
+    os.truncate(path, 200)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+@pytest.mark.parametrize("shard", ["60KB", "50GB"])
+def test_a_shard_that_vanishes_or_shrinks_during_a_run(damage, shard, tmp_path):
+    source = save_sharded(tmp_path / "model", num_hidden_layers=BLOCKS, shard=shard)
+    folder = tmp_path / ".out.partial" / "folder"
+    with pytest.raises(OSError, match=r"was (removed|shortened) while it was written|No such file"):
+        stream_prune(source, tmp_path / "out", tiny.ids(), progress=Damages(folder, damage))
     assert not (tmp_path / "out").exists()
 
 

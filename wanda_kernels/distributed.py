@@ -29,9 +29,6 @@ from torch import Tensor
 
 from .identity import differences
 from .models.load import choose_device
-from .pruning.methods.apply import Outcome
-from .pruning.methods.groups import Group
-from .pruning.selection import Target, row_sums_
 
 TIMEOUT_S = 1800.0  # of an exchange: how long the fastest process waits for the slowest
 START_S = 15.0  # how long the first waits for the last to begin; WANDA_KERNELS_START_S says otherwise
@@ -293,28 +290,6 @@ class Processes:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def has_independent_rows(target: Target) -> bool:
-    """Whether rows can be selected in shares. What compares more than a row is done whole by each process."""
-    if target.method == "magnitude":
-        return target.pattern is not None
-    return target.method == "wanda" and not target.options.variant and target.options.group in (None, Group("row"))
-
-
-def prune_rows_in_shares_(weight: Tensor, norm: Tensor | None, target: Target, processes: Processes) -> Outcome:
-    """As :func:`wanda_kernels.pruning.methods.apply.prune_layer_`, each process a share of the rows."""
-    if target.sparsity == 0:
-        return Outcome(0.0, 1.0)
-    shares = processes.shares(weight.shape[0])
-    mine = shares[processes.rank]
-    sums = torch.zeros(weight.shape[0], 2, dtype=torch.float32, device=weight.device)
-    if len(mine):
-        sums[mine.start : mine.stop] = row_sums_(weight[mine.start : mine.stop], norm, target)
-    processes.exchange_rows_(weight, shares)
-    processes.exchange_rows_(sums, shares)
-    pruned, total = sums.double().sum(dim=0).tolist()
-    return Outcome(pruned, total)
 
 
 def join(device: str, timeout_s: float = TIMEOUT_S, on_loss: Callable[[str], None] = lambda reason: None) -> Processes:

@@ -267,19 +267,27 @@ class CheckpointWriter:
         self._folder = folder
         self._source = source
         self._fds: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # what each file must have by now
         self._touched: set[str] = set()
 
     def _fd(self, name: str) -> int:
         if name not in self._fds:
             self._fds[name] = open_own(self._folder / name, os.O_RDWR | os.O_CREAT, 0o644)
             write_at(self._fds[name], self._source.files[name], 0)
+            self._sizes[name] = os.fstat(self._fds[name]).st_size
         self._touched.add(name)
         return self._fds[name]
+
+    def _write(self, name: str, data: memoryview, offset: int) -> None:
+        fd = self._fd(name)
+        self._check_size(name)  # a file that somebody cut would grow again here, with zeros in between
+        write_at(fd, data, offset)
+        self._sizes[name] = max(self._sizes[name], offset + len(data))
 
     def write(self, tensor: str, data: Tensor) -> None:
         """``data``: a contiguous CPU tensor of that tensor's dtype and shape."""
         entry = self._source.entries[tensor]
-        write_at(self._fd(entry.file), bytes_of(data), entry.begin)
+        self._write(entry.file, bytes_of(data), entry.begin)
 
     def copy(self, tensor: str) -> None:
         """Byte for byte from the source."""
@@ -288,7 +296,7 @@ class CheckpointWriter:
         for begin in range(entry.begin, entry.end, CHUNK):
             part = buffer[: min(CHUNK, entry.end - begin)]
             read_at(self._source.fd(entry.file), part, begin, entry.file)
-            write_at(self._fd(entry.file), part, begin)
+            self._write(entry.file, part, begin)
 
     def create_all(self) -> None:
         """Also the files in which nothing was written."""
@@ -302,7 +310,12 @@ class CheckpointWriter:
             os.fdatasync(self._fds[name])
         self._touched.clear()
 
+    def _check_size(self, name: str) -> None:
+        if os.fstat(self._fds[name]).st_size < self._sizes[name]:
+            raise OSError(f"{self._folder / name} was shortened while it was written")
+
     def _check_name(self, name: str) -> None:
+        self._check_size(name)
         path, found = self._folder / name, os.fstat(self._fds[name])
         if found.st_nlink == 0 or not path.exists() or not os.path.samestat(found, os.lstat(path)):
             raise FileNotFoundError(f"{path} was removed while it was written")

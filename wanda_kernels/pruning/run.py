@@ -12,7 +12,7 @@ import time
 
 from torch import Tensor, nn
 
-from ..distributed import Processes, has_independent_rows, prune_rows_in_shares_
+from ..distributed import Processes
 from .activations import Activations
 from .blocks import Block, count_zeros
 from .exact_error import exact_errors, mean_threshold
@@ -25,6 +25,7 @@ from .recording import Call, Recording, record_calls, run_block
 from .report import LayerReport, relative_error
 from .residence import Residence
 from .selection import Target
+from .shares import has_independent_rows, prune_rows_in_shares_
 from .statistics import BlockStatistics
 from .stopwatch import Stopwatch
 
