@@ -1,5 +1,5 @@
 // Argument checks of the launchers. An error names the operator, the argument, what is required and what
-// came. wanda_kernels/ops/_checks.py says the same for the PyTorch reference and the fake implementations.
+// came. wanda_kernels/_checks.py says the same for the PyTorch reference and the fake implementations.
 #pragma once
 
 #include <ATen/core/Tensor.h>

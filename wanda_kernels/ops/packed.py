@@ -12,7 +12,8 @@ from .._checks import check_bitmap, check_packed_linear, check_sparse24
 def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ unpack_bitmap(values, bitmap, starts).T + bias``, sums in float32, rounded once.
 
-    Up to 16 rows of ``x`` are multiplied with the packed weight as it is; more, on the CPU, with the unpacked one.
+    Few rows of ``x`` (32 on the CPU, 16 on CUDA) are multiplied with the packed weight as it is; more with the unpacked
+    one (:func:`wanda_kernels.packed.dispatch.direct_tokens`).
 
     Args:
         x: [.., C_in], of the dtype of ``values``.

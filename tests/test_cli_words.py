@@ -1,0 +1,252 @@
+"""What commands say and how they end: exit codes, checks before the work, names that are no markup, no foreign code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import saved
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import call
+
+import wanda_kernels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WIDE = {"hidden_size": 128, "intermediate_size": 192}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    saved.save_model(folder / "model", **WIDE)
+    (folder / "text.txt").write_text(saved.text(2000))
+    return folder
+
+
+def calibrated(work: Path) -> list:
+    return ["--calibration", work / "text.txt", "--samples", 4, "--length", 32]
+
+
+def test_version(capsys):
+    assert call(capsys, "--version")[:2] == (0, f"wanda-kernels {wanda_kernels.__version__}\n")
+
+
+def test_without_arguments_the_help_is_shown(capsys):
+    code, stdout, stderr = call(capsys)
+    assert code == 2
+    assert "Usage" in stdout
+    assert stderr == ""
+
+
+def test_help_shows_the_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for command, default in (
+        ("prune", "[default: 0.5]"),
+        ("eval", "[default: wikitext2]"),
+        ("study", "[default: 0.5,"),
+    ):
+        assert default in call(capsys, command, "--help")[1]
+
+
+NAMES = ["run [v2]", "x [/y]", "[bold]b[/bold]", "[link=x]", ":smile:", "[/]", "a\\[b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_never_markup(name, work, tmp_path, capsys):
+    out = tmp_path / name / "deeper"
+    code, stdout, stderr = call(capsys, "prune", work / "model", "--out", out, *calibrated(work))
+    assert code == 0, stderr
+    assert stdout.splitlines()[-1] == f"saved to {out}"
+    assert f"saving to {out} ..." in stderr
+    code, stdout, stderr = call(capsys, "eval", out, "--text", work / "text.txt", "--length", 64, "--windows", 2)
+    assert code == 0, stderr
+    assert f"loading {out} ..." in stderr
+    code, _, stderr = call(capsys, "eval", tmp_path / name / "none")
+    assert stderr.splitlines()[-1] == f"wanda-kernels: error: model {tmp_path / name / 'none'} does not exist"
+
+
+BEFORE_LOADING = [
+    (["eval", "MODEL", "--text", "TEXT", "--json", "FOLDER"], "is a folder: name a file"),
+    (["eval", "MODEL", "--text", "TEXT", "--json", "FOLDER/no/x.json"], "its folder does not exist"),
+    (["eval", "MODEL", "--text", "TEXT", "--length", "3000"], "--length 3000 is longer than the model's context"),
+    (["speed", "MODEL", "--json", "FOLDER"], "is a folder: name a file"),
+    (["prune", "MODEL", "--out", f"FOLDER/{'n' * 250}", "--method", "magnitude"], "the name is too long"),
+    (["prune", "MODEL", "--out", "TEXT/out", "--method", "magnitude"], "is a file"),
+    (["prune", "MODEL", "--out", "MODEL", "--overwrite", "--method", "magnitude"], "must not lie in each other"),
+    (["prune", "MODEL", "--out", "MODEL/out", "--method", "magnitude"], "must not lie in each other"),
+    (
+        ["prune", "MODEL", "--out", "FOLDER/o", "--method", "magnitude", "--pattern", "2:5"],
+        "not a multiple of the pattern",
+    ),
+    (["compress", "MODEL", "--out", "MODEL", "--overwrite"], "must not lie in each other"),
+    (["decompress", "MODEL", "--out", "TEXT"], "is a file"),
+    (["study", "MODEL", "--out", "TEXT"], "is a file"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BEFORE_LOADING, ids=lambda value: str(value)[:40])
+def test_what_cannot_end_well_is_found_before_a_model_is_loaded(words, message, work, tmp_path, capsys, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("wanda_kernels.models.load_model", never)
+    places = {"MODEL": work / "model", "TEXT": work / "text.txt", "FOLDER": tmp_path}
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    code, _, stderr = call(capsys, *words)
+    assert code == 1
+    assert message in stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packing_that_cannot_be_is_known_before_the_run(work, tmp_path, capsys):
+    saved.save_model(tmp_path / "narrow", hidden_size=96, intermediate_size=160, head_dim=24)
+    for command in (["prune", tmp_path / "narrow", "--compress", *calibrated(work)], ["compress", tmp_path / "narrow"]):
+        code, _, stderr = call(capsys, *command, "--out", tmp_path / "out")
+        assert code == 1
+        assert "it has 96 inputs, not a multiple of 64" in stderr.splitlines()[-1]
+        assert "pruning" not in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_stays_dense_is_listed_and_the_report_is_kept(work, tmp_path, capsys):
+    saved.save_model(tmp_path / "m", hidden_size=128, intermediate_size=160)
+    assert call(capsys, "prune", tmp_path / "m", "--out", tmp_path / "p", *calibrated(work))[0] == 0
+    code, stdout, _ = call(capsys, "compress", tmp_path / "p", "--out", tmp_path / "c")
+    assert code == 0
+    assert "dense: down_proj (3 layers, the first is model.layers.0.mlp.down_proj): it has 160 inputs" in stdout
+    assert call(capsys, "decompress", tmp_path / "c", "--out", tmp_path / "d")[0] == 0
+    report = (tmp_path / "p" / "pruning_report.json").read_bytes()
+    assert report == (tmp_path / "c" / "pruning_report.json").read_bytes()
+    assert report == (tmp_path / "d" / "pruning_report.json").read_bytes()
+    arguments = ("--batches", "1", "--prompt", "4", "--tokens", "2", "--rounds", "1")
+    code, stdout, _ = call(capsys, "speed", tmp_path / "p", tmp_path / "c", *arguments)
+    assert code == 0
+    assert f"{tmp_path / 'c'}: dense: down_proj (3 layers" in stdout
+
+
+def test_nan_is_said_and_written_as_such(work, tmp_path, capsys):
+    saved.save_model(tmp_path / "m")
+    held = load_file(tmp_path / "m" / "model.safetensors")
+    held["lm_head.weight"][5, 0] = float("nan")
+    save_file(held, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "x.json"
+    code, stdout, stderr = call(
+        capsys, "eval", tmp_path / "m", "--text", work / "text.txt", "--length", 64, "--windows", 1, "--json", out
+    )
+    assert code == 0
+    assert stdout.startswith("perplexity nan ")
+    assert "gives NaN: its weights are broken" in stderr
+
+    def strict(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert math.isnan(float(json.loads(out.read_text(), parse_constant=strict)["perplexity"]))
+
+
+@pytest.mark.parametrize("share", ["0.999", "0.001", "0.0005"])
+def test_titles_do_not_round_to_lies(share, work, tmp_path, capsys):
+    code, stdout, _ = call(
+        capsys, "prune", work / "model", "--out", tmp_path / "o", *calibrated(work), "--sparsity", share
+    )
+    assert code == 0
+    assert f"wanda {float(share) * 100:g}%:" in stdout
+
+
+FOREIGN = """
+from pathlib import Path
+from transformers import LlamaConfig as C, LlamaForCausalLM as M, PreTrainedTokenizerFast as T
+Path({ran!r}).write_text("ran")
+"""
+COMMANDS = [
+    ["prune", "--out", "OUT", "--method", "magnitude"], ["prune", "--out", "OUT", "--method", "magnitude", "--stream"],
+    ["plan"], ["eval", "--text", "TEXT"], ["compress", "--out", "OUT"], ["decompress", "--out", "OUT"], ["speed"],
+    ["study", "--out", "OUT", "--calibration", "TEXT", "--text", "TEXT", "--methods", "magnitude"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words[:1] + words[3:]))
+@pytest.mark.parametrize("where", ["model", "tokenizer"])
+def test_a_models_own_code_never_runs(command, where, work, tmp_path, capfd, monkeypatch):
+    """Whatever stands on stdin: transformers asks there."""
+    ran = tmp_path / "ran"
+    saved.save_model(tmp_path / "m")
+    (tmp_path / "m" / "foreign.py").write_text(FOREIGN.format(ran=str(ran)))
+    if where == "model":
+        path = tmp_path / "m" / "config.json"
+        change = {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.C", "AutoModelForCausalLM": "foreign.M"}}
+    else:
+        path = tmp_path / "m" / "tokenizer_config.json"
+        change = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["foreign.T", "foreign.T"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    read, write = os.pipe()
+    os.write(write, b"y\n" * 20)
+    os.close(write)
+    before = os.dup(0)
+    os.dup2(read, 0)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+    try:
+        places = {"OUT": tmp_path / "out", "TEXT": work / "text.txt"}
+        words = [command[0], tmp_path / "m", *(places.get(word, word) for word in command[1:])]
+        code, _, stderr = call(capfd, *words)
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+    assert not ran.exists()
+    if where == "model":
+        assert code == 1
+        assert "needs code of its own (auto_map)" in stderr
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    words = [sys.executable, "-m", "wanda_kernels", *map(str, arguments)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("delay", [0.1, 0.5, 1.0, 2.0])
+def test_a_signal_while_python_imports_is_one_sentence(sent, code, delay, work, tmp_path):
+    running = start("prune", work / "model", "--out", tmp_path / "out", *calibrated(work), "--exact-error")
+    time.sleep(delay)
+    running.send_signal(sent)
+    _, stderr = running.communicate(timeout=60)
+    if running.returncode == 0:  # it was done
+        return
+    if delay > 0.1 or running.returncode != -sent:  # Python itself takes a moment to begin
+        assert running.returncode == code, stderr
+        assert stderr.splitlines()[-1] == "wanda-kernels: error: interrupted; nothing was written"
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_commands_are_for_one_process(work, capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, stderr = call(capsys, "eval", work / "model", "--text", work / "text.txt")
+    assert code == 2
+    assert "wanda-kernels eval is for one process, torchrun started 2" in stderr
+
+
+def test_every_command_says_that_the_slow_reference_runs(work, tmp_path):
+    for words in (["eval", work / "model", "--text", work / "text.txt", "--length", 64, "--windows", 1],
+                  ["speed", work / "model", "--batches", 1, "--prompt", 4, "--tokens", 2, "--rounds", 1]):  # fmt: skip
+        running = start(*words, env=os.environ | {"WANDA_KERNELS_REFERENCE": "1"})
+        _, stderr = running.communicate(timeout=120)
+        assert running.returncode == 0, stderr
+        assert "note: running on the PyTorch reference: WANDA_KERNELS_REFERENCE=1 is set" in stderr
+
+
+def test_the_library_loads_its_parts_at_the_first_use():
+    """So that importing it takes a moment, and packed models load all the same."""
+    code = "import sys, wanda_kernels; assert 'torch' not in sys.modules; print(wanda_kernels.prune.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "prune\n"
+    assert torch.equal(tiny.ids(), tiny.ids())
