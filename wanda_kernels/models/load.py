@@ -205,13 +205,18 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
     """
     target = check_choices(dtype, device, device_map)
     name, options = _source(model)
-    config = load_config(model)
-    chosen = auto_class(config)
-    checkpoint = None if "gguf_file" in options else _checkpoint(model, name)
-    if checkpoint is not None:
-        _check_fits(model, config, checkpoint)
-    if "gguf_file" in options:
+    config: Any = None
+    if "gguf_file" in options:  # one file, whose description takes seconds to read
+        from transformers import AutoModelForCausalLM
+
+        chosen: Any = AutoModelForCausalLM
         options |= _gguf_options()
+    else:
+        config = load_config(model)
+        chosen = auto_class(config)
+        checkpoint = _checkpoint(model, name)
+        if checkpoint is not None:
+            _check_fits(model, config, checkpoint)
     if device_map is not None:
         options["device_map"] = device_map
     try:
