@@ -3,7 +3,7 @@
 ``driver`` checks the arguments and makes the report; ``run`` is the loop over the blocks; ``blocks`` finds them and
 their linear layers, and refuses what would be pruned wrongly; ``recording`` keeps the arguments that each block is
 called with; ``fusion`` finds what can add up statistics on the way; ``statistics`` accumulates each distinct input
-once; ``selection`` maps Wanda and magnitude to an operator; ``methods`` holds the rest; ``shares`` is for several processes.
+once; ``selection`` maps Wanda and magnitude to an operator; ``methods`` holds the rest; ``shares`` is for ranks.
 """
 
 from .driver import prune
