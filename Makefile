@@ -1,5 +1,6 @@
 # make demo   prune a real model and see what it costs and what it keeps
 # make test   the test suite                make lint   ruff, clang-format, mypy
+# make wheel  dist/*.whl, compiled for this Python and torch, tried in an environment without a compiler
 # make bench  every suite, measured side by side here, into benchmarks/results and the README
 # make soak   200 prunes with faults, 2,500 mutated model folders: each is whole or a clear error (many minutes)
 # make gpu    on a machine with a GPU: build, measure, test, record, in nine minutes (gpu-short: the first 200 s)
@@ -7,7 +8,9 @@
 #
 # PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs.
 # SYSTEM_TORCH=1 uses the interpreter's own torch (>= 2.11) instead.
+# CUDA=1 builds the CUDA kernels too (minutes, no GPU needed; the default where one is visible), CUDA= leaves them out.
 PYTHON ?= python3
+CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),1)
 VENV ?= .venv
 TORCH ?= torch==2.14.1
 SYSTEM_TORCH ?=
@@ -25,11 +28,11 @@ else
 PROVIDE_TORCH = $(BIN)/python -m pip install --quiet "$(TORCH)"
 endif
 
-.PHONY: demo test test-fast soak lint format bench gpu gpu-short sass install clean help
+.PHONY: demo test test-fast soak lint format bench gpu gpu-short sass wheel install clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
@@ -40,12 +43,18 @@ $(STAMP)/torch:
 	  assert v >= (2, 11), f'torch >= 2.11 is required, {torch.__version__} is installed'; print('torch', torch.__version__)"
 	@mkdir -p $(STAMP) && touch $@
 
-# The package with an extra's requirements, built against the torch above. [test] holds what [gguf] holds.
-$(STAMP)/gguf $(STAMP)/test: $(STAMP)/torch $(SOURCES)
-	@echo "== wanda_kernels[$(@F)] (compiles the kernels: a minute or two)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(@F)]"
+# The package is built once, against the torch above; what an extra requires comes beside it, without another build.
+KERNELS := $(STAMP)/kernels$(if $(CUDA),-cuda)
+$(KERNELS): $(STAMP)/torch $(SOURCES)
+	@echo "== wanda_kernels: compiles the kernels ($(if $(CUDA),with CUDA: minutes,CPU alone: a minute; CUDA=1 adds CUDA's))"
+	$(if $(CUDA),,WANDA_KERNELS_NO_CUDA=1 )$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@ $(STAMP)/kernels
+
+$(STAMP)/gguf $(STAMP)/test: $(KERNELS)
+	@echo "== what wanda_kernels[$(@F)] requires"
+	$(BIN)/python -m pip install --quiet "wanda_kernels[$(@F)]"
 	@$(BIN)/wanda-kernels info | grep -A1 backends
-	@touch $@ $(STAMP)/gguf
+	@touch $@ $(if $(filter test,$(@F)),$(STAMP)/gguf)
 
 $(STAMP)/linters: $(STAMP)/test
 	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
@@ -97,8 +106,14 @@ gpu:
 gpu-short:
 	$(PYTHON) -m benchmarks.gpu_suite --short --out $(GPU_OUT)
 
+# Compiled anew, so that nothing of this folder is in it by accident.
+wheel: $(STAMP)/test
+	rm -rf build dist
+	$(if $(CUDA),,WANDA_KERNELS_NO_CUDA=1 )$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python tests/try_wheel.py dist/*.whl
+
 sass: $(STAMP)/torch
 	$(BIN)/python -m benchmarks.sass
 
 clean:
-	rm -rf build *.egg-info wanda_kernels/_C*.so demo-output
+	rm -rf build dist *.egg-info wanda_kernels/_C*.so demo-output

@@ -21,7 +21,7 @@ PACKAGES = (
 
 def make(folder: Path) -> tuple[Path, Path]:
     """The clone and its interpreter."""
-    return _copy(folder / "clone"), _interpreter(folder / "environment")
+    return _copy(folder / "clone"), interpreter(folder / "environment")
 
 
 def environment() -> dict[str, str]:
@@ -42,7 +42,7 @@ def _copy(clone: Path) -> Path:
     return clone
 
 
-def _interpreter(home: Path) -> Path:
+def interpreter(home: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     packages = next(home.glob("lib/python*/site-packages"))
     for distribution in _closure():

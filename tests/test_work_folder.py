@@ -188,7 +188,7 @@ def test_a_report_with_numbers_that_json_has_not():
 
 def test_nameless_activations_leave_nothing(tmp_path):
     files = TwoFiles.beside(tmp_path / "work", tmp_path, nameless=True)
-    write_at(files.fd(1), b"abc", 0)
+    write_at(files.fd(1), b"abc", 0, "activations")
     assert list(tmp_path.iterdir()) == []
     assert os.pread(files.fd(1), 3, 0) == b"abc"
     files.remove()

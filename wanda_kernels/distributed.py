@@ -133,6 +133,7 @@ class Processes:
         key = f"wanda_kernels/compared/{self._compared}"
         self._store.set(f"{key}/{self.rank}", json.dumps(mine))
         all_of_them = [self._read(f"{key}/{rank}") for rank in range(self.size)]
+        self._store.set(f"{key}/read/{self.rank}", "")
         for rank, theirs in enumerate(all_of_them):
             found = differences(all_of_them[0], theirs)
             if found:
@@ -140,6 +141,8 @@ class Processes:
                     f"{name}: rank 0 has {_short(a)}, rank {rank} {_short(b)}" for name, a, b in found[:SHOWN]
                 )
                 more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+                self._is_leaving = True  # each says it itself, and is not told by the others
+                self._wait_for([f"{key}/read/{other}" for other in range(self.size)], PATIENCE_S)
                 raise ValueError(f"all processes must be given the same, but {shown}{more}")
 
     def _read(self, key: str) -> Any:
@@ -281,10 +284,14 @@ class Processes:
         """The first process, at which the others may meet, waits until they have left."""
         with contextlib.suppress(RuntimeError):
             self._store.set(f"{LEFT}/{self.rank}", "")
-            end = time.monotonic() + seconds
-            keys = [f"{LEFT}/{rank}" for rank in range(self.size)]
-            while self.is_first and not self._store.check(keys) and time.monotonic() < end:
-                time.sleep(0.02)
+            if self.is_first:
+                self._wait_for([f"{LEFT}/{rank}" for rank in range(self.size)], seconds)
+
+    def _wait_for(self, keys: list[str], seconds: float) -> None:
+        """Until the store has all of them, or the time is over."""
+        end = time.monotonic() + seconds
+        while not self._store.check(keys) and time.monotonic() < end:
+            time.sleep(0.02)
 
 
 def _short(value: Any) -> str:

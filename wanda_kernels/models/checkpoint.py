@@ -95,11 +95,15 @@ def read_at(fd: int, buffer: memoryview, offset: int, what: str) -> None:
         done += count
 
 
-def write_at(fd: int, buffer: memoryview | bytes, offset: int) -> None:
+def write_at(fd: int, buffer: memoryview | bytes, offset: int, what: Path | str) -> None:
+    """Write ``buffer`` from ``offset`` on. Raises OSError that names ``what`` is written."""
     buffer = memoryview(buffer)
     done = 0
-    while done < len(buffer):
-        done += os.pwritev(fd, [buffer[done : done + CHUNK]], offset + done)
+    try:
+        while done < len(buffer):
+            done += os.pwritev(fd, [buffer[done : done + CHUNK]], offset + done)
+    except OSError as error:
+        raise OSError(f"{what} could not be written: {error.strerror}") from error
 
 
 def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
@@ -273,7 +277,7 @@ class CheckpointWriter:
     def _fd(self, name: str) -> int:
         if name not in self._fds:
             self._fds[name] = open_own(self._folder / name, os.O_RDWR | os.O_CREAT, 0o644)
-            write_at(self._fds[name], self._source.files[name], 0)
+            write_at(self._fds[name], self._source.files[name], 0, self._folder / name)
             self._sizes[name] = os.fstat(self._fds[name]).st_size
         self._touched.add(name)
         return self._fds[name]
@@ -281,7 +285,7 @@ class CheckpointWriter:
     def _write(self, name: str, data: memoryview, offset: int) -> None:
         fd = self._fd(name)
         self._check_size(name)  # a file that somebody cut would grow again here, with zeros in between
-        write_at(fd, data, offset)
+        write_at(fd, data, offset, self._folder / name)
         self._sizes[name] = max(self._sizes[name], offset + len(data))
 
     def write(self, tensor: str, data: Tensor) -> None:

@@ -138,7 +138,7 @@ class SavedActivations(Activations):
             offset = 0
             for batch in batches:
                 data = bytes_of(batch.contiguous().cpu())
-                write_at(self._files.fd(turn), data, offset)
+                write_at(self._files.fd(turn), data, offset, self._files.path(turn))
                 offset += len(data)
             os.fdatasync(self._files.fd(turn))
             return _stored(turn, batches[0].dtype, [list(batch.shape) for batch in batches])
@@ -183,7 +183,7 @@ class SpilledActivations(Activations):
         self._write(len(self._shapes) - 1, batch, self._turn)
 
     def _write(self, index: int, batch: Tensor, turn: int) -> None:
-        write_at(self._files.fd(turn), bytes_of(batch.contiguous().cpu()), self._offset(index))
+        write_at(self._files.fd(turn), bytes_of(batch.contiguous().cpu()), self._offset(index), self._files.path(turn))
 
     def __len__(self) -> int:
         return len(self._shapes)
