@@ -16,16 +16,22 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops
     from .packed import compress, decompress
-    from .pruning import LayerReport, Owl, PruningReport, prune
-    from .text import perplexity
+    from .pruning import LayerReport, Owl, Pattern, Progress, PruningReport, prune
+    from .streaming import stream_prune
+    from .text import load_calibration, perplexity
 
-__all__ = ["LayerReport", "Owl", "PruningReport", "__version__", "compress", "decompress", "ops", "perplexity", "prune"]
+__all__ = [
+    "LayerReport", "Owl", "Pattern", "Progress", "PruningReport", "__version__", "compress", "decompress",
+    "load_calibration", "ops", "perplexity", "prune", "stream_prune",
+]  # fmt: skip
 
 # Loaded at the first use: torch alone takes seconds, in which the command line could not even say that it was
 # interrupted.
 _HOMES = {
-    "compress": ".packed", "decompress": ".packed", "LayerReport": ".pruning", "Owl": ".pruning",
-    "PruningReport": ".pruning", "prune": ".pruning", "perplexity": ".text",
+    **dict.fromkeys(("compress", "decompress"), ".packed"),
+    **dict.fromkeys(("LayerReport", "Owl", "Pattern", "Progress", "PruningReport", "prune"), ".pruning"),
+    **dict.fromkeys(("load_calibration", "perplexity"), ".text"),
+    "stream_prune": ".streaming",
 }  # fmt: skip
 
 

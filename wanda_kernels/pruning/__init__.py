@@ -8,7 +8,8 @@ once; ``selection`` maps Wanda and magnitude to an operator; ``methods`` holds t
 
 from .driver import prune
 from .methods import METHODS, Owl
+from .progress import Progress
 from .report import LayerReport, PruningReport
 from .selection import Pattern, Target
 
-__all__ = ["METHODS", "LayerReport", "Owl", "Pattern", "PruningReport", "Target", "prune"]
+__all__ = ["METHODS", "LayerReport", "Owl", "Pattern", "Progress", "PruningReport", "Target", "prune"]
