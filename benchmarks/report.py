@@ -1,4 +1,5 @@
-"""Writes the README's tables (between markers) and docs/benchmarks.md from the result files, and the pictures.
+"""Writes the tables of the README and of docs/measured.md (between markers) and docs/benchmarks.md from the result
+files, and the pictures.
 
 python -m benchmarks.report [--check]: --check changes nothing, and fails where they disagree.
 """
@@ -20,6 +21,7 @@ from benchmarks.records import Row, read
 from benchmarks.tables import NOT_MEASURED
 
 README = ROOT / "README.md"
+MEASURED = ROOT / "docs" / "measured.md"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 SUITES = ("select", "stats", "nm", "sparse", "scaling", "end-to-end")
 HOW = """# Benchmarks
@@ -61,7 +63,7 @@ class Device:
 
 @dataclass
 class Section:
-    """A table of the README: the suites it needs, and how it is drawn from their rows."""
+    """A table of a page: the suites it needs, and how it is drawn from their rows."""
 
     suites: tuple[str, ...]
     draw: Callable[[list[Row]], str]
@@ -76,6 +78,13 @@ SECTIONS = {
     "kernels": Section(("select", "nm", "stats"), tables.kernels),
     "gpu kernels": Section(("select", "nm", "stats"), tables.kernels, is_gpu=True),
     "gpu products": Section(("sparse",), tables.products, is_gpu=True),
+}
+
+
+# The README has what a user decides by.
+PAGES = {
+    README: ("demo", "prune", "generate"),
+    MEASURED: ("products", "layers", "kernels", "gpu kernels", "gpu products"),
 }
 
 
@@ -111,13 +120,15 @@ def _demo(results: Path) -> str:
     return f"{tables.demo(result)}\n\n{tables.source(f'benchmarks/results/{path.parent.name}/demo.json', about)}"
 
 
-def render(text: str, results: Path = RESULTS) -> str:
-    """``text`` with each section between its markers replaced by what its result files say."""
-    bodies = {"demo": _demo(results)} | {name: _body(results, section) for name, section in SECTIONS.items()}
-    for name, body in bodies.items():
+def render(page: Path, results: Path = RESULTS, text: str | None = None) -> str:
+    """A page (its present text, where ``text`` is not given) with each section between its markers replaced by
+    what the result files say."""
+    text = page.read_text() if text is None else text
+    for name in PAGES[page]:
+        body = _demo(results) if name == "demo" else _body(results, SECTIONS[name])
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"{README.name} has no markers for {name}")
+            raise ValueError(f"{page.name} has no markers for {name}")
         text = pattern.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
     return text
 
@@ -145,8 +156,7 @@ def document(results: Path = RESULTS) -> str:
 
 def out_of_date(results: Path = RESULTS) -> list[str]:
     """What does not say what the result files say."""
-    readme = README.read_text()
-    found = [] if render(readme, results) == readme else [README.name]
+    found = [str(page.relative_to(ROOT)) for page in PAGES if render(page, results) != page.read_text()]
     if not DOCUMENT.exists() or DOCUMENT.read_text() != document(results):
         found.append(f"docs/{DOCUMENT.name}")
     for device in devices(results):
@@ -165,7 +175,8 @@ def main() -> None:
         return
     if importlib.util.find_spec("matplotlib") is None:
         sys.exit("the pictures are drawn by matplotlib: pip install 'wanda_kernels[plot]'")
-    README.write_text(render(README.read_text()))
+    for page in PAGES:
+        page.write_text(render(page))
     DOCUMENT.write_text(document())
     for device in devices(RESULTS):
         for suite in SUITES:

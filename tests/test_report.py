@@ -50,14 +50,14 @@ def test_all_is_up_to_date():
 
 
 def test_a_changed_figure_is_noticed(results):
-    text, page = report.README.read_text(), report.document(results)
+    page = report.document(results)
     folder = report.newest(results, report.SECTIONS["products"]).folder
     where = {"operator": "bitmap_linear", "implementation": "wanda_kernels"}
     change(folder / "sparse.csv", "median_ms", "31415.9", **where)
-    assert "31415.90" in report.render(text, results)
+    assert "31415.90" in report.render(report.MEASURED, results)
     assert "3.142e+04" in report.document(results)
     assert report.document(results) != page
-    assert {"README.md", "docs/benchmarks.md"} <= set(report.out_of_date(results))
+    assert {"docs/measured.md", "docs/benchmarks.md"} <= set(report.out_of_date(results))
 
 
 def test_a_picture_of_other_rows_is_noticed(results):
@@ -72,18 +72,18 @@ def test_the_demo(results):
     result["rows"][0]["perplexity"] = 3.14159
     result["circumstances"]["date"] = "2100-01-01 00:00 UTC"
     path.write_text(json.dumps(result))
-    assert "| 3.14 |" in report.render(report.README.read_text(), results)
+    assert "| 3.14 |" in report.render(report.README, results)
 
 
 def test_missing_results_are_not_measured(tmp_path):
-    text = report.render(report.README.read_text(), tmp_path)
+    text = "".join(report.render(page, tmp_path) for page in report.PAGES)
     assert text.count(" -->\nnot measured\n") == len(report.SECTIONS) + 1
     assert "## GPU\n\nnot measured" in report.document(tmp_path)
 
 
 def test_a_gpu_fills_its_tables_and_the_newest_record_of_a_cpu_the_others(results):
     on_a_gpu(results)
-    text = report.render(report.README.read_text(), results)
+    text = report.render(report.MEASURED, results)
     body = text.split("<!-- gpu kernels -->")[1].split("<!-- /gpu kernels -->")[0]
     assert "Some Card, driver 1.2" in body
     assert "`prune_rows_`" in body
@@ -93,7 +93,7 @@ def test_a_gpu_fills_its_tables_and_the_newest_record_of_a_cpu_the_others(result
 
 def test_a_readme_without_markers_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no markers for demo"):
-        report.render("no markers", tmp_path)
+        report.render(report.README, tmp_path, "no markers")
 
 
 def test_pictures_are_drawn(results, tmp_path, monkeypatch):
