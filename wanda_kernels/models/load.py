@@ -44,6 +44,8 @@ def choose_device(name: str) -> torch.device:
 
 def _source(model: str) -> tuple[str, dict[str, str]]:
     """What ``from_pretrained`` is to be called with; errors for paths that cannot hold a model."""
+    if not model:
+        raise ValueError("model must be a hub id, a folder or a .gguf file, got nothing")
     path = Path(model).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -131,6 +133,11 @@ def _checkpoint(model: str, source: str) -> Checkpoint | None:
     """The tensors of a local folder, or None where they are in another format. Damaged shards, an index that disagrees
     with them: transformers lets some pass."""
     if not any((Path(source) / name).is_file() for name in (SINGLE, INDEX)):
+        if Path(source).is_dir() and any(Path(source).glob("*.bin")):
+            raise ValueError(
+                f"model folder {model} holds no safetensors but pickled weights (.bin), which are not read: save it "
+                "once with transformers' save_pretrained"
+            )
         return None
     try:
         return Checkpoint(Path(source))
@@ -225,6 +232,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
             dtype=DTYPES[dtype],
             trust_remote_code=False,
             output_loading_info=True,
+            **({} if "gguf_file" in options else {"use_safetensors": True}),
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
@@ -266,7 +274,7 @@ def _refuse_incomplete(model: str, info: dict[str, Any]) -> None:
     if unexpected:
         raise ValueError(
             f"model {model} holds tensors that its config.json has no place for: {listed(unexpected)}; they would be "
-            "lost. Correct config.json, or take them out of the files (--stream copies them as they are)"
+            "lost. Correct config.json, or take them out of the files"
         )
     if info.get("mismatched_keys"):
         sizes = [f"{name} is {list(there)}, not {list(own)}" for name, there, own in sorted(info["mismatched_keys"])]

@@ -26,7 +26,7 @@ def check_output(folder: Path, overwrite: bool, source: str | Path | None = None
     Raises:
         FileExistsError: it is there and ``overwrite`` is false, or it is there and holds no model.
         NotADirectoryError: it, or a parent of it, is a file. PermissionError, OSError: it cannot be written.
-        ValueError: it is ``source``, lies in it or holds it.
+        ValueError: it is ``source``, lies in it or holds it; no name that a folder can have.
     """
     check_writable(folder)
     if source is not None and Path(source).expanduser().exists():
@@ -46,6 +46,12 @@ def check_writable(folder: Path) -> None:
     if folder.is_symlink() and not folder.exists():
         raise NotADirectoryError(f"output folder {folder} is a link to nothing")
     absolute = folder.absolute()
+    try:
+        str(absolute).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"output folder {str(folder)!r} has a name that is no UTF-8 text: name another") from error
+    if absolute == absolute.parent:
+        raise ValueError(f"output folder {folder} is the root of the file system: name a folder in it")
     try:
         for parent in [absolute, *absolute.parents]:
             if parent.exists() and not parent.is_dir():

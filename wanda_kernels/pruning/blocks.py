@@ -6,6 +6,7 @@ The one place that decides what may be pruned (:func:`find_blocks`) and what may
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._checks import FLOATS
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torchao.quantization", "bitsandbytes.")
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 # Subclasses of nn.Linear that, without a bias, compute what it computes.
 _COMPUTE_AS_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module; its class takes a second to import
@@ -40,6 +42,8 @@ def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
             kernels do not know, weights that are not on one device, blocks that are wrapped one by one.
     """
     model = unwrapped(model)
+    if isinstance(model, _WRAPPERS):
+        raise ValueError(f"{type(model).__name__} wraps the model: give the model inside it (its module)")
     _refuse_adapters(model)
     config = getattr(model, "config", None)
     if getattr(getattr(config, "quantization_config", None), "quant_method", None) == PACKED:
@@ -55,6 +59,7 @@ def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
         _refuse_other_weights(block)
     _refuse_shared_weights(model, blocks)
     if not meta:
+        _refuse_overlaps(model, blocks)
         _refuse_devices(blocks, mapped=getattr(model, "hf_device_map", None) is not None)
     return blocks
 
@@ -86,7 +91,7 @@ def _refuse_computed_weights(name: str, module: nn.Module) -> None:
             f"{name} has no weight of its own but computes it (weight norm, torch.nn.utils.prune): make it plain first "
             "(remove_weight_norm, prune.remove)"
         )
-    if _COMPILED in module._modules or isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+    if _COMPILED in module._modules or isinstance(module, _WRAPPERS):
         raise ValueError(
             f"{name} is wrapped ({type(module).__name__}), which changes the names in the saved files: give the "
             "module inside it"
@@ -109,19 +114,58 @@ def _is_known(module: nn.Module, key: str) -> bool:
     return key in module._non_persistent_buffers_set
 
 
+def _what_it_computes(linear: nn.Linear) -> str | None:
+    """Why a layer may compute something else than ``x @ weight.T + bias``; None where it does not."""
+    known = f"{type(linear).__module__}.{type(linear).__qualname__}" in _COMPUTE_AS_LINEAR and linear.bias is None
+    if type(linear).forward is not nn.Linear.forward and not known:
+        return f"it is a {type(linear).__name__}, which may compute something else than nn.Linear"
+    if "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):  # accelerate's moves tensors between devices
+        return "it has a forward of its own"
+    return None
+
+
 def why_not_plain(linear: nn.Linear) -> str | None:
     """Why a layer must not be replaced by one that computes ``x @ weight.T + bias`` and no more; None if it may."""
-    if type(linear) is not nn.Linear:
-        known = f"{type(linear).__module__}.{type(linear).__qualname__}" in _COMPUTE_AS_LINEAR
-        return (
-            None
-            if known and linear.bias is None
-            else f"it is a {type(linear).__name__}, which may compute something else than nn.Linear"
-        )
-    if "forward" in vars(linear):
-        return "it has a forward of its own"
+    other = _what_it_computes(linear)
+    if other is not None:
+        return other
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return "it has hooks, which would be lost" if any(hooks) else None
+    if any(hooks) or "forward" in vars(linear):
+        return "it has hooks, which would be lost"
+    more = [
+        *(name for name in linear._parameters if name not in ("weight", "bias")),
+        *linear._buffers,
+        *linear._modules,
+    ]
+    return f"it holds {more[0]} beside its weight" if more else None
+
+
+def refuse_other_computations(blocks: list[Block]) -> None:
+    """Raises ValueError where a layer's weight may be used otherwise than its input's norms say: its mask would be
+    wrong."""
+    for block in blocks:
+        for name, linear in block.linears.items():
+            reason = _what_it_computes(linear)
+            if reason is not None:
+                raise ValueError(f"{block.name}.{name} cannot be pruned: {reason}")
+
+
+def _refuse_overlaps(model: nn.Module, blocks: list[Block]) -> None:
+    """Two weights in the same memory would be pruned twice, or another one with them."""
+    named = {id(tensor): (name, tensor) for name, tensor in model.named_parameters() if not tensor.is_meta}
+    mine = {id(linear.weight) for block in blocks for linear in block.linears.values()}
+    spans = []
+    for name, tensor in named.values():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        begin = tensor.data_ptr()
+        if tensor.numel():
+            spans.append((begin, begin + (last + 1) * tensor.element_size(), name, id(tensor) in mine))
+        if id(tensor) in mine and last + 1 < tensor.numel():
+            raise ValueError(f"{name} has several elements in one place (an expanded tensor): it cannot be pruned")
+    spans.sort()
+    for (_, end, name, is_mine), (begin, _, other, other_is_mine) in itertools.pairwise(spans):
+        if begin < end and (is_mine or other_is_mine):
+            raise ValueError(f"{name} and {other} lie in the same memory: shared weights cannot be pruned")
 
 
 def _find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:

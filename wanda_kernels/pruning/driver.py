@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import Processes
-from ..identity import of_environment, of_tokens, of_weights
-from .blocks import find_blocks, refuse_non_finite
+from ..identity import of_environment, of_tokens
+from ..models.modes import evaluating
+from .blocks import find_blocks, refuse_non_finite, refuse_other_computations
 from .methods.options import OptionArguments
 from .progress import Progress
 from .report import PruningReport
@@ -89,6 +88,7 @@ def prune(
     for block in blocks:
         for name, linear in block.linears.items():
             target.check(f"{block.name}.{name}", linear.weight)
+    refuse_other_computations(blocks)
     refuse_non_finite(blocks)
     device = next(iter(blocks[0].linears.values())).weight.device
     if processes is not None:
@@ -96,7 +96,7 @@ def prune(
             {
                 "method": method, "sparsity": target.sparsity, "pattern": str(target.pattern),
                 "options": target.options.to_dict(), "propagate": propagate, "batch_size": batch_size,
-                "fuse_statistics": fuse_statistics, "input_ids": of_tokens(input_ids), "weights": of_weights(model),
+                "fuse_statistics": fuse_statistics, "input_ids": of_tokens(input_ids),
                 "environment": of_environment(device),
             }
         )  # fmt: skip
@@ -161,15 +161,3 @@ def check_input_ids(model: nn.Module, input_ids: Tensor | None, target: Target) 
             f"input_ids must be in [0, {vocabulary}), the model's vocabulary, got values from {low} to {high}"
         )
     return input_ids.long()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off while pruning; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

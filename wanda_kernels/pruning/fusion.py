@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops import gelu_tanh_mul_sqnorm, rms_norm_sqnorm, silu_mul_sqnorm
 from .blocks import Block
-from .recording import Call, run_block
+from .recording import Call, run_block, stand_ins
 
 PRODUCTS = {"silu_mul": silu_mul_sqnorm, "gelu_tanh_mul": gelu_tanh_mul_sqnorm}
 
@@ -85,19 +85,26 @@ class Plan:
     def installed(self, block: Block, rows_of: RowsOf, hold: Hold) -> Iterator[None]:
         """The fused forwards in place of the modules' own, which come back whatever happens."""
         modules = [block.module.get_submodule(fused.module) for fused in self.fused]
-        try:
-            for fused, module in zip(self.fused, modules, strict=True):
-                module.forward = fused.forward_of(module, rows_of, hold)
+        forwards = [fused.forward_of(module, rows_of, hold) for fused, module in zip(self.fused, modules, strict=True)]
+        with stand_ins(list(zip(modules, forwards, strict=True))):
             yield
-        finally:
-            for module in modules:
-                module.__dict__.pop("forward", None)
 
 
 def kind_of(block: Block) -> tuple:
-    """Blocks of one kind can be run by one plan."""
-    modules = block.module.named_modules()
-    return tuple((name, type(module), *(p.dtype for p in module.parameters(recurse=False))) for name, module in modules)
+    """Blocks of one kind can be run by one plan. A block with hooks, with forwards of its own or with plain functions
+    among its attributes is a kind by itself: what hangs there may be another thing in each block."""
+    found: list[tuple] = []
+    is_special = False
+    for name, module in block.module.named_modules():
+        # Numbers and words decide what a module computes; integers, as layer_idx, tell blocks apart that are alike.
+        values = {key: value for key, value in vars(module).items() if isinstance(value, float | bool | str)}
+        values.pop("training", None)
+        dtypes = tuple(p.dtype for p in module.parameters(recurse=False))
+        found.append((name, type(module), *dtypes, *sorted(values.items())))
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        plain = (callable(value) and not isinstance(value, type) for value in vars(module).values())
+        is_special |= any(hooks) or not _is_untouched(module) or any(plain)
+    return (*found, block.name) if is_special else tuple(found)
 
 
 def observe(block: Block, hidden: Tensor, call: Call, fuse: bool = True) -> Plan:

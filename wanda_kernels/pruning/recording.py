@@ -6,6 +6,7 @@ attention). Nothing is sized by ``max_position_embeddings``, and equal tensors o
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,46 +73,82 @@ def record_calls(
             states.
     """
     recording = Recording(calls=[[] for _ in blocks])
-    keep = keep or recording.hidden.append
+    keep_first = keep or recording.hidden.append
+    returns_tuple = False
+    for number, input_ids in enumerate(batches):
+        try:
+            hidden, calls = _record(model, blocks, input_ids, returns_tuple)
+        except ValueError:
+            if number:
+                raise
+            # Some models take the first of what a block returns, with [0], and some take all of it.
+            returns_tuple = True
+            try:
+                hidden, calls = _record(model, blocks, input_ids, returns_tuple)
+            except ValueError:
+                returns_tuple = False
+                hidden, calls = _record(model, blocks, input_ids, returns_tuple)  # its error is the better one
+        keep_first(hidden)
+        for block_calls, call in zip(recording.calls, calls, strict=True):
+            block_calls.append(call)
+        _share_with_first_batch(recording)
+    return recording
+
+
+def _record(
+    model: nn.Module, blocks: Sequence[Block], input_ids: Tensor, returns_tuple: bool
+) -> tuple[Tensor, list[Call]]:
+    """The first block's input on one batch, and how each block was called. Raises as :func:`record_calls`."""
+    first: list[Tensor] = []
+    calls: list[Call] = []
     order: list[int] = []
 
     def recorder(index: int) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, *rest = (kwargs.pop("hidden_states"), *args) if "hidden_states" in kwargs else args
             order.append(index)
-            if order == [0]:
-                keep(hidden)
-            recording.calls[index].append(Call(tuple(rest), kwargs))
-            return hidden
+            if not first:
+                first.append(hidden)
+            if not isinstance(hidden, Tensor) or hidden.shape != first[0].shape:
+                raise TypeError("a block did not get hidden states of the first one's shape")
+            calls.append(Call(tuple(rest), kwargs))
+            return (hidden,) if returns_tuple else hidden
 
         return forward
 
-    def stop(*_args: Any, **_kwargs: Any) -> None:
+    def stop(hidden: Any, *_args: Any, **_kwargs: Any) -> None:
+        if first and (not isinstance(hidden, Tensor) or hidden.dim() != first[0].dim()):
+            raise TypeError("the output embedding did not get hidden states of the first block's shape")
         raise _BlocksDoneError
 
-    stand_ins = [(block.module, recorder(index)) for index, block in enumerate(blocks)]
+    recorders = [(block.module, recorder(index)) for index, block in enumerate(blocks)]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    with _forwards([*stand_ins, *([(head, stop)] if head is not None else [])]):
-        for input_ids in batches:
-            order.clear()
-            try:
-                model(input_ids=input_ids, use_cache=False)
-            except _BlocksDoneError:
-                pass
-            except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-                if not order:
-                    raise
+    with stand_ins([*recorders, *([(head, stop)] if head is not None else [])], without_hooks=True):
+        try:
+            model(input_ids=input_ids, use_cache=False)
+        except _BlocksDoneError:
+            pass
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            if not order and isinstance(error, IndexError):
+                positions = getattr(getattr(model, "config", None), "max_position_embeddings", "unknown")
                 raise ValueError(
-                    f"{type(model).__name__} wants more of its blocks than their hidden states: it cannot be pruned "
-                    f"block by block ({type(error).__name__}: {error})"
+                    f"{type(model).__name__} cannot take input_ids of length {input_ids.shape[1]}: its positions "
+                    f"(max_position_embeddings) are {positions}"
                 ) from error
-            if order != list(range(len(blocks))):
-                raise ValueError(
-                    f"{type(model).__name__} does not call each of its {len(blocks)} blocks exactly once, in order "
-                    f"(it calls {_ordinals(order)}): it cannot be pruned block by block"
-                )
-            _share_with_first_batch(recording)
-    return recording
+            if not order:
+                raise
+            raise ValueError(
+                f"{type(model).__name__} wants more of its blocks than their hidden states: it cannot be pruned block "
+                f"by block ({type(error).__name__}: {error})"
+            ) from error
+    if order != list(range(len(blocks))):
+        raise ValueError(
+            f"{type(model).__name__} does not call each of its {len(blocks)} blocks exactly once, in order (it calls "
+            f"{_ordinals(order)}): it cannot be pruned block by block"
+        )
+    return first[0], calls
 
 
 def _ordinals(order: Sequence[int]) -> str:
@@ -121,18 +158,26 @@ def _ordinals(order: Sequence[int]) -> str:
 
 
 @contextmanager
-def _forwards(stand_ins: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Other forwards in place of the modules' own, which come back whatever happens."""
-    originals = [module.__dict__.get("forward") for module, _ in stand_ins]
+def stand_ins(forwards: Sequence[tuple[nn.Module, Any]], without_hooks: bool = False) -> Iterator[None]:
+    """Other forwards in place of the modules' own, which come back whatever happens.
+
+    Args:
+        without_hooks: nor are the modules' hooks called: those that change a block's input do so when it really runs.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks") if without_hooks else ()
+    originals = [
+        {name: vars(module)[name] for name in ("forward", *hooks) if name in vars(module)} for module, _ in forwards
+    ]
     try:
-        for module, forward in stand_ins:
+        for module, forward in forwards:
             module.forward = forward
+            for name in hooks:
+                setattr(module, name, OrderedDict())
         yield
     finally:
-        for (module, _), original in zip(stand_ins, originals, strict=True):
-            module.__dict__.pop("forward", None)
-            if original is not None:
-                module.forward = original
+        for (module, _), original in zip(forwards, originals, strict=True):
+            vars(module).pop("forward", None)
+            vars(module).update(original)
 
 
 def _share_with_first_batch(recording: Recording) -> None:

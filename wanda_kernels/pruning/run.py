@@ -13,6 +13,7 @@ import time
 from torch import Tensor, nn
 
 from ..distributed import Processes
+from ..identity import of_weights
 from .activations import Activations
 from .blocks import Block, count_zeros
 from .exact_error import exact_errors, mean_threshold
@@ -59,6 +60,7 @@ class Run:
         self.progress.start(len(blocks) - self.first)
         for index, block in list(enumerate(blocks))[self.first :]:
             with self.residence.holding(index):
+                self.compare(block.name, block.module)
                 self.prune_block(block, self.target, None, None)
             self.residence.finished(index, self, None)
             self.progress.advance()
@@ -77,6 +79,7 @@ class Run:
         if hidden is None:
             hidden = Activations(keep=exact_error and propagate == "dense")
         batches = self.share(batches)
+        self.compare("", model, without=tuple(f"{block.name}." for block in blocks))
         with self.stopwatch.measure("forward"):
             recording = record_calls(model, blocks, batches, hidden.append if self.first == 0 else lambda _: None)
         self.can_resume = not recording.blocks_hand_on_more()
@@ -94,11 +97,22 @@ class Run:
             calls = recording.calls[index]
             last = index == len(blocks) - 1
             with self.residence.holding(index):
+                self.compare(block.name, block.module)
                 self.work_on(block, targets[index], hidden, calls, propagate, last, exact_error, fuse_statistics)
             if not last:
                 hidden.flip()
             calls.clear()
             self.residence.finished(index, self, hidden)
+
+    def compare(self, name: str, module: nn.Module, without: tuple[str, ...] = ()) -> None:
+        """Raises ValueError where another process has other weights here. ``without``: what names begin with that are
+        compared later."""
+        if self.processes is not None:
+            with self.stopwatch.measure("exchange"):
+                held = [(f"{name} {key}".strip(), t) for key, t in module.state_dict().items()]
+                self.processes.refuse_differences(
+                    of_weights((key, t) for key, t in held if not key.startswith(without))
+                )
 
     def share(self, batches: list[Tensor]) -> list[Tensor]:
         """This process's of all ``batches``. Batches stay whole, so that activations do not depend on the number of

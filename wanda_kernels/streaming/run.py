@@ -16,9 +16,10 @@ from .._words import to_json
 from ..distributed import Processes
 from ..models.checkpoint import Checkpoint, CheckpointWriter
 from ..models.load import choose_device
+from ..models.modes import evaluating
 from ..models.save import check_bytes, check_output
-from ..pruning.blocks import Block, find_blocks
-from ..pruning.driver import check_input_ids, check_options, default_batch_size, evaluating, refuse_in_shares
+from ..pruning.blocks import Block, find_blocks, refuse_other_computations
+from ..pruning.driver import check_input_ids, check_options, default_batch_size, refuse_in_shares
 from ..pruning.methods.options import OptionArguments
 from ..pruning.progress import Progress
 from ..pruning.report import PruningReport
@@ -105,6 +106,7 @@ def stream_prune(
     checkpoint = Checkpoint(model)
     skeleton = build(model, checkpoint, dtype)
     blocks = find_blocks(skeleton, meta=True)
+    refuse_other_computations(blocks)
     for block in blocks:
         for name, linear in block.linears.items():
             target.check(f"{block.name}.{name}", linear.weight)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.checkpoint import DTYPES, Checkpoint
+from ..models.fits import unplaced
 from ..models.load import auto_class, listed, load_config
 
 
@@ -32,6 +33,9 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, dtype=wanted)
     model.tie_weights()
+    for module in model.modules():
+        if module._non_persistent_buffers_set:  # as from_pretrained: computed in float32, then rounded
+            model._init_weights(module)
     _refuse_conversions(model, checkpoint, wanted)
     return model.eval()
 
@@ -68,6 +72,11 @@ def _refuse_conversions(model: Any, checkpoint: Checkpoint, wanted: torch.dtype)
             "loading, the model can be pruned in memory, without streaming"
         )
         raise ValueError(f"{checkpoint.folder} has no tensor {listed(missing)}{hint if other else ''}")
+    if left := unplaced(model, checkpoint):
+        raise ValueError(
+            f"{checkpoint.folder} holds tensors that its config.json has no place for: {listed(left)}. Correct "
+            "config.json, or take them out of the files"
+        )
     if wanted != torch.float32 and any(
         getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     ):

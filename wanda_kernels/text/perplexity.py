@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..models.modes import evaluating
 from . import hub
 from .files import read_text
 from .windows import check_vocabulary, split_windows, tokenize
@@ -37,7 +38,7 @@ def perplexity(
     """exp of the mean over windows of the mean loss over a window's ``length - 1`` predictions.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; evaluated without dropout, whatever mode it is in.
         ids: [tokens], int64, or windows [samples, length].
         length: tokens per window.
         batch_size: windows per forward pass.
@@ -51,16 +52,31 @@ def perplexity(
 
     Source: Wanda's reference code, ``lib/eval.py``.
     """
+    if length < 2:
+        raise ValueError(f"length must be at least 2, got {length}")
+    if ids.dim() == 2 and ids.shape[1] != length:
+        raise ValueError(f"ids of shape {list(ids.shape)} are windows of {ids.shape[1]} tokens, length is {length}")
     windows = ids if ids.dim() == 2 else split_windows(ids, length)
     if len(windows) == 0:
         raise ValueError(f"the text has {len(ids)} tokens, one window needs {length}: lower length")
     check_vocabulary(model, windows)
+    with evaluating(model):
+        return _perplexity(model, windows, batch_size, on_window)
+
+
+def _perplexity(model: nn.Module, windows: Tensor, batch_size: int, on_window: Callable[[int], None] | None) -> float:
     device = next(model.parameters()).device
     total = 0.0
     done = 0
     for batch in windows.split(batch_size):
         batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False).logits
+        try:
+            logits = model(input_ids=batch, use_cache=False).logits
+        except IndexError as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot take windows of {windows.shape[1]} tokens: more than its positions "
+                f"(max_position_embeddings): {error}"
+            ) from error
         for window, row in zip(batch, logits, strict=True):
             total += float(cross_entropy(row[:-1].float(), window[1:]))
         done += len(batch)
