@@ -38,6 +38,7 @@ class Ranks:
             port = free.getsockname()[1]
         self.said = [folder / f"said{rank}" for rank in range(len(arguments))]
         common = {"WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"WANDA_KERNELS_START_S": "8"}  # less than by default: tests wait for it
         self.processes = [
             streaming_child.start_command(
                 ["prune", *mine], self.said[rank], variables=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -109,14 +110,14 @@ def test_one_that_never_comes_is_named(work, tmp_path, monkeypatch):
 
 
 # From the first import to the saving; the last are too late for most runs.
-MOMENTS = (0.0, 0.3, 0.6, 0.9, 1.2, 1.5, 2.0, 3.0)
+MOMENTS = {signal.SIGKILL: (0.0, 0.4, 0.8, 1.2, 2.0), signal.SIGTERM: (0.2, 0.9)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1, 2])
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("sent", MOMENTS)
 def test_one_that_is_killed_ends_the_others(victim, sent, work, tmp_path):
-    for number, moment in enumerate(MOMENTS):
+    for number, moment in enumerate(MOMENTS[sent]):
         folder = tmp_path / f"{number}"
         folder.mkdir()
         more = ("--stream",) if number % 2 else ()
@@ -128,5 +129,6 @@ def test_one_that_is_killed_ends_the_others(victim, sent, work, tmp_path):
         if codes[victim] == 0:  # too late
             assert codes == [0, 0, 0]
         if not (folder / "out").exists():
-            assert all(codes)
-            assert all(ranks.error(rank) for rank in {0, 1, 2} - {victim})
+            assert all(codes), codes
+            for other in {0, 1, 2} - {victim}:
+                assert ranks.error(other), f"rank {other}: {codes}, {ranks.said[other].read_text()}"
