@@ -93,7 +93,8 @@ def test_a_process_that_hangs_ends_the_others(tmp_path):
     ranks = streaming_child.start_ranks(2, tmp_path / "run", **OPTIONS, fails=(1, "hang"), timeout_s=3.0)
     assert finish(ranks[:1]) == [1]
     ranks[1].kill()
-    assert "an exchange with the other processes failed" in error_of(tmp_path / "run", 0)
+    said = error_of(tmp_path / "run", 0)  # whichever they were at: comparing a block's weights, or exchanging its rows
+    assert "an exchange with the other processes failed" in said or "did not say within 3 s what it runs" in said
 
 
 def test_what_processes_do_not_do_is_refused(tmp_path):
