@@ -300,8 +300,12 @@ def test_adapters_that_do_not_fit(saved_adapter):
         load_masked_lora(tiny.model(), folder / "adapter")
     with pytest.raises(ValueError, match="is no linear layer with zeros: a masked adapter belongs to the pruned model"):
         peft.PeftModel.from_pretrained(tiny.model(), folder / "adapter")
-    smaller = tiny.model(num_hidden_layers=2)
-    prune(smaller, method="magnitude", pattern="2:4")
+    other = tiny.model()
+    prune(other, method="magnitude", pattern="2:4")
+    with pytest.raises(ValueError, match="has other zeros than the one that the adapter was trained on"):
+        load_masked_lora(other, folder / "adapter")
+    smaller = copy.deepcopy(base)
+    smaller.model.layers = smaller.model.layers[:2]
     with pytest.raises(ValueError, match=r"the model has no layer for base_model.*layers\.2.*14 tensors"):
         load_masked_lora(smaller, folder / "adapter")
     with pytest.raises(ValueError, match=r"a masked adapter is loaded by wanda_kernels.finetune.load_masked_lora"):
@@ -346,3 +350,16 @@ def test_without_peft_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'wanda_kernels\[finetune\]'"):
         masked_lora(pruned())
+
+
+def test_an_adapter_is_loaded_onto_the_masks_that_it_was_trained_on(tmp_path):
+    pytest.importorskip("peft")
+    trained, other = tiny.model(), tiny.model()
+    prune(trained, tiny.ids(), sparsity=0.5)
+    prune(other, tiny.ids(), sparsity=0.5, propagate="dense", method="magnitude")
+    masked_lora(trained).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has other zeros than the one that the adapter was trained on"):
+        load_masked_lora(other, tmp_path)
+    again = tiny.model()
+    prune(again, tiny.ids(), sparsity=0.5)
+    load_masked_lora(again, tmp_path)

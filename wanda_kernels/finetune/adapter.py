@@ -28,18 +28,23 @@ INITS = (True, False, "gaussian", "orthogonal")
 _PLAIN = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "use_rslora", "init_lora_weights",
+    "alpha_pattern", "use_rslora", "init_lora_weights", "masks",
 }  # fmt: skip
-OPTIONS = sorted(_PLAIN - {"task_type", "peft_type", "r", "lora_alpha", "target_modules"})
+OPTIONS = sorted(_PLAIN - {"task_type", "peft_type", "r", "lora_alpha", "target_modules", "masks"})
 
 
 @dataclass
 class MaskedLoraConfig(LoraConfig):
     """peft's configuration, without what would lose the zeros.
 
+    Attributes:
+        masks: layer -> :func:`mask_digest` of the weight that the adapter is trained on.
+
     Raises:
         ValueError: for that, by name.
     """
+
+    masks: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +127,12 @@ class MaskedLoraModel(LoraModel):
                 f"layer {options.get('target_name')} is no linear layer with zeros: a masked adapter belongs to the "
                 "pruned model that it was trained on"
             )
+        trained_on = (getattr(lora_config, "masks", None) or {}).get(str(options.get("target_name")))
+        if trained_on is not None and trained_on != mask_digest(target.weight):
+            raise ValueError(
+                f"layer {options.get('target_name')} has other zeros than the one that the adapter was trained on: a "
+                "masked adapter belongs to one pruned model"
+            )
         options.pop("device_map", None)
         return MaskedLoraLinear(target, adapter_name, config=lora_config, **options)
 
@@ -147,6 +158,13 @@ class MaskedLoraModel(LoraModel):
             where = "the adapter lacks" if other[0] in wanted else "the model has no layer for"
             raise ValueError(f"the adapter does not fit the model: {where} {other[0]} ({len(other)} tensors in all)")
         return found
+
+
+@torch.no_grad()
+def mask_digest(weight: Tensor) -> str:
+    """How many of a weight's elements are zero, and the sum of their places: enough to tell masks apart."""
+    places = (weight.detach().reshape(-1) == 0).nonzero()
+    return f"{places.numel()}-{int(places.sum())}"
 
 
 @torch.no_grad()

@@ -50,7 +50,12 @@ def masked_lora(
 
     from . import adapter
 
-    for name, instead in {"r": "give rank", "lora_alpha": "give alpha", "task_type": "it is CAUSAL_LM"}.items():
+    for name, instead in {
+        "r": "give rank",
+        "lora_alpha": "give alpha",
+        "task_type": "it is CAUSAL_LM",
+        "masks": "not given",
+    }.items():
         if name in options:
             raise ValueError(f"{name}: {instead}")
     adapter.refuse_other_options(options)
@@ -63,8 +68,9 @@ def masked_lora(
     if not chosen:
         said = "".join(f", {name} {value}" for name, value in choosing.items() if value is not None)
         raise ValueError(f"target_modules {target_modules}{said} are none of the model's pruned linear layers")
+    masks = {name: adapter.mask_digest(linears[name].weight) for name in chosen}
     config = adapter.MaskedLoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM", **options
+        r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM", masks=masks, **options
     )  # fmt: skip
     training = model.training
     return peft.get_peft_model(model, config).train(training)
