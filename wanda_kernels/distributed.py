@@ -31,7 +31,7 @@ from .identity import differences
 from .models.load import choose_device
 
 TIMEOUT_S = 1800.0  # of an exchange: how long the fastest process waits for the slowest
-START_S = 15.0  # how long the first waits for the last to begin; WANDA_KERNELS_START_S says otherwise
+START_S = 12.0  # how long the first waits for the last to begin; WANDA_KERNELS_START_S says otherwise
 CONNECT_S = 8.0  # how long they take to connect once all are there
 HERE, FAILURE, DONE, LEFT = (f"wanda_kernels/{word}" for word in ("here", "failure", "done", "left"))  # keys
 NOT_HERE = "stopped, because {} did not come in time (WANDA_KERNELS_START_S: seconds that the others wait)"
