@@ -20,7 +20,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -93,15 +93,13 @@ class Processes:
         """Until all are here."""
         keys = [f"{HERE}/{rank}" for rank in range(self.size)]
         end = time.monotonic() + seconds
-        try:
+        with self._told():
             self._store.set(keys[self.rank], "")
             while not self._store.check(keys):
                 if time.monotonic() > end:
                     missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
                     raise RuntimeError(NOT_HERE.format(f"rank {', '.join(missing)}"))
                 time.sleep(0.05)
-        except dist.DistError as error:
-            raise RuntimeError(GONE) from error
 
     def _make_group(self, backend: str, timeout: datetime.timedelta) -> None:
         group = dist.new_group(backend=backend, timeout=timeout)
@@ -131,9 +129,10 @@ class Processes:
         """
         self._compared += 1
         key = f"wanda_kernels/compared/{self._compared}"
-        self._store.set(f"{key}/{self.rank}", json.dumps(mine))
-        all_of_them = [self._read(f"{key}/{rank}") for rank in range(self.size)]
-        self._store.set(f"{key}/read/{self.rank}", "")
+        with self._told():
+            self._store.set(f"{key}/{self.rank}", json.dumps(mine))
+            all_of_them = [self._read(f"{key}/{rank}") for rank in range(self.size)]
+            self._store.set(f"{key}/read/{self.rank}", "")
         for rank, theirs in enumerate(all_of_them):
             found = differences(all_of_them[0], theirs)
             if found:
@@ -142,8 +141,17 @@ class Processes:
                 )
                 more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
                 self._is_leaving = True  # each says it itself, and is not told by the others
-                self._wait_for([f"{key}/read/{other}" for other in range(self.size)], PATIENCE_S)
+                with self._told():
+                    self._wait_for([f"{key}/read/{other}" for other in range(self.size)], PATIENCE_S)
                 raise ValueError(f"all processes must be given the same, but {shown}{more}")
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Inside, the loss of the store, or of who holds it, is told in words."""
+        try:
+            yield
+        except dist.DistError as error:
+            raise RuntimeError(self.lost or GONE) from error
 
     def _read(self, key: str) -> Any:
         end = time.monotonic() + self._timeout_s
@@ -259,10 +267,11 @@ class Processes:
         Raises:
             LostError: another process failed or was killed before.
         """
-        self._store.set(f"{DONE}/{self.rank}", "")
-        while not self._store.check([f"{DONE}/0"]):
-            self._refuse_lost()
-            time.sleep(0.02)
+        with self._told():
+            self._store.set(f"{DONE}/{self.rank}", "")
+            while not self._store.check([f"{DONE}/0"]):
+                self._refuse_lost()
+                time.sleep(0.02)
         self._is_leaving = True
         with contextlib.suppress(RuntimeError):  # the one that listens may have ended already
             if self.size > 1:
