@@ -381,3 +381,32 @@ def test_images_and_text_the_text_decoder_is_pruned(tmp_path):
     streamed = load_model(str(tmp_path / "out"))
     assert len(report.layers) == 21
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), streamed.parameters(), strict=True))
+
+
+def test_arguments_of_another_kind_are_named():
+    model = tiny.model()
+    for work, message in (
+        (lambda: prune("model", tiny.ids()), "model must be a model of transformers, got a str"),
+        (lambda: prune(model, [[1, 2]]), "input_ids must be a tensor .* got a list"),
+        (lambda: prune(model, tiny.ids(), batch_size=1.5), "batch_size must be a whole number, at least 1, got 1.5"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            work()
+
+
+def test_a_layer_that_is_called_by_a_keyword_is_refused():
+    model = tiny.model()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(input=mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    with pytest.raises(ValueError, match=r"mlp\.down_proj is called by a keyword"):
+        prune(model, tiny.ids())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "opt"])
+def test_blocks_that_are_alike_share_a_plan(family):
+    """A pass of one batch for each kind: functions with a name do not make each block a kind by itself."""
+    from wanda_kernels.pruning.blocks import find_blocks
+    from wanda_kernels.pruning.fusion import kind_of
+
+    kinds = {kind_of(block) for block in find_blocks(tiny.model(family))}
+    assert len(kinds) <= 2  # sliding and full attention

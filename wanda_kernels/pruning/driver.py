@@ -127,8 +127,8 @@ def check_options(propagate: str, batch_size: int | None) -> None:
     """Raises ValueError for options that fit no model."""
     if propagate not in PROPAGATE:
         raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got '{propagate}'")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size}")
 
 
 def refuse_in_shares(processes: Processes | None, exact_error: bool, target: Target) -> None:
@@ -150,6 +150,8 @@ def check_input_ids(model: nn.Module, input_ids: Tensor | None, target: Target) 
     if input_ids is None:
         owl = " with owl" if target.options.owl else ""
         raise ValueError(f"method '{target.method}'{owl} needs input_ids: [samples, length], int64")
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor [samples, length], int64, got a {type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be int64, got {input_ids.dtype}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:

@@ -7,9 +7,11 @@ that a linear layer takes. Norms that feed none (``q_norm``, ``k_norm``, norms b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -91,20 +93,32 @@ class Plan:
 
 
 def kind_of(block: Block) -> tuple:
-    """Blocks of one kind can be run by one plan. A block with hooks, with forwards of its own or with plain functions
-    among its attributes is a kind by itself: what hangs there may be another thing in each block."""
+    """Blocks of one kind can be run by one plan. A block with hooks, with forwards of its own or with functions among
+    its attributes that have no name in a module is a kind by itself: what hangs there may be another thing in each."""
     found: list[tuple] = []
     is_special = False
     for name, module in block.module.named_modules():
         # Numbers and words decide what a module computes; integers, as layer_idx, tell blocks apart that are alike.
         values = {key: value for key, value in vars(module).items() if isinstance(value, float | bool | str)}
         values.pop("training", None)
+        functions = {key: value for key, value in vars(module).items() if callable(value)}
+        values |= {key: _name_of(value) for key, value in functions.items()}
         dtypes = tuple(p.dtype for p in module.parameters(recurse=False))
         found.append((name, type(module), *dtypes, *sorted(values.items())))
         hooks = (module._forward_hooks, module._forward_pre_hooks)
-        plain = (callable(value) and not isinstance(value, type) for value in vars(module).values())
-        is_special |= any(hooks) or not _is_untouched(module) or any(plain)
+        is_special |= any(hooks) or not _is_untouched(module) or "" in map(_name_of, functions.values())
     return (*found, block.name) if is_special else tuple(found)
+
+
+def _name_of(function: Any) -> str:
+    """Where a function or class is defined, with what it is partially called with; nothing for what is made on the way,
+    as a lambda or a bound method."""
+    if isinstance(function, functools.partial):
+        inner = _name_of(function.func)
+        return inner and f"{inner} {function.args} {function.keywords}"
+    name, owner = getattr(function, "__qualname__", "<none>"), getattr(function, "__self__", None)
+    is_made = "<" in name or not (owner is None or isinstance(owner, ModuleType))
+    return "" if is_made and not isinstance(function, type) else f"{function.__module__}.{name}"
 
 
 def observe(block: Block, hidden: Tensor, call: Call, fuse: bool = True) -> Plan:
@@ -144,6 +158,8 @@ class _Observation:
 
     def linear(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not inputs:
+                raise ValueError(f"{name} is called by a keyword: the input of its statistics cannot be told")
             self.order.append(name)
             self.inputs.append(inputs[0])
             self.outputs.append(output)

@@ -116,13 +116,13 @@ def stream_prune(
         "method": method, "sparsity": target.sparsity, "pattern": str(target.pattern) if target.pattern else None,
         "method options": target.options.to_dict(),
         "propagate": propagate, "batch_size": size, "exact_error": exact_error, "fuse_statistics": fuse_statistics,
-        "offload": None if offload is None else str(Path(offload).resolve()),
     }  # fmt: skip
     run = Run(target, Stopwatch(place), progress or Progress(), processes=processes)
     job = _Job(run, skeleton, blocks, checkpoint, ids, options, place, activation_memory)
     begun_with = identity(options, ids, checkpoint, place)
     if processes is not None:
         processes.refuse_differences(begun_with)
+    options["offload"] = None if offload is None else str(Path(offload).resolve())  # where a state's activations are
     if processes is None or processes.is_first:
         with _work_folder(out, job, resume, begun_with, offload) as (work, state):
 

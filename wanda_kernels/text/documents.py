@@ -36,6 +36,8 @@ def read_jsonl(path: Path, column: str) -> list[str]:
 
 def text_of(row: Any, column: str, where: str) -> str:
     """Raises ValueError where ``row`` has no text in ``column``, with the columns it has, or one that is no Unicode."""
+    if isinstance(row, dict) and column in row and not isinstance(row[column], str):
+        raise ValueError(f"{where} has a {type(row[column]).__name__} in column '{column}', it must be text")
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where} has no text in column '{column}' (it has: {there}): name another column")
