@@ -235,7 +235,7 @@ def test_non_finite_inputs_name_the_layer():
             "method must be one of wanda, magnitude, sparsegpt, ria, .*, got 'wonda'",
         ),
         ({"propagate": "both"}, "propagate must be one of pruned, dense, got 'both'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
         ({"input_ids": None}, "method 'wanda' needs input_ids"),
         ({"input_ids": torch.zeros(0, 8, dtype=torch.int64)}, r"input_ids must be .* not empty, got \[0, 8\]"),
         ({"input_ids": torch.zeros(8, dtype=torch.int64)}, r"input_ids must be \[samples, length\]"),

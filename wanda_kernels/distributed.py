@@ -76,6 +76,7 @@ class Processes:
         self._main = threading.get_ident()
         self._is_leaving = False
         self._is_failing = False  # the main thread knows of it, and raises an error of its own
+        self._telling = threading.Lock()
         self._on_loss = on_loss
         self._compared = 0
         self._meet(start_s)
@@ -198,11 +199,20 @@ class Processes:
 
     def _refuse_lost(self) -> None:
         if self.lost is not None:
+            self._fail_here()
             raise LostError(self.lost)
+
+    def _fail_here(self) -> None:
+        """The main thread raises an error of its own: from now on the watch raises none in it, and one that has not
+        arrived yet is taken back."""
+        with self._telling:
+            self._is_failing = True
+            if threading.get_ident() == self._main:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._main), None)
 
     def _why(self, error: Exception, failed: str) -> str:
         """Which process failed first, or what the library says."""
-        self._is_failing = True
+        self._fail_here()
         if self.lost is not None:
             return self.lost
         told = self._failure(PATIENCE_S)
@@ -249,11 +259,11 @@ class Processes:
         self.lost = reason
         self._say(reason.removeprefix("stopped, because "))
         self._on_loss(reason)
-        if self._is_failing:
-            return
         # Python makes the exception of the class, without arguments
         told = type("LostError", (LostError,), {"__init__": lambda error: Exception.__init__(error, reason)})
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._main), ctypes.py_object(told))
+        with self._telling:
+            if not self._is_failing:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._main), ctypes.py_object(told))
 
     def _say(self, failure: str) -> None:
         """To all; the first that is said stays."""
@@ -285,6 +295,7 @@ class Processes:
             dist.destroy_process_group()
             return
         self._is_leaving = True
+        self._fail_here()
         if self.lost is None:
             self._say(f"rank {self.rank} failed: {failure}")
         self._end_last(PATIENCE_S)
