@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -140,19 +141,26 @@ def start_command(
 def run_rank(rank: int, size: int, folder: Path, options: dict) -> None:
     """One of ``size`` processes: prunes what ``options`` say and writes ``rank<r>.safetensors``, or the error.
 
-    ``options``: of prune(), and ``family``, ``dtype``, ``samples``; ``fails``: the rank that fails, and how.
+    ``options``: of prune(), and ``family``, ``dtype``, ``samples``; ``fails``: the rank that fails, and how;
+    ``port``: where they meet, instead of at a file.
     """
     torch.set_num_threads(1)
     options = dict(options)
     model = tiny.model(options.pop("family"), getattr(torch, options.pop("dtype")))
     ids = tiny.ids(options.pop("samples"))
     failing, how = options.pop("fails", (None, None))
-    store = dist.FileStore(str(folder / "store"), size)
-    processes = Processes(store, rank, size, torch.device("cpu"), timeout_s=options.pop("timeout_s", 60.0))
+    port = options.pop("port", None)
+    file = str(folder / "store")
+    store = dist.FileStore(file, size) if port is None else dist.TCPStore("127.0.0.1", port, size, rank == 0)
+    if rank == failing and how == "kill while connecting":
+        Processes._make_group = lambda *_: die()  # type: ignore[method-assign]
+    processes = None
     try:
+        processes = Processes(store, rank, size, torch.device("cpu"), timeout_s=options.pop("timeout_s", 60.0))
         report = prune(model, ids, **options, processes=processes, progress=Failing(how if rank == failing else None))
     except Exception as error:  # noqa: BLE001  (whatever it is, the test looks at it)
-        processes.leave(str(error))
+        if processes is not None:
+            processes.leave(str(error))
         (folder / f"rank{rank}.error").write_text(str(error))
         os._exit(1)
     save_file({name: t.clone() for name, t in model.state_dict().items()}, folder / f"rank{rank}.safetensors")
@@ -174,6 +182,12 @@ class Failing(Progress):
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def start_ranks(size: int, folder: Path, **options) -> list[multiprocessing.process.BaseProcess]:

@@ -89,6 +89,14 @@ def test_a_killed_process_ends_all(tmp_path):
         assert error_of(tmp_path / "run", other) == "stopped, because rank 1 is gone (killed?)"
 
 
+def test_one_that_is_killed_while_they_connect_ends_all(tmp_path):
+    port = streaming_child.free_port()
+    ranks = streaming_child.start_ranks(3, tmp_path / "run", **OPTIONS, port=port, fails=(1, "kill while connecting"))
+    assert finish(ranks) == [1, -9, 1]
+    for other in (0, 2):
+        assert error_of(tmp_path / "run", other) == "stopped, because rank 1 is gone (killed?)"
+
+
 def test_a_process_that_hangs_ends_the_others(tmp_path):
     ranks = streaming_child.start_ranks(2, tmp_path / "run", **OPTIONS, fails=(1, "hang"), timeout_s=3.0)
     assert finish(ranks[:1]) == [1]

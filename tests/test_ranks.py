@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -33,9 +32,7 @@ class Ranks:
     """Commands that find each other as those of torchrun do. ``arguments``: of each."""
 
     def __init__(self, folder: Path, arguments: list[list]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = streaming_child.free_port()
         self.said = [folder / f"said{rank}" for rank in range(len(arguments))]
         common = {"WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         common |= {"WANDA_KERNELS_START_S": "8"}  # less than by default: tests wait for it
@@ -96,9 +93,7 @@ def test_another_output_is_refused(work, tmp_path):
 
 
 def test_one_that_never_comes_is_named(work, tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = streaming_child.free_port()
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WANDA_KERNELS_START_S": "2"}
     for rank in (0, 1):
         said = tmp_path / f"said{rank}"

@@ -70,7 +70,8 @@ class Processes:
         self.rank = rank
         self.size = size
         self.lost: str | None = None  # why the run cannot go on, once another process is gone
-        self._store = store
+        # A connection of its own: one that the library waits on lets nobody else ask, for up to ``timeout_s``
+        self._store = store.clone()
         self._device = device
         self._timeout_s = timeout_s
         self._main = threading.get_ident()
@@ -88,7 +89,7 @@ class Processes:
         if size > 1:
             for watch in (self._watch_next, self._watch_store):
                 threading.Thread(target=watch, daemon=True, name=f"wanda-{watch.__name__.strip('_')}").start()
-        self._all(lambda: self._make_group("nccl" if device.type == "cuda" else "gloo", whole))
+        self._all(lambda: self._make_group("nccl" if device.type == "cuda" else "gloo", soon, whole))
 
     def _meet(self, seconds: float) -> None:
         """Until all are here."""
@@ -102,9 +103,12 @@ class Processes:
                     raise RuntimeError(NOT_HERE.format(f"rank {', '.join(missing)}"))
                 time.sleep(0.05)
 
-    def _make_group(self, backend: str, timeout: datetime.timedelta) -> None:
-        group = dist.new_group(backend=backend, timeout=timeout)
+    def _make_group(self, backend: str, connect: datetime.timedelta, exchange: datetime.timedelta) -> None:
+        """``connect``, ``exchange``: how long either may take."""
+        group = dist.new_group(backend=backend, timeout=connect)
         assert isinstance(group, dist.ProcessGroup)
+        library = dist.distributed_c10d
+        getattr(library, "set_timeout", library._set_pg_timeout)(exchange, group)  # the first is torch 2.14's
         self._group = group
 
     @property
