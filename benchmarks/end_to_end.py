@@ -153,5 +153,5 @@ class Comparison:
 
 
 def steps(settings: Settings) -> list[tuple[str, Callable[[], list[Row]]]]:
-    repeats = max(1, min(settings.repeats // 15, 2))
+    repeats = 1 if settings.quick else max(1, min(settings.repeats // 3, 5))
     return [step for pattern in TARGETS for step in Comparison(settings, pattern, repeats).steps()]

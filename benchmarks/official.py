@@ -37,18 +37,18 @@ class OfficialRun:
             for index, block in enumerate(blocks):
                 calls = recording.calls[index]
                 mean_squares: dict[str, Tensor] = {
-                    name: torch.zeros(linear.in_features, device=linear.weight.device)
-                    for name, linear in block.linears.items()
+                    name: torch.zeros(matrix.weight.shape[1], device=matrix.weight.device)
+                    for name, matrix in block.matrices.items()
                 }
                 seen = dict.fromkeys(mean_squares, 0)
                 hooks = [
-                    linear.register_forward_hook(self._hook(name, mean_squares, seen))
-                    for name, linear in block.linears.items()
+                    matrix.module.register_forward_hook(self._hook(name, mean_squares, seen))
+                    for name, matrix in block.matrices.items()
                 ]
                 self._forward(block, recording.hidden, calls)
                 for hook in hooks:
                     hook.remove()
-                for name, linear in block.linears.items():
+                for name, linear in block.matrices.items():
                     with self._stopwatch.measure("selection"):
                         self._select(linear.weight.data, mean_squares[name], sparsity, pattern)
                 recording.hidden = self._forward(block, recording.hidden, calls)

@@ -24,14 +24,14 @@ def prune_layer_by_layer(model: nn.Module, input_ids: Tensor, rule: Rule | list[
     recording = record_calls(model, blocks, list(input_ids.split(1)))
     hidden = recording.hidden
     for index, block in enumerate(blocks):
-        seen: dict[str, list[Tensor]] = {name: [] for name in block.linears}
-        handles = [linear.register_forward_pre_hook(_keep(seen[name])) for name, linear in block.linears.items()]
+        seen: dict[str, list[Tensor]] = {name: [] for name in block.matrices}
+        handles = [m.module.register_forward_pre_hook(_keep(seen[name])) for name, m in block.matrices.items()]
         for one, call in zip(hidden, recording.calls[index], strict=True):
             run_block(block, one, call)
         for handle in handles:
             handle.remove()
         chosen = rule[index] if isinstance(rule, list) else rule
-        for name, linear in block.linears.items():
+        for name, linear in block.matrices.items():
             linear.weight.data = chosen(linear.weight.data, seen[name]).to(linear.weight.dtype)
         hidden = [run_block(block, one, call) for one, call in zip(hidden, recording.calls[index], strict=True)]
 
@@ -137,7 +137,7 @@ def owl_sparsities(
     prune_layer_by_layer(model, input_ids, look)
     blocks = find_blocks(model)
     for block in blocks:
-        mine = torch.cat([scores.pop(0) for _ in block.linears])
+        mine = torch.cat([scores.pop(0) for _ in block.matrices])
         ratios.append(float((mine > mine.mean() * outlier).sum()) / mine.numel() * 100)
     spread = torch.tensor(ratios, dtype=torch.float64)
     density = (spread - spread.min()) / (spread.max() - spread.min()) * limit * 2

@@ -138,6 +138,29 @@ def prune(rows: list[Row]) -> str:
     return table(headings, cells)
 
 
+def headline(rows: list[Row]) -> str:
+    """The first whole run that was measured, in a sentence."""
+    first = next(row for row in rows if row["operator"] != "generate")
+    parts = {(r["implementation"], r["part"]): r for r in rows if r["operator"] == first["operator"]}
+    official, ours = (
+        parts["official loop", "total"],
+        next(r for r in parts.values() if r["part"] == "total" and r["check"]),
+    )
+    share = sum(_seconds(parts[ours["implementation"], part]) for part in ("statistics", "selection")) / _seconds(ours)
+
+    def seconds(row: Row) -> str:
+        low, high = ((number(row, name) or 0) / 1e3 for name in ("p20_ms", "p80_ms"))
+        return f"{_seconds(row):.1f} s ({low:.1f}-{high:.1f})"
+
+    what = f"{first['operator'].removeprefix('prune ')}, {first['tokens']} tokens, {first['dtype']}"
+    return (
+        f"Pruning {first['shape']} ({what}) takes {seconds(ours)}, a plain"
+        f" reimplementation of the paper's loop {seconds(official)}: **{number(official, 'ratio'):.2f} x**, "
+        f"{ours['check']}. Statistics and selection are {share:.1%} of it; what is left are the model's own forward "
+        f"passes. Medians (p20-p80) of {ours['repeats']} runs of each, in turns."
+    )
+
+
 def _seconds(row: Row) -> float:
     value = number(row, "median_ms")
     if value is None:

@@ -128,7 +128,7 @@ BAD = [
         "method must be one of wanda, magnitude, sparsegpt, ria, ablate_mag_seq",
     ),
     (["--group", "rows"], 2, "group must be row, layer or column, or row:N or column:N, got 'rows'"),
-    (["--owl-lambda", "0.1"], 2, "--owl-lambda 0.1 needs --owl"),
+    (["--owl-lambda", "0.1"], 2, "--owl-limit 0.1 needs --owl"),
     (["--damping", "0.1"], 2, "damping is an option of sparsegpt"),
     (["--propagate", "x"], 2, "propagate must be one of pruned, dense, got 'x'"),
     (["--dtype", "int8"], 2, "dtype must be one of"),

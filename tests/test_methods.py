@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
 from benchmarks import official_methods as official
-from wanda_kernels import Owl, prune
-from wanda_kernels.pruning.methods.groups import Group
-from wanda_kernels.pruning.methods.inputs import LayerInputs, factor_of
-from wanda_kernels.pruning.methods.owl import outlier_ratio
-from wanda_kernels.pruning.threshold import kth_smallest
+from wanda_kernels import Owl, PruneSpec, methods, prune
+from wanda_kernels.methods.inputs import LayerInputs, factor_of
+from wanda_kernels.methods.owl import outlier_ratio
+from wanda_kernels.methods.ria import Ria
+from wanda_kernels.methods.select import Group, kth_smallest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +110,7 @@ def test_sparsegpt_loses_less_than_its_mask_alone():
 
 def test_hessian_once_per_distinct_input_and_for_any_batch_size(monkeypatch):
     made = []
-    monkeypatch.setattr("wanda_kernels.pruning.methods.inputs.factor_of", lambda *a: made.append(1) or factor_of(*a))
+    monkeypatch.setattr("wanda_kernels.methods.inputs.factor_of", lambda *a: made.append(1) or factor_of(*a))
     models = []
     for batch_size in (1, 2, 5):
         models.append(tiny.model())
@@ -294,3 +297,38 @@ def test_kth_smallest_is_that_of_a_sort(dtype):
         for rank in range(1, values.numel() + 1, max(1, values.numel() // 7)):
             found = kth_smallest(values, rank)
             torch.testing.assert_close(found, ordered[rank - 1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_method_is_one_file(tmp_path, monkeypatch):
+    """The one of docs/design.md: registered, it is pruned with, and refused, as the package's own."""
+    monkeypatch.setattr(methods, "METHODS", registry := dict(methods.METHODS))
+    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
+    shown = re.search(r"## How to add a method.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "blend_method.py").write_text(f"from __future__ import annotations\n{shown}")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("blend_method")
+    assert [*registry][-1] == "blend"
+    model, plain = tiny.model(), tiny.model()
+    report = prune(model, tiny.ids(), method="blend", power=1.0, pattern="2:4")
+    prune(plain, tiny.ids(), method="wanda", pattern="2:4")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert (report.method, report.options) == ("blend", {"power": 1.0})
+    with pytest.raises(ValueError, match="power is an option of blend, not of ria"):
+        prune(model, tiny.ids(), method="ria", power=2.0)
+    with pytest.raises(ValueError, match="another method 'blend'"):
+        methods.register(type("Other", (registry["wanda"],), {"name": "blend"}))
+
+
+def test_a_spec_is_its_arguments():
+    spec = PruneSpec(sparsity=0.6, method="ria", ria_power=0.7, batch_size=2)
+    one, other = tiny.model(), tiny.model()
+    said = prune(one, tiny.ids(), spec=spec)
+    assert said.spec == spec == PruneSpec(sparsity=0.6, method=Ria(ria_power=0.7), batch_size=2)
+    prune(other, tiny.ids(), sparsity=0.6, method="ria", ria_power=0.7, batch_size=2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    with pytest.raises(ValueError, match="give spec or its parts, not both: got spec and sparsity"):
+        prune(one, tiny.ids(), spec=spec, sparsity=0.5)
+    with pytest.raises(TypeError, match="spec must be a PruneSpec, got a str"):
+        prune(one, tiny.ids(), spec="wanda")
+    with pytest.raises(ValueError, match=r"method has its options already: ria_power belongs into Ria\(\.\.\)"):
+        PruneSpec(method=Ria(), ria_power=0.7)

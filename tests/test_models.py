@@ -80,7 +80,7 @@ def test_a_hub_id_that_cannot_be_had():
 def test_output_that_is_there(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("keep")
-    with pytest.raises(FileExistsError, match="is not empty: choose another, or pass --overwrite"):
+    with pytest.raises(FileExistsError, match="is not empty: choose another, or pass overwrite=True"):
         save_pretrained(tmp_path / "full", tiny.model())
     with pytest.raises(FileExistsError, match=r"holds no model .* it is not overwritten"):
         save_pretrained(tmp_path / "full", tiny.model(), overwrite=True)

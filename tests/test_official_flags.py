@@ -57,8 +57,8 @@ def test_the_official_log(files, tmp_path, capsys, flags, share):
     ("flags", "code", "message"),
     [
         (("--sparsity_ratio", "0.6", "--sparsity_type", "2:4"), 2, "--sparsity_ratio must be 0.5 for 2:4, got 0.6"),
-        (("--sparsity_ratio", "1.5"), 2, "sparsity must be in [0, 1), got 1.5"),
-        (("--use_variant", "--prune_method", "magnitude"), 2, "--use_variant is for --prune_method wanda"),
+        (("--sparsity_ratio", "1.5"), 2, "--sparsity_ratio must be in [0, 1), got 1.5"),
+        (("--use_variant", "--prune_method", "magnitude"), 2, "--use_variant is an option of wanda, not of magnitude"),
         (("--sparsity_ratio", "0.5", "--nsamples", "5000"), 1, "5000 samples are required"),
         (("--length", "9000"), 1, "--length 9000 is longer than the model's context of 256 tokens"),
     ],

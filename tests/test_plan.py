@@ -25,7 +25,7 @@ def test_counts_what_the_model_has(family, tmp_path):
     shape = shape_of(AutoConfig.from_pretrained(tmp_path))
     assert shape.model_bytes == sum(p.numel() * 4 for p in model.parameters())
     block = find_blocks(model)[0]
-    assert shape.block_weights == sum(linear.weight.numel() for linear in block.linears.values())
+    assert shape.block_weights == sum(linear.weight.numel() for linear in block.matrices.values())
     assert (shape.blocks, shape.width, shape.itemsize) == (3, 64, 4)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import saved
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/training.md")  # the second goes on where the first ends
 # Smaller than what is printed, so that a tiny model and a moment suffice; packed models are not trained.
 SMALLER = {
     "samples=16, length=512": "samples=8, length=32", "steps=100": "steps=2",
@@ -18,7 +19,8 @@ SMALLER = {
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, one_thread):
     pytest.importorskip("peft")
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    text = "".join((ROOT / page).read_text() for page in PAGES)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     runnable = [block for block in blocks if "import" in block]
     assert len(runnable) == 2
     saved.save_model(tmp_path / "model", hidden_size=128, intermediate_size=192)
@@ -28,5 +30,11 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, one_thread):
     for block in runnable:
         for printed, smaller in SMALLER.items():
             block = block.replace(printed, smaller)
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, "README.md", "exec"), names)
     assert all(float((p == 0).float().mean()) >= 0.5 for n, p in names["model"].named_parameters() if "proj" in n)
+
+
+def test_the_pages_that_all_read_are_short():
+    assert {page: len((ROOT / page).read_text().splitlines()) < 150 for page in ("README.md", "docs/design.md")} == {
+        "README.md": True, "docs/design.md": True,
+    }  # fmt: skip

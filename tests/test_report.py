@@ -92,7 +92,7 @@ def test_a_gpu_fills_its_tables_and_the_newest_record_of_a_cpu_the_others(result
 
 
 def test_a_readme_without_markers_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="has no markers for demo"):
+    with pytest.raises(ValueError, match="has no markers for headline"):
         report.render(report.README, tmp_path, "no markers")
 
 

@@ -59,6 +59,7 @@ RUNS = [
     {"activation_memory": 0, "propagate": "dense", "batch_size": 2},
     {"exact_error": True, "propagate": "dense"},
     {"method": "magnitude"},
+    {"owl": True, "sparsity": 0.6, "batch_size": 2},
 ]
 
 
@@ -105,7 +106,9 @@ def unfinished(model, tmp_path) -> Path:
 
 
 def test_without_resume_it_is_refused_or_begun_anew(unfinished):
-    with pytest.raises(FileExistsError, match="2 of 5 blocks done: pass --resume to go on, or --overwrite to start"):
+    with pytest.raises(
+        FileExistsError, match="2 of 5 blocks done: pass resume=True to go on, or overwrite=True to start"
+    ):
         stream_prune(unfinished / "model", unfinished / "out", tiny.ids())
     stream_prune(unfinished / "model", unfinished / "out", tiny.ids(), sparsity=0.7, overwrite=True)
     assert json.loads((unfinished / "out" / "pruning_report.json").read_text())["sparsity"] == 0.7

@@ -55,7 +55,7 @@ def test_bfloat16_masks_overlap(loaded):
     official = copy.deepcopy(ours)
     prune(ours, calibration[:4])
     OfficialRun().prune(official, calibration[:4], 0.5, None)
-    weights = sum(linear.weight.numel() for block in find_blocks(ours) for linear in block.linears.values())
+    weights = sum(linear.weight.numel() for block in find_blocks(ours) for linear in block.matrices.values())
     assert differing_bits(ours, official) <= 0.005 * weights
 
 

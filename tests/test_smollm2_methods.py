@@ -26,7 +26,7 @@ def loaded():
 
 
 def weights(model):
-    return [linear.weight.detach() for block in find_blocks(model) for linear in block.linears.values()]
+    return [linear.weight.detach() for block in find_blocks(model) for linear in block.matrices.values()]
 
 
 def first_blocks(model, count):
@@ -63,7 +63,7 @@ def test_magnitude_is_the_official_one(loaded):
 def inputs_of_layers(model, ids):
     """Layer -> its inputs, [tokens, C_in]."""
     found, handles = {}, []
-    for name, linear in find_blocks(model)[0].linears.items():
+    for name, linear in find_blocks(model)[0].matrices.items():
         hook = functools.partial(lambda name, _module, inputs: found.update({name: inputs[0].flatten(0, -2)}), name)
         handles.append(linear.register_forward_pre_hook(hook))
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_sparsegpt_is_the_official_one(loaded, pattern):
     assert {layer.damping for layer in report.layers} == {0.01}
     assert report.achieved_sparsity == pytest.approx(0.5, abs=1e-3)
     x = inputs_of_layers(dense, calibration)
-    before, after, expected = (find_blocks(model)[0].linears for model in (dense, ours, plain))
+    before, after, expected = (find_blocks(model)[0].matrices for model in (dense, ours, plain))
     for name, linear in before.items():
         errors = [
             torch.linalg.norm((x[name] @ (pruned[name].weight - linear.weight).detach().t()).double())

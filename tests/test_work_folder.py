@@ -19,7 +19,7 @@ from wanda_kernels.models.checkpoint import write_at
 from wanda_kernels.streaming import stream_prune, workfolder
 from wanda_kernels.streaming.activations import TwoFiles
 from wanda_kernels.streaming.run import describe
-from wanda_kernels.streaming.state import layers_of
+from wanda_kernels.streaming.state import done_of
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,7 @@ CHANGES = {
         {"turn": 0, "dtype": "float32", "shapes": [[2**40, 2**10]]},
         {"turn": 0, "dtype": "float32", "shapes": [[5, -24, 64]]}, {"file": "/etc/passwd"},
     ],
+    "sparsities": [[0.5] * BLOCKS, [], {}, "xxxxx", 0.5, [1.5] * BLOCKS],
     "begun_with": [None, {}, {"option": {}}],
     "folder": [None, [0, 0], []],
     "version": [1, 2, None, "3"],
@@ -180,7 +181,7 @@ def test_a_state_holds_no_plans(unfinished, whole):  # noqa: F811
 def test_a_report_with_numbers_that_json_has_not():
     layer = {"name": "a", "shape": [2, 3], "sparsity": 0.5, "seconds": 1, "estimated_error": "nan"}
     layer |= {"exact_error": "inf", "input_of": None, "statistics": None, "threshold": None, "damping": None}
-    read = layers_of({"layers": [layer]})[0]
+    read = done_of({"done": 1, "layers": [layer], "sparsities": None}).layers[0]
     assert math.isnan(read.estimated_error)
     assert read.exact_error == math.inf
     assert read.shape == (2, 3)

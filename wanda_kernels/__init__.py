@@ -16,12 +16,12 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops
     from .packed import compress, decompress
-    from .pruning import LayerReport, Owl, Pattern, Progress, PruningReport, prune
+    from .pruning import LayerReport, Owl, Pattern, Progress, PruneSpec, PruningReport, prune
     from .streaming import stream_prune
     from .text import load_calibration, perplexity
 
 __all__ = [
-    "LayerReport", "Owl", "Pattern", "Progress", "PruningReport", "__version__", "compress", "decompress",
+    "LayerReport", "Owl", "Pattern", "Progress", "PruneSpec", "PruningReport", "__version__", "compress", "decompress",
     "load_calibration", "ops", "perplexity", "prune", "stream_prune",
 ]  # fmt: skip
 
@@ -29,7 +29,7 @@ __all__ = [
 # interrupted.
 _HOMES = {
     **dict.fromkeys(("compress", "decompress"), ".packed"),
-    **dict.fromkeys(("LayerReport", "Owl", "Pattern", "Progress", "PruningReport", "prune"), ".pruning"),
+    **dict.fromkeys(("LayerReport", "Owl", "Pattern", "Progress", "PruneSpec", "PruningReport", "prune"), ".pruning"),
     **dict.fromkeys(("load_calibration", "perplexity"), ".text"),
     "stream_prune": ".streaming",
 }  # fmt: skip

@@ -72,7 +72,7 @@ class Processes:
         self.lost: str | None = None  # why the run cannot go on, once another process is gone
         # A connection of its own: one that the library waits on lets nobody else ask, for up to ``timeout_s``
         self._store = store.clone()
-        self._device = device
+        self.device = device
         self._timeout_s = timeout_s
         self._main = threading.get_ident()
         self._is_leaving = False
@@ -119,6 +119,10 @@ class Processes:
         """``count`` things in order, cut into one run of neighbours for each process, equal but for one."""
         cuts = [count * rank // self.size for rank in range(self.size + 1)]
         return [range(begin, end) for begin, end in itertools.pairwise(cuts)]
+
+    def all_from_first(self, count: int) -> list[range]:
+        """``count`` things, all of them the first process's."""
+        return [range(count if rank == 0 else 0) for rank in range(self.size)]
 
     def my_share(self, count: int, what: str) -> range:
         """Raises ValueError where there is not one for each."""
@@ -180,19 +184,19 @@ class Processes:
     def agree_on(self, data: Any) -> Any:
         """The first process's plain ``data``."""
         text = json.dumps(data).encode() if self.is_first else b""
-        length = torch.tensor([len(text)], device=self._device)
+        length = torch.tensor([len(text)], device=self.device)
         self._broadcast(length, 0)
-        content = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.is_first:
             content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         self._broadcast(content, 0)
         return json.loads(bytes(content.cpu().numpy()))
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
-        if tensor.device.type == self._device.type:
+        if tensor.device.type == self.device.type:
             self._all(lambda: dist.broadcast(tensor, source, group=self._group))
             return
-        raise ValueError(f"tensors on {tensor.device} cannot be exchanged by processes that began on {self._device}")
+        raise ValueError(f"tensors on {tensor.device} cannot be exchanged by processes that began on {self.device}")
 
     def _all(self, exchange: Callable[[], object], failed: str = "an exchange with the other processes failed") -> None:
         self._refuse_lost()

@@ -8,6 +8,7 @@ without network.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -16,14 +17,15 @@ from typing import Any
 import torch
 
 from .cli import interrupt, ranks
-from .cli.options import UsageError
+from .cli.options import UsageError, of_options, usage
+from .methods import METHODS
+from .models.load import choose_device
+from .pruning import PruneSpec
+from .pruning.blocks import count_zeros, find_blocks
 
 # LLaMA-2's context, and the paper's windows for it; LLaMA's is 2048. Newer models announce more than fits a GPU.
 LONGEST = 4096
 SPARSITY_TYPES = ("unstructured", "4:8", "2:4")
-METHODS = (
-    "magnitude", "wanda", "sparsegpt", "ablate_mag_seq", "ablate_wanda_seq", "ablate_mag_iter", "ablate_wanda_iter",
-)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--nsamples", type=int, default=128, help="calibration samples")
     add("--sparsity_ratio", type=float, default=0.0, help="0: prune nothing, evaluate only")
     add("--sparsity_type", choices=SPARSITY_TYPES, default="unstructured")
-    add("--prune_method", choices=METHODS, default="wanda")
+    add("--prune_method", choices=tuple(METHODS), default="wanda")
     add("--cache_dir", default=None, help="where the hub's files are kept [default: the hub's own]")
     add("--use_variant", action="store_true", help="the appendix's variant of wanda")
     add("--save", type=Path, default=None, help="folder for log_METHOD.txt")
@@ -52,53 +54,36 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Load, prune, evaluate, log, save: in the official order."""
-    from .cli.checks import check_model
-    from .cli.display import PruningDisplay, bar, quiet_libraries, tell_reference, working
-    from .cli.options import usage
-    from .models import load_model, load_tokenizer, save_pretrained
-    from .models.load import check_choices, load_config
+    from .cli.session import Session
     from .models.save import check_output, check_writable
-    from .pruning import prune
-    from .text import evaluation_ids, load_calibration, perplexity, split_windows
 
     with usage():
         ranks.refuse("the official command")
-        target, resolved = _target(options)
-        device = check_choices(options.dtype or "auto", options.device)
+        spec = _spec(options)
+        cuda = choose_device(options.device).type == "cuda"
+        session = Session(options.model, options.dtype or ("float16" if cuda else "auto"), options.device)
     if options.save is not None:
         check_writable(options.save)
     if options.save_model is not None:
         check_output(options.save_model, overwrite=True, source=options.model)
     zero_shot = _zero_shot_tasks() if options.eval_zero_shot else None
-    quiet_libraries()
-    tell_reference(device)
-    dtype = options.dtype or ("float16" if device.type == "cuda" else "auto")
-    config = load_config(options.model)
-    length = options.length or min(getattr(config, "max_position_embeddings", LONGEST), LONGEST)
-    check_model(options.model, resolved, dtype, options.save_model, length=length)
-    with working(f"loading the tokenizer of {options.model}"):
-        tokenizer = load_tokenizer(options.model)
-    windows = split_windows(evaluation_ids(options.text, tokenizer), length)
-    if len(windows) == 0:
-        raise ValueError(f"text {options.text} is shorter than one window of {length} tokens: lower --length")
+    session.begin()
+    length = options.length or min(getattr(session.config, "max_position_embeddings", LONGEST), LONGEST)
+    session.check(spec, options.save_model, length=length)
+    windows = session.windows(options.text, length)
     input_ids = None
-    if options.sparsity_ratio != 0 and resolved.needs_calibration:
-        with working("loading calibration data"):
-            input_ids = load_calibration(options.calibration, tokenizer, options.nsamples, length, options.seed)
-    with working(f"loading llm model {options.model}"):
-        model: Any = load_model(options.model, dtype, options.device)
-    print("use device ", device, model.dtype)
+    if options.sparsity_ratio != 0 and spec.needs:
+        input_ids = session.calibration(options.calibration, options.nsamples, length, options.seed)
+    model = session.model
+    print("use device ", session.place, model.dtype)
     if options.sparsity_ratio != 0:
         print("pruning starts")
-        with bar() as shown:
-            prune(model, input_ids, progress=PruningDisplay(shown), **target)
+        session.prune(input_ids, spec)
     sparsity = sparsity_by_layer(model)
     print("*" * 30)
     print(f"sparsity sanity check {sparsity:.4f}")
     print("*" * 30)
-    with bar() as shown:
-        task = shown.add_task("evaluating", total=len(windows))
-        value = perplexity(model, windows, length, on_window=lambda done: shown.update(task, completed=done))
+    value = session.perplexity(windows)
     print(f"wikitext perplexity {value}" if options.text == "wikitext2" else f"{options.text} perplexity {value}")
     if options.save is not None:
         options.save.mkdir(parents=True, exist_ok=True)
@@ -107,24 +92,18 @@ def run(options: argparse.Namespace) -> None:
     if zero_shot is not None:
         print("*" * 32)
         print("zero_shot evaluation results")
-        for row in zero_shot.run(model, tokenizer, few_shot=0):
+        for row in zero_shot.run(model, session.tokenizer, few_shot=0):
             print({"task": row["task"], **row["metrics"]})
     if options.save_model is not None:
-        save_pretrained(options.save_model, model, tokenizer, overwrite=True)
+        session.save(options.save_model, overwrite=True)
 
 
-def _target(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """Arguments of :func:`wanda_kernels.prune`, and what they mean together."""
-    from .pruning.selection import Target
-
+def _spec(options: argparse.Namespace) -> PruneSpec:
     pattern = None if options.sparsity_type == "unstructured" else options.sparsity_type
     if pattern and options.sparsity_ratio != 0.5:
         raise ValueError(f"--sparsity_ratio must be 0.5 for {pattern}, got {options.sparsity_ratio:g}")
-    if options.use_variant and (options.prune_method != "wanda" or pattern):
-        raise ValueError("--use_variant is for --prune_method wanda and --sparsity_type unstructured")
-    target: dict[str, Any] = {"pattern": pattern} if pattern else {"sparsity": options.sparsity_ratio}
-    target |= {"method": options.prune_method, "variant": options.use_variant}
-    return target, Target.resolve(**({"sparsity": None, "pattern": None} | target))
+    sparsity = None if pattern else options.sparsity_ratio
+    return PruneSpec(sparsity=sparsity, pattern=pattern, method=options.prune_method, variant=options.use_variant)
 
 
 def _zero_shot_tasks() -> Any:
@@ -135,16 +114,21 @@ def _zero_shot_tasks() -> Any:
 
 def sparsity_by_layer(model: torch.nn.Module) -> float:
     """Prints each block's share of zeros as the official code does; returns that of all blocks."""
-    from .pruning.blocks import count_zeros, find_blocks
-
     zeros = total = 0
     for index, block in enumerate(find_blocks(model)):
-        weights = [linear.weight for linear in block.linears.values()]
+        weights = [matrix.weight for matrix in block.matrices.values()]
         mine = sum(count_zeros(weight) for weight in weights)
         size = sum(weight.numel() for weight in weights)
         print(f"layer {index} sparsity {mine / size:.6f}")
         zeros, total = zeros + mine, total + size
     return zeros / total
+
+
+def _in_official_words(message: str) -> str:
+    ours = {"--variant": "--use_variant", "--sparsity": "--sparsity_ratio", "--method": "--prune_method"}
+    for name, official in ours.items():
+        message = re.sub(rf"{name}(?![\w-])", official, message)
+    return " ".join(message.split())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -162,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001  (the top of the program: whatever it is becomes one sentence)
         if options.debug:
             traceback.print_exc()
-        print(f"wanda_kernels.official: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"wanda_kernels.official: error: {_in_official_words(of_options(str(error)))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .models.load import empty_model
 from .pruning.blocks import find_blocks
-from .pruning.driver import BATCH_TOKENS
+from .pruning.loop import BATCH_TOKENS
 
 PROCESS_BYTES = 0.8e9  # of Python with torch and transformers loaded: measured on the CPU (760 MB)
 
@@ -82,15 +82,15 @@ def shape_of(config: Any) -> Shape:
     largest = max(blocks, key=lambda block: sum(p.numel() for p in block.module.parameters()))
     block_numel = sum(p.numel() for p in largest.module.parameters())
     in_blocks = sum(p.numel() for block in blocks for p in block.module.parameters())
-    linears = [linear.weight.shape for linear in largest.linears.values()]
+    shapes = [matrix.weight.shape for matrix in largest.matrices.values()]
     return Shape(
         blocks=len(blocks),
-        block_weights=sum(shape.numel() for shape in linears),
+        block_weights=sum(shape.numel() for shape in shapes),
         block_bytes=block_numel * dtype.itemsize,
         outside_bytes=(sum(p.numel() for p in model.parameters()) - in_blocks) * dtype.itemsize,
         width=config.get_text_config().hidden_size,
-        inner=max(max(shape) for shape in linears),
-        inputs=sum(shape[1] for shape in linears),
+        inner=max(max(shape) for shape in shapes),
+        inputs=sum(shape[1] for shape in shapes),
         itemsize=dtype.itemsize,
     )
 

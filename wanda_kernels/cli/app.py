@@ -12,7 +12,7 @@ import typer
 from .._version import __version__
 from . import bench, compress, info, interrupt, plan, prune, ranks, speed, study
 from . import eval as evaluate
-from .options import UsageError, debug_wanted, usage
+from .options import UsageError, debug_wanted, of_options, usage
 
 INTERRUPTED = 130
 
@@ -52,7 +52,7 @@ app.command("decompress")(compress.decompress_command)
 app.command("eval")(evaluate.eval_command)
 app.command("study")(study.study_command)
 app.command("speed")(speed.speed_command)
-app.command("bench")(bench.bench_command)
+app.command("bench", context_settings=bench.PASSED_ON)(bench.bench_command)
 app.command("info")(info.info_command)
 
 
@@ -86,6 +86,7 @@ def _run(arguments: list[str] | None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    message = of_options(message)
     ranks.tell(message)
     print(f"wanda-kernels: error: {ranks.prefix()}{' '.join(message.split())}", file=sys.stderr, flush=True)
     if interrupt.received() and code == interrupt.exit_code():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .options import Debug, Device, Dtype, Model, check_length, usage
+from .options import Debug, Device, Dtype, Model, usage
+
+if TYPE_CHECKING:
+    from .session import Session
 
 _LENGTH = 2048
 
@@ -50,10 +53,9 @@ def eval_command(
     """Perplexity of MODEL on a text (non-overlapping windows, exp of the mean loss: the paper's definition), or its
     accuracy on tasks."""
     from .._words import to_json
-    from ..models.load import check_choices
     from ..models.save import check_file
     from ..text.tasks import parse_tasks
-    from .display import quiet_libraries, tell_reference
+    from .session import Session
 
     with usage():
         if tasks is None:
@@ -61,15 +63,14 @@ def eval_command(
         else:
             _refuse("with --tasks", {"--text": text, "--length": length, "--windows": windows})
             parse_tasks(tasks)
-        place = check_choices(dtype, device)
+        session = Session(model, dtype, device)
     if out is not None:
         check_file(out, "--json")
-    quiet_libraries()
-    tell_reference(place)
+    session.begin()
     if tasks is None:
-        result = _on_text(model, text or "wikitext2", length or _LENGTH, windows, device, dtype, batch_size)
+        result = _on_text(session, text or "wikitext2", length or _LENGTH, windows, batch_size)
     else:
-        result = _on_tasks(model, tasks, few_shot, limit, device, dtype, batch_size)
+        result = _on_tasks(session, tasks, few_shot, limit, batch_size)
     if out is not None:
         out.write_text(to_json({"model": model, **result}) + "\n", encoding="utf-8")
 
@@ -80,45 +81,26 @@ def _refuse(where: str, options: dict[str, object]) -> None:
         raise ValueError(f"{', '.join(given)} has no meaning {where}")
 
 
-def _on_text(
-    model: str, text: str, length: int, windows: int | None, device: str, dtype: str, batch_size: int
-) -> dict[str, Any]:
-    from ..models import load_model, load_tokenizer
-    from ..models.load import load_config
-    from ..text import evaluation_ids, perplexity, split_windows
-    from .display import bar, note, say, working
+def _on_text(session: Session, text: str, length: int, windows: int | None, batch_size: int) -> dict[str, Any]:
+    from .display import note, say
 
-    check_length(length, load_config(model))
-    with working(f"loading the tokenizer of {model}"):
-        tokenizer = load_tokenizer(model)
-    with working(f"loading text from {text}"):
-        ids = evaluation_ids(text, tokenizer)
-    cut = split_windows(ids, length)[:windows]
-    if len(cut) == 0:
-        raise ValueError(f"text {text} has {len(ids)} tokens, one window needs {length}: lower --length")
-    with working(f"loading {model}"):
-        loaded = load_model(model, dtype, device)
-    with bar() as shown:
-        task = shown.add_task("evaluating", total=len(cut))
-        value = perplexity(loaded, cut, length, batch_size, on_window=lambda done: shown.update(task, completed=done))
+    cut = session.windows(text, length, windows)
+    value = session.perplexity(cut, batch_size)
     say(f"perplexity {value:.4f} ({len(cut)} windows of {length} tokens, {text})")
     if math.isnan(value):
-        note(f"note: {model} gives NaN: its weights are broken, or its activations overflow in {loaded.dtype}")
+        dtype = session.model.dtype
+        note(f"note: {session.name} gives NaN: its weights are broken, or its activations overflow in {dtype}")
     return {"text": text, "windows": len(cut), "length": length, "perplexity": value}
 
 
-def _on_tasks(
-    model: str, tasks: str, few_shot: int | None, limit: int | None, device: str, dtype: str, batch_size: int
-) -> dict[str, Any]:
-    from ..models import load_model, load_tokenizer
+def _on_tasks(session: Session, tasks: str, few_shot: int | None, limit: int | None, batch_size: int) -> dict[str, Any]:
     from ..text.tasks import TaskEvaluation, mean_accuracy, parse_tasks
     from .display import say, screen, working
 
     with working(f"loading tasks: {tasks}"):
         evaluation = TaskEvaluation(parse_tasks(tasks))
-    with working(f"loading {model}"):
-        tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
-    rows = evaluation.run(loaded, tokenizer, few_shot, limit, batch_size)  # lm-eval draws its own bars
+    # lm-eval draws its own bars
+    rows = evaluation.run(session.model, session.tokenizer, few_shot, limit, batch_size)
     screen(80).print(_draw(rows))
     mean = mean_accuracy(rows)
     if mean is not None:

@@ -1,58 +1,28 @@
-"""Options of ``prune`` that belong to single methods (see :func:`wanda_kernels.prune`)."""
+"""The options of the pruning methods, as options of a command: whatever a method can be told, `prune` takes."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from ..pruning.methods.options import OptionArguments
-from ..pruning.methods.owl import Owl
+from ..methods import METHODS, options_of
+from ..methods.owl import Owl
 
 PANEL = "Methods"
 
-Group = Annotated[
-    str | None,
-    typer.Option(
-        "--group",
-        metavar="row|layer|column",
-        rich_help_panel=PANEL,
-        help="What weights are compared with (row:N, column:N: N neighbours together). \\[default: the method's own: "
-        "row for wanda, layer for magnitude and ria]",
-    ),
-]
-Variant = Annotated[
-    bool, typer.Option("--variant", rich_help_panel=PANEL, help="wanda: the paper's appendix; rows of any sparsity.")
-]
-WeightUpdate = Annotated[
-    bool | None,
-    typer.Option(
-        "--weight-update/--no-weight-update",
-        rich_help_panel=PANEL,
-        help="sparsegpt: make up for what was pruned, or prune by its metric alone. \\[default: update]",
-        show_default=False,
-    ),
-]
-BlockSize = Annotated[
-    int | None,
-    typer.Option(
-        "--block-size", min=1, rich_help_panel=PANEL, help="sparsegpt, ablate: columns a block. \\[default: 128]"
-    ),
-]
-Damping = Annotated[
-    float | None,
-    typer.Option(
-        "--damping", rich_help_panel=PANEL, help="sparsegpt, ablate: share of the Hessian's diagonal. \\[default: 0.01]"
-    ),
-]
-RiaPower = Annotated[
-    float | None, typer.Option("--ria-power", rich_help_panel=PANEL, help="ria: exponent of the norm. \\[default: 0.5]")
-]
 UseOwl = Annotated[
     bool, typer.Option("--owl", rich_help_panel=PANEL, help="Any method: blocks with more outliers keep more weights.")
 ]
-OwlLambda = Annotated[
-    float | None, typer.Option("--owl-lambda", rich_help_panel=PANEL, help="Half the largest spread. \\[default: 0.08]")
+OwlLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--owl-limit", "--owl-lambda", rich_help_panel=PANEL, help="Half the largest spread. \\[default: 0.08]"
+    ),
 ]
 OwlOutlier = Annotated[
     float | None, typer.Option("--owl-outlier", rich_help_panel=PANEL, help="Outliers: times the mean. \\[default: 5]")
@@ -62,29 +32,50 @@ OwlOutlier = Annotated[
 def owl_of(use: bool, limit: float | None, outlier: float | None) -> Owl | None:
     """Raises ValueError where OWL is told something and not asked for."""
     if not use:
-        for name, value in (("--owl-lambda", limit), ("--owl-outlier", outlier)):
+        for name, value in (("--owl-limit", limit), ("--owl-outlier", outlier)):
             if value is not None:
                 raise ValueError(f"{name} {value:g} needs --owl")
         return None
     return Owl(Owl.limit if limit is None else limit, Owl.outlier if outlier is None else outlier)
 
 
-def method_options(
-    group: str | None,
-    variant: bool,
-    weight_update: bool | None,
-    block_size: int | None,
-    damping: float | None,
-    ria_power: float | None,
-    owl: Owl | None,
-) -> OptionArguments:
-    """As keyword arguments of :func:`wanda_kernels.prune`."""
-    return {
-        "group": group,
-        "variant": variant,
-        "weight_update": weight_update,
-        "block_size": block_size,
-        "damping": damping,
-        "ria_power": ria_power,
-        "owl": owl,
-    }
+def takes_method_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with an option for each of any method's, in the place of its parameter ``method_options``, which
+    gets what was given of them."""
+    options: dict[str, dataclasses.Field[Any]] = {}
+    for method in METHODS:
+        options |= {name: one for name, one in options_of(method).items() if name not in options}
+
+    @functools.wraps(command)
+    def taking(**given: Any) -> None:
+        mine = {name: given.pop(name) for name in options}
+        command(**given, method_options={name: value for name, value in mine.items() if value is not None})
+
+    added = [_parameter(name, one) for name, one in options.items()]
+    parameters = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        parameters += added if parameter.name == "method_options" else [parameter]
+    taking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    taking.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del taking.__wrapped__  # its signature is another
+    return taking
+
+
+def _parameter(name: str, one: dataclasses.Field[Any]) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    kind: Any = type(one.default) if one.default is not None else str
+    default: Any = None
+    declared = f"{flag}/--no-{name.replace('_', '-')}" if one.default is True else flag
+    if one.default is False:
+        default = False
+    elif kind is bool:
+        kind = bool | None
+    else:
+        kind = kind | None
+    option = typer.Option(
+        declared, rich_help_panel=PANEL, help=one.metadata["help"], metavar=one.metadata.get("metavar"),
+        show_default=False,
+    )  # fmt: skip
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=Annotated[kind, option]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -22,6 +23,28 @@ def usage() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+
+
+_NAMES = (
+    "sparsity", "pattern", "method", "group", "variant", "weight_update", "block_size", "damping", "ria_power", "owl",
+    "propagate", "batch_size", "exact_error", "fuse_statistics", "device", "dtype", "device_map", "offload",
+    "activation_memory", "samples", "length", "pack", "column", "split", "seed",
+)  # fmt: skip
+_WORD = r"(?<![\w./-])({})(?![\w./-])"
+
+
+def of_options(message: str) -> str:
+    """``message`` of the library, which speaks of arguments, in the words of the command line: ``resume=True`` is
+    ``--resume``; a name is told by its underscore, or where the message begins with it."""
+    message = re.sub(r"\b([a-z_]+)=True\b", lambda m: _flag(m[1]), message)
+    message = re.sub(r"\b([a-z_]+)=False\b", lambda m: _flag(m[1]).replace("--", "--no-", 1), message)
+    with_underscore = "|".join(name for name in _NAMES if "_" in name)
+    message = re.sub(_WORD.format(with_underscore), lambda m: _flag(m[1]), message)
+    return re.sub(rf"^({'|'.join(_NAMES)}) (?=must |is |for |chooses |puts )", lambda m: f"{_flag(m[1])} ", message)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def debug_wanted() -> bool:

@@ -24,17 +24,17 @@ def plan_command(
     """Predict memory and time without loading MODEL. Memory is counted; time on a GPU is estimated, not measured."""
     from ..models.load import load_config
     from ..plan import H100, predict, shape_of
-    from ..pruning.driver import check_options
+    from ..pruning import PruneSpec
     from .display import quiet_libraries, working
     from .display import screen as screen_of
 
     with usage():
-        check_options(propagate, None)
+        spec = PruneSpec(propagate=propagate)
     quiet_libraries()
     config = load_config(model)
     with working("building the model without weights"):
         shape = shape_of(config)
-    found = predict(shape, H100, gpus, samples, length, 2 if propagate == "pruned" else 1)
+    found = predict(shape, H100, gpus, samples, length, 2 if spec.propagate == "pruned" else 1)
     screen = screen_of(110)
     screen.print(
         f"{shape.model_bytes / 1e9:.4g} GB in {shape.blocks} blocks of {shape.block_bytes / 1e9:.3g} GB; "

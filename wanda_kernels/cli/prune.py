@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .._words import to_json
-from ..models.save import REPORT
-from . import checks, ranks, streaming
 from . import method_options as methods
+from . import ranks, streaming
 from .options import BatchSize, Debug, Device, Dtype, Model, check_length, usage
 
 
+@methods.takes_method_options
 def prune_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the pruned model to.")],
@@ -62,14 +61,9 @@ def prune_command(
             "(one forward pass, about half the time).",
         ),
     ] = "pruned",
-    group: methods.Group = None,
-    variant: methods.Variant = False,
-    weight_update: methods.WeightUpdate = None,
-    block_size: methods.BlockSize = None,
-    damping: methods.Damping = None,
-    ria_power: methods.RiaPower = None,
+    method_options: Any = None,
     owl: methods.UseOwl = False,
-    owl_lambda: methods.OwlLambda = None,
+    owl_limit: methods.OwlLimit = None,
     owl_outlier: methods.OwlOutlier = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -77,9 +71,10 @@ def prune_command(
     exact_error: Annotated[
         bool, typer.Option("--exact-error", help="Also measure each layer's output error (a pass more).")
     ] = False,
-    fuse: Annotated[
+    fuse_statistics: Annotated[
         bool,
         typer.Option(
+            "--fuse-statistics/--no-fuse-statistics",
             "--fuse/--no-fuse",
             help="Let RMSNorm and MLP add up the statistics of what they make, or a pass of its own.",
         ),
@@ -109,82 +104,58 @@ def prune_command(
     debug: Debug = False,
 ) -> None:
     """Prune MODEL and save it as a Hugging Face folder."""
-    from ..models import load_model, load_tokenizer, save_pretrained
-    from ..models.load import check_choices
     from ..models.save import check_output, check_space
-    from ..packed import compress as pack_weights
-    from ..pruning import prune
-    from ..pruning.driver import check_options
-    from ..pruning.selection import Target
+    from ..pruning import PruneSpec
     from ..pruning.stopwatch import Stopwatch
-    from ..text import load_calibration
     from ..text.calibration import LENGTH
-    from .display import PruningDisplay, bar, quiet_libraries, say, screen, tell_reference, working
+    from .display import say, screen
+    from .session import Session
 
     with usage():
-        chosen = methods.method_options(
-            group, variant, weight_update, block_size, damping, ria_power, methods.owl_of(owl, owl_lambda, owl_outlier)
-        )
-        target = Target.resolve(method, sparsity, pattern, **chosen)
-        check_options(propagate, batch_size)
-        place = check_choices(dtype, device, device_map)
+        spec = PruneSpec(
+            sparsity=sparsity, pattern=pattern, method=method, propagate=propagate, batch_size=batch_size,
+            exact_error=exact_error, fuse_statistics=fuse_statistics,
+            owl=methods.owl_of(owl, owl_limit, owl_outlier), **method_options,
+        )  # fmt: skip
+        session = Session(model, dtype, device, device_map)
         streaming.check_options(model, stream, resume, offload, compress, device_map)
-    options: dict[str, Any] = {
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "method": method,
-        "propagate": propagate,
-        "batch_size": batch_size,
-        "exact_error": exact_error,
-        "fuse_statistics": fuse,
-        **chosen,
-    }
     if stream:
         streaming.check_leftovers(out, resume, overwrite, model)
     check_output(out, overwrite, model)
-    quiet_libraries()
+    drawing = {"pack": pack, "column": column, "split": split}
     processes = None
     if ranks.launched():
-        drawing = {"samples": samples, "length": length, "pack": pack, "column": column, "split": split, "seed": seed}
         places = {"stream": stream, "dtype": dtype, "device": device, "compress": compress, "out": str(out.absolute())}
         named = {"MODEL": ranks.fingerprint(model), "calibration": ranks.fingerprint(calibration)}
-        given = options | {"owl": str(chosen.get("owl"))} | drawing | places | named
-        processes = ranks.join(device, given)
-    options["processes"] = processes
+        given = spec.to_dict() | {"samples": samples, "length": length, "seed": seed} | drawing | places | named
+        options = given.pop("method options")
+        processes = ranks.join(device, given | options)
+    session.begin()
     # What the config alone can tell, before anything large is read.
     tokens = None if calibration.endswith(".safetensors") else LENGTH  # such a file has its own length
-    checks.check_model(model, target, dtype, out, compress, (length or tokens) if target.needs_calibration else None)
-    tell_reference(place)
+    session.check(spec, out, compress, (length or tokens) if spec.needs else None)
     outer = Stopwatch()
     with outer.measure("load"):
-        with working(f"loading the tokenizer of {model}"):
-            tokenizer = load_tokenizer(model)
-        input_ids = None
-        if target.needs_calibration:
-            with working(f"loading calibration data from {calibration}"):
-                input_ids = load_calibration(
-                    calibration, tokenizer, samples, length, seed, pack=pack, column=column, split=split
-                )
+        input_ids = session.calibration(calibration, samples, length, seed, **drawing) if spec.needs else None
         if not stream:
-            with working(f"loading {model}"):
-                loaded = load_model(model, dtype, device, device_map)
+            loaded = session.model
+    if input_ids is not None:
+        check_length(input_ids.shape[1], session.config)
     if stream:
         where = {"device": device, "dtype": dtype, "offload": offload, "activation_memory": activation_memory}
-        streaming.prune(model, out, input_ids, tokenizer, where, options, outer, resume, overwrite)
-        return
-    if input_ids is not None:
-        check_length(input_ids.shape[1], loaded.config)
-    check_space(out, loaded)
-    with bar() as shown:
-        report = prune(loaded, input_ids, **options, progress=PruningDisplay(shown))
+        report = streaming.prune(session, out, input_ids, spec, where, processes, resume, overwrite)
+    else:
+        check_space(out, loaded)
+        report = session.prune(input_ids, spec, processes)
     if processes is not None and not processes.is_first:
         return  # the first one saves
-    packing = pack_weights(loaded) if compress else None
-    # Without the seconds, so that the same command gives the same bytes.
-    extra = {REPORT: to_json(report.to_dict(seconds=False))}
-    with outer.measure("saving"), working(f"saving to {out}"):
-        save_pretrained(out, loaded, tokenizer, extra=extra, overwrite=overwrite)
-    report.seconds = {"load": outer.seconds()["load"], **report.seconds, "saving": outer.seconds()["saving"]}
+    packing = session.compress() if compress else None
+    if not stream:
+        with outer.measure("saving"):
+            session.save(out, overwrite, report)
+    seconds = report.seconds
+    load = {"load": seconds.pop("load", 0.0) + outer.seconds()["load"]}
+    report.seconds = load | seconds | ({} if stream else {"saving": outer.seconds()["saving"]})
     screen().print(report)
     if packing is not None:
         say(f"packed {packing}")

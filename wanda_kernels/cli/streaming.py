@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import ranks
-from .options import check_length
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..pruning.stopwatch import Stopwatch
+    from ..distributed import Processes
+    from ..pruning import PruneSpec, PruningReport
+    from .session import Session
 
 
 def check_options(
@@ -43,40 +44,29 @@ def check_leftovers(out: Path, resume: bool, overwrite: bool, model: str) -> Non
 
 
 def prune(
-    model: str,
+    session: Session,
     out: Path,
     input_ids: Tensor | None,
-    tokenizer: Any,
+    spec: PruneSpec,
     places: dict[str, Any],
-    options: dict[str, Any],
-    outer: Stopwatch,
+    processes: Processes | None,
     resume: bool,
     overwrite: bool,
-) -> None:
-    """Run it, with a bar; print the report. ``places``: device, dtype, offload, activation_memory (GiB)."""
-    from ..models.load import load_config
+) -> PruningReport:
+    """Run it, with a bar. ``places``: device, dtype, offload, activation_memory (GiB)."""
     from ..streaming import stream_prune
     from ..streaming.run import describe
-    from .display import PruningDisplay, bar, note, say, screen
+    from .display import PruningDisplay, bar, note
 
-    if input_ids is not None:
-        check_length(input_ids.shape[1], load_config(model))
     places = places | {"activation_memory": int(places["activation_memory"] * 2**30)}
     try:
         with bar() as shown:
-            report = stream_prune(
-                model, out, input_ids, tokenizer=tokenizer, resume=resume, overwrite=overwrite,
-                progress=PruningDisplay(shown), **places, **options,
+            return stream_prune(
+                session.name, out, input_ids, spec=spec, tokenizer=session.tokenizer, resume=resume,
+                overwrite=overwrite, processes=processes, progress=PruningDisplay(shown), **places,
             )  # fmt: skip
     except BaseException:
         left = describe(out)
         if left is not None:
             note(f"{left}: --resume goes on with it")
         raise
-    if options["processes"] is not None and not options["processes"].is_first:
-        return
-    report.seconds = {"load": report.seconds.get("load", 0.0) + outer.seconds()["load"]} | {
-        part: seconds for part, seconds in report.seconds.items() if part != "load"
-    }
-    screen().print(report)
-    say(f"saved to {out}")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import platform
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import interrupt
-from .options import Debug, Device, Dtype, Model, check_length, usage
+from .options import Debug, Device, Dtype, Model, usage
 
 Scale = Annotated[
     str,
@@ -72,15 +72,13 @@ def study_command(
     debug: Debug = False,
 ) -> None:
     """Prune MODEL in many ways and compare. The same command again goes on where it was ended."""
-    from ..models import load_model, load_tokenizer
-    from ..models.load import check_choices, load_config
     from ..study import Results, Runner, grid, paper_plan, write_report
     from ..study.paper import published
     from ..study.pictures import check_library
     from ..study.plan import SCALES
     from ..study.results import FILES, check_folder, refuse_other_study
-    from ..text import evaluation_ids, load_calibration, split_windows
-    from .display import bar, console, pruning_bar, quiet_libraries, tell_reference, working
+    from .display import bar, console, pruning_bar
+    from .session import Session
 
     with usage():
         if scale not in SCALES:
@@ -102,34 +100,23 @@ def study_command(
             plan = grid(names, shares, chosen, kinds, counts, _split("--seeds", seeds, int))
             if not plan:
                 raise ValueError("no run is left: groups go with sparsities, not with patterns or ablations")
-        place = check_choices(dtype, device)
+        session = Session(model, dtype, device)
     check_library()
     check_folder(out)
     given = {"calibration": _name(calibration), "text": _name(text), "length": tokens, "pack": pack}
     if not overwrite:
         refuse_other_study(out, given)
-    quiet_libraries()
-    tell_reference(place)
-    check_length(tokens, load_config(model))
-    with working(f"loading the tokenizer of {model}"):
-        tokenizer = load_tokenizer(model)
-    with working(f"loading text from {text}"):
-        evaluation = split_windows(evaluation_ids(text, tokenizer), tokens)[: windows or size.windows]
-    if len(evaluation) == 0:
-        raise ValueError(f"text {text} is shorter than one window of {tokens} tokens: lower --length")
-    known: dict[tuple[int, int], Any] = {}
+    session.begin()
+    evaluation = session.windows(text, tokens, windows or size.windows)
 
+    @functools.cache
     def calibrate(count: int, seed: int) -> Any:
-        if (count, seed) not in known:
-            known[count, seed] = load_calibration(calibration, tokenizer, count, tokens, seed, pack=pack, column=column)
-        return known[count, seed]
+        return session.calibration(calibration, count, tokens, seed, pack=pack, column=column)
 
-    with working(f"loading calibration data from {calibration}"):
-        largest = max((run.samples for run in plan), default=0)
-        if largest:
-            calibrate(largest, 0)
-    with working(f"loading {model}"):
-        loaded: Any = load_model(model, dtype, device)
+    largest = max((run.samples for run in plan), default=0)
+    if largest:
+        calibrate(largest, 0)
+    loaded = session.model
     settings = {
         "model": loaded.config._name_or_path, "windows": len(evaluation), **given,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -141,7 +128,7 @@ def study_command(
     missing = [run for run in plan if run not in results]
     done = len(plan) - len(missing)
     # names of files are no markup, and are not folded
-    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    tell = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if done:
         tell(f"{done} of {len(plan)} runs are in {out} already")
     try:

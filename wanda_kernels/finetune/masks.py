@@ -22,10 +22,10 @@ def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
     if any(hasattr(module, "base_layer") and hasattr(module, "active_adapters") for module in model.modules()):
         raise ValueError("the model has adapters already (peft): merge them first (merge_and_unload) or unload them")
     found = {
-        f"{block.name}.{name}": linear
+        f"{block.name}.{name}": matrix.module
         for block in find_blocks(model)
-        for name, linear in block.linears.items()
-        if count_zeros(linear.weight)
+        for name, matrix in block.matrices.items()
+        if count_zeros(matrix.weight)
     }
     if not found:
         raise ValueError("no linear layer of the model holds zeros: prune it first")

@@ -36,7 +36,7 @@ def check_output(folder: Path, overwrite: bool, source: str | Path | None = None
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"output folder {folder} is not empty: choose another, or pass --overwrite")
+        raise FileExistsError(f"output folder {folder} is not empty: choose another, or pass overwrite=True")
     if not holds_model(folder):
         raise FileExistsError(f"output folder {folder} holds no model (no config.json of one): it is not overwritten")
 

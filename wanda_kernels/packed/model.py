@@ -68,7 +68,8 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
     model = unwrapped(model)
     report = PackedReport({}, {}, 0, 0)
     for block in find_blocks(model):
-        for name, linear in block.linears.items():
+        for name, matrix in block.matrices.items():
+            linear = matrix.module
             full = f"{block.name}.{name}"
             special = why_not_plain(linear)
             form = choose_format(linear.weight.data, format) if special is None else None
@@ -91,7 +92,7 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
 
 def refuse_unpackable(blocks: list[Block]) -> None:
     """Raises ValueError where no layer of any block could be packed, whatever is pruned: known from the shapes."""
-    widths = {f"{b.name}.{name}": linear.weight.shape[1] for b in blocks for name, linear in b.linears.items()}
+    widths = {f"{b.name}.{name}": matrix.weight.shape[1] for b in blocks for name, matrix in b.matrices.items()}
     if all(width % COLUMNS for width in widths.values()):
         reasons = {name: why_not_packable(width) for name, width in widths.items()}
         raise ValueError(_nothing_packed(reasons, "auto"))

@@ -1,15 +1,16 @@
 """The driver: prune a transformers model block by block.
 
-``driver`` checks the arguments and makes the report; ``run`` is the loop over the blocks; ``blocks`` finds them and
-their linear layers, and refuses what would be pruned wrongly; ``recording`` keeps the arguments that each block is
-called with; ``fusion`` finds what can add up statistics on the way; ``statistics`` accumulates each distinct input
-once; ``selection`` maps Wanda and magnitude to an operator; ``methods`` holds the rest; ``shares`` is for ranks.
+``spec`` says what a run does; ``driver`` checks the model and the data; ``loop`` goes over the blocks that a ``source``
+gives; ``blocks`` finds them and their matrices, and refuses what would be pruned wrongly; ``recording`` keeps the
+arguments that each block is called with; ``fusion`` finds what can add up statistics on the way; ``statistics``
+accumulates each distinct input once.
 """
 
+from ..methods import METHODS, Pattern
+from ..methods.owl import Owl
 from .driver import prune
-from .methods import METHODS, Owl
 from .progress import Progress
 from .report import LayerReport, PruningReport
-from .selection import Pattern, Target
+from .spec import PruneSpec
 
-__all__ = ["METHODS", "LayerReport", "Owl", "Pattern", "Progress", "PruningReport", "Target", "prune"]
+__all__ = ["METHODS", "LayerReport", "Owl", "Pattern", "Progress", "PruneSpec", "PruningReport", "prune"]

@@ -23,6 +23,10 @@ class Activations:
         self._now: list[Tensor | None] = []
         self._next: dict[int, Tensor] = {}
 
+    def clear(self) -> None:
+        """Forget all batches: a pass begins again with the first block."""
+        self._now, self._next = [], {}
+
     def append(self, batch: Tensor) -> None:
         """One more batch for the current block."""
         self._now.append(batch)

@@ -7,11 +7,13 @@ The one place that decides what may be pruned (:func:`find_blocks`) and what may
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
 
 from .._checks import FLOATS
 
@@ -24,12 +26,27 @@ PACKED = "wanda_packed"  # quant_method of packed checkpoints (wanda_kernels/pac
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """What is pruned: the weight, [C_out, C_in], of a module whose first argument is its input."""
+
+    module: nn.Linear
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    def watch(self, told: Callable[[Tensor], None]) -> RemovableHandle:
+        """``told`` gets each input, [.., C_in], just before it is used."""
+        return self.module.register_forward_pre_hook(lambda _module, inputs: told(inputs[0]))
+
+
+@dataclass(frozen=True)
 class Block:
-    """One decoder block: its name in the model, the module, and its linear layers by their name inside it."""
+    """One decoder block: its name in the model, the module, and its matrices by their name inside it."""
 
     name: str
     module: nn.Module
-    linears: dict[str, nn.Linear]
+    matrices: dict[str, Matrix]
 
 
 def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
@@ -55,8 +72,8 @@ def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
     prefix, stack = _find_stack(model)
     blocks = []
     for index, module in enumerate(stack):
-        linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-        blocks.append(Block(f"{prefix}.{index}", module, linears))
+        matrices = {name: Matrix(child) for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+        blocks.append(Block(f"{prefix}.{index}", module, matrices))
     for block in blocks:
         _refuse_other_weights(block)
     _refuse_shared_weights(model, blocks)
@@ -146,8 +163,8 @@ def refuse_other_computations(blocks: list[Block]) -> None:
     """Raises ValueError where a layer's weight may be used otherwise than its input's norms say: its mask would be
     wrong."""
     for block in blocks:
-        for name, linear in block.linears.items():
-            reason = _what_it_computes(linear)
+        for name, matrix in block.matrices.items():
+            reason = _what_it_computes(matrix.module)
             if reason is not None:
                 raise ValueError(f"{block.name}.{name} cannot be pruned: {reason}")
 
@@ -155,7 +172,7 @@ def refuse_other_computations(blocks: list[Block]) -> None:
 def _refuse_overlaps(model: nn.Module, blocks: list[Block]) -> None:
     """Two weights in the same memory would be pruned twice, or another one with them."""
     named = {id(tensor): (name, tensor) for name, tensor in model.named_parameters() if not tensor.is_meta}
-    mine = {id(linear.weight) for block in blocks for linear in block.linears.values()}
+    mine = {id(matrix.weight) for block in blocks for matrix in block.matrices.values()}
     spans = []
     for name, tensor in named.values():
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -196,7 +213,7 @@ def _refuse_other_weights(block: Block) -> None:
     """A block whose matrices are not all in nn.Linear would be pruned in part without a word: refuse it."""
     for name, module in block.module.named_modules():
         _refuse_computed_weights(f"{block.name}.{name}".rstrip("."), module)
-    in_linears = {id(linear.weight) for linear in block.linears.values()}
+    in_linears = {id(matrix.weight) for matrix in block.matrices.values()}
     others = [
         (name, parameter)
         for name, parameter in block.module.named_parameters()
@@ -205,11 +222,11 @@ def _refuse_other_weights(block: Block) -> None:
     for name, parameter in sorted(others, key=lambda other: -other[1].dim()):  # experts before their router
         kind = "a fused expert tensor" if "expert" in name else "not the weight of an nn.Linear"
         raise ValueError(f"{block.name}.{name} {list(parameter.shape)} is {kind}: it cannot be pruned")
-    for name, linear in block.linears.items():
-        if linear.weight.dtype not in FLOATS or linear.weight.dim() != 2:
+    for name, matrix in block.matrices.items():
+        if matrix.weight.dtype not in FLOATS or matrix.weight.dim() != 2:
             raise ValueError(
-                f"{block.name}.{name}.weight must be float32, bfloat16 or float16, got {linear.weight.dtype} "
-                f"{list(linear.weight.shape)} (quantised weights have to be dequantised first)"
+                f"{block.name}.{name}.weight must be float32, bfloat16 or float16, got {matrix.weight.dtype} "
+                f"{list(matrix.weight.shape)} (quantised weights have to be dequantised first)"
             )
 
 
@@ -220,16 +237,16 @@ def _refuse_shared_weights(model: nn.Module, blocks: list[Block]) -> None:
         if not any(name.startswith(f"{block.name}.") for block in blocks)
     }
     for block in blocks:
-        for name, linear in block.linears.items():
+        for name, matrix in block.matrices.items():
             full = f"{block.name}.{name}.weight"
-            owner = owners.setdefault(id(linear.weight), full)
+            owner = owners.setdefault(id(matrix.weight), full)
             if owner != full:
                 raise ValueError(f"{full} is shared with {owner}: shared weights cannot be pruned")
 
 
 def _refuse_devices(blocks: list[Block], mapped: bool) -> None:
     """``mapped``: accelerate moves activations from device to device."""
-    devices = {linear.weight.device for block in blocks for linear in block.linears.values()}
+    devices = {matrix.weight.device for block in blocks for matrix in block.matrices.values()}
     names = ", ".join(sorted(str(device) for device in devices))
     if torch.device("meta") in devices and mapped:
         raise ValueError(f"the device map leaves weights on a disk (they are on: {names}): stream the model instead")
@@ -240,9 +257,9 @@ def _refuse_devices(blocks: list[Block], mapped: bool) -> None:
 def refuse_non_finite(blocks: list[Block]) -> None:
     """Raises ValueError naming the first linear layer whose weight holds NaN or inf. One read of each weight."""
     for block in blocks:
-        for name, linear in block.linears.items():
-            low, high = torch.aminmax(linear.weight.detach())  # NaN wins in both
-            if linear.weight.numel() and not bool(torch.isfinite(low) & torch.isfinite(high)):
+        for name, matrix in block.matrices.items():
+            low, high = torch.aminmax(matrix.weight.detach())  # NaN wins in both
+            if matrix.weight.numel() and not bool(torch.isfinite(low) & torch.isfinite(high)):
                 raise ValueError(f"{block.name}.{name}.weight holds NaN or inf: refusing to prune it")
 
 

@@ -5,48 +5,51 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear as product
 
-from .blocks import Block
+from .blocks import Block, Matrix
 from .progress import Progress
 from .recording import Call, run_block
-from .report import relative_error
 
 
 def exact_errors(
     block: Block, hidden: Iterable[Tensor], calls: Sequence[Call], dense: dict[str, Tensor], progress: Progress
-) -> dict[str, float]:
-    """||X (W - W')^T||_F / ||X W^T||_F by layer name, W dense and W' pruned, X from the dense block.
+) -> Tensor:
+    """||X (W - W')^T||_F^2 and ||X W^T||_F^2, W dense and W' pruned, X from the dense block.
 
     Runs the block once more with its ``dense`` weights; the pruned ones are back afterwards, whatever happens.
-    """
-    pruned = {name: linear.weight.data for name, linear in block.linears.items()}
-    lost = dict.fromkeys(pruned, 0.0)
-    whole = dict.fromkeys(pruned, 0.0)
 
-    def watch(name: str, linear: nn.Linear):  # type: ignore[no-untyped-def]
+    Returns:
+        [batches, 2 x matrices], float64: both sums of each matrix after each other.
+    """
+    pruned = {name: matrix.weight.data for name, matrix in block.matrices.items()}
+    sums = torch.zeros(len(calls), len(pruned), 2, dtype=torch.float64)
+    row = 0
+
+    def watch(column: int, name: str, matrix: Matrix):  # type: ignore[no-untyped-def]
         difference = dense[name] - pruned[name]
 
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            lost[name] += float(product(inputs[0], difference).float().square().sum(dtype=torch.float64))
-            whole[name] += float(product(inputs[0], dense[name]).float().square().sum(dtype=torch.float64))
+        def add(x: Tensor) -> None:
+            for place, weight in enumerate((difference, dense[name])):
+                sums[row, column, place] += product(x, weight).float().square().sum(dtype=torch.float64).cpu()
 
-        return linear.register_forward_pre_hook(hook)
+        return matrix.watch(add)
 
-    handles = [watch(name, linear) for name, linear in block.linears.items()]
+    handles = [watch(column, name, matrix) for column, (name, matrix) in enumerate(block.matrices.items())]
     try:
-        for name, linear in block.linears.items():
-            linear.weight.data = dense[name]
-        for batch, call in zip(hidden, calls, strict=True):
-            run_block(block, batch, call)
+        for name, matrix in block.matrices.items():
+            matrix.weight.data = dense[name]
+        for batch, (x, call) in enumerate(zip(hidden, calls, strict=True)):
+            row = batch
+            run_block(block, x, call)
             progress.advance()
     finally:
         for handle in handles:
             handle.remove()
-        for name, linear in block.linears.items():
-            linear.weight.data = pruned[name]
-    return {name: relative_error(lost[name], whole[name]) for name in pruned}
+        for name, matrix in block.matrices.items():
+            matrix.weight.data = pruned[name]
+    return sums.flatten(1)
 
 
 def mean_threshold(dense: Tensor, pruned: Tensor, norm: Tensor) -> float:

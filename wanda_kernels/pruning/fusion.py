@@ -128,7 +128,7 @@ def observe(block: Block, hidden: Tensor, call: Call, fuse: bool = True) -> Plan
         ValueError: where a linear layer received no input.
     """
     seen = _Observation()
-    handles = [linear.register_forward_hook(seen.linear(name)) for name, linear in block.linears.items()]
+    handles = [m.module.register_forward_hook(seen.linear(name)) for name, m in block.matrices.items()]
     for name, module in block.module.named_modules():
         if fuse and (_is_rms_norm(module) or _is_mlp(module)):
             handles.append(module.register_forward_hook(seen.module(name), with_kwargs=True))
@@ -137,7 +137,7 @@ def observe(block: Block, hidden: Tensor, call: Call, fuse: bool = True) -> Plan
     finally:
         for handle in handles:
             handle.remove()
-    silent = block.linears.keys() - set(seen.order)
+    silent = block.matrices.keys() - set(seen.order)
     if silent:
         raise ValueError(
             f"{block.name}.{min(silent)} received no input during calibration (its weight is used outside its "

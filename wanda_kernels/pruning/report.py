@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .._words import percent, to_json
-from .methods.options import MethodOptions
+from .spec import PruneSpec
 
 
 @dataclass
@@ -64,23 +64,39 @@ class PruningReport:
     """The outcome of :func:`wanda_kernels.prune`.
 
     Attributes:
-        method, sparsity, pattern, propagate: what was asked for.
-        options: of the method, where they are not the default.
+        spec: what was asked for.
         samples, length: calibration sequences and tokens in each (0 where the method uses none).
         layers: one :class:`LayerReport` per pruned linear layer, in the model's order.
         seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``; the command line adds
             ``load`` and ``saving``).
     """
 
-    method: str
-    sparsity: float
-    pattern: str | None
-    propagate: str
+    spec: PruneSpec
     samples: int
     length: int
-    options: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return self.spec.method.name
+
+    @property
+    def sparsity(self) -> float:
+        return self.spec.sparsity
+
+    @property
+    def pattern(self) -> str | None:
+        return str(self.spec.pattern) if self.spec.pattern else None
+
+    @property
+    def propagate(self) -> str:
+        return self.spec.propagate
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the method, where they are not the default."""
+        return self.spec.options()
 
     @property
     def achieved_sparsity(self) -> float:
@@ -89,7 +105,10 @@ class PruningReport:
 
     def to_dict(self, seconds: bool = True) -> dict:
         """Plain data. Without ``seconds`` it is the same for every run of the same command."""
-        data = asdict(self) | {"achieved_sparsity": self.achieved_sparsity}
+        names = ("method", "sparsity", "pattern", "propagate", "samples", "length", "options")
+        data = {name: getattr(self, name) for name in names}
+        data |= {"layers": [asdict(layer) for layer in self.layers], "seconds": dict(self.seconds)}
+        data["achieved_sparsity"] = self.achieved_sparsity
         if not seconds:
             del data["seconds"]
             for layer in data["layers"]:
@@ -129,8 +148,8 @@ class PruningReport:
             table.add_row(*map(Text, row))
         yield table
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.seconds.items())
-        asked = self.options.get("damping", MethodOptions.damping)
+        asked = getattr(self.spec.method, "damping", None)
         for layer in self.layers:
-            if layer.damping is not None and layer.damping > asked:
+            if layer.damping is not None and asked is not None and layer.damping > asked:
                 yield Text(f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did")
         yield Text(f"sparsity {percent(self.achieved_sparsity, 2)}; {parts}")

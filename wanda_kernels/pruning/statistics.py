@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..methods import LayerInputs
 from ..ops import add_sqnorm_
 from .blocks import Block
 from .fusion import Plan
-from .methods.inputs import LayerInputs
 from .recording import Call, run_block
 from .stopwatch import Stopwatch
 
@@ -35,10 +36,10 @@ class BlockStatistics:
         block: the block to watch.
         samples: the number of calibration sequences, over all batches.
         plan: what a run of a block of this kind has shown.
-        hessians: also accumulate the Hessian of each distinct input, in the same pass.
+        grams: also accumulate the Hessian of each distinct input, in the same pass.
     """
 
-    def __init__(self, block: Block, samples: int, plan: Plan, stopwatch: Stopwatch, hessians: bool = False) -> None:
+    def __init__(self, block: Block, samples: int, plan: Plan, stopwatch: Stopwatch, grams: bool = False) -> None:
         self._block = block
         self._samples = samples
         self._plan = plan
@@ -48,7 +49,8 @@ class BlockStatistics:
         self._held: list[tuple[str, Tensor, int]] = []
         self._rows = slice(0, 0)
         self._sqnorm: dict[str, Tensor] = {}
-        self._hessians: dict[str, Tensor] | None = {} if hessians else None
+        self._hessians: dict[str, Tensor] | None = {} if grams else None
+        self._names: list[str] = []  # of the distinct inputs, where processes share them
         self.source: dict[str, str] = {}  # layer -> the layer whose input it shares
 
     def path(self, layer: str) -> str:
@@ -57,18 +59,12 @@ class BlockStatistics:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self._block.linears.items()]
+        handles = [matrix.watch(functools.partial(self._add, name)) for name, matrix in self._block.matrices.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._add(name, inputs[0])
-
-        return hook
 
     def run(self, hidden: Tensor, call: Call, first_sample: int, whole: bool) -> Tensor | None:
         """Run the block on one batch and add its inputs up.
@@ -143,6 +139,19 @@ class BlockStatistics:
         with self._stopwatch.measure("exchange"):
             for sqnorm in self._sqnorm.values():
                 processes.exchange_rows_(sqnorm, samples)
+
+    def hand_on_grams(self, processes: Processes, source: int) -> None:
+        """All take the Hessians of process ``source``, which has added its sequences to those of the ones before."""
+        assert self._hessians is not None
+        if source == 0:
+            self._names = processes.agree_on(list(self._hessians))
+        with self._stopwatch.measure("exchange"):
+            for name in self._names:
+                cols = self._block.matrices[name].weight.shape[1]
+                if name not in self._hessians:
+                    self._hessians[name] = torch.zeros(cols, cols, dtype=torch.float32, device=processes.device)
+                rows = [range(cols) if rank == source else range(0) for rank in range(processes.size)]
+                processes.exchange_rows_(self._hessians[name], rows)
 
     def inputs(self) -> dict[str, LayerInputs]:
         """Layer -> what is known of its inputs, one object for all that share them.

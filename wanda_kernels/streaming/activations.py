@@ -130,6 +130,10 @@ class SavedActivations(Activations):
         super().flip()
         self._turn += 1
 
+    def clear(self) -> None:
+        super().clear()
+        self._turn = 0
+
     def saver(self) -> Callable[[], Stored]:
         """A function, for another thread, that writes the current inputs and says where they are."""
         batches, turn = list(self), self._turn
@@ -173,6 +177,10 @@ class SpilledActivations(Activations):
         self._dtype = torch.float32
         self._shapes: list[list[int]] = []
         self._set: set[int] = set()
+
+    def clear(self) -> None:
+        self._turn, self._shapes = 0, []
+        self._set.clear()
 
     def _offset(self, index: int) -> int:
         return sum(torch.Size(shape).numel() for shape in self._shapes[:index]) * self._dtype.itemsize

@@ -15,8 +15,7 @@ from ..memory import give_back_freed
 from ..models.checkpoint import DTYPES, Checkpoint, CheckpointWriter
 from ..pruning.activations import Activations
 from ..pruning.blocks import Block, refuse_non_finite
-from ..pruning.residence import Residence
-from ..pruning.run import Run
+from ..pruning.source import BlockSource, Done
 from ..pruning.stopwatch import Stopwatch
 from .activations import SavedActivations, SpilledActivations
 from .skeleton import drop, put, shared_names, tensor_of
@@ -26,7 +25,7 @@ ALIGNMENT = 64  # bytes, as torch's own allocations
 Commit = Callable[[dict[str, Any]], None]
 
 
-class StreamedBlocks(Residence):
+class StreamedBlocks(BlockSource):
     """Two blocks in memory: the one in work, and the one that is being written or read.
 
     One thread reads and writes, in order: block i and its state out, then block i + 2 into the same memory.
@@ -51,8 +50,8 @@ class StreamedBlocks(Residence):
         device: torch.device,
         stopwatch: Stopwatch,
     ) -> None:
+        super().__init__(blocks)
         self._model = model
-        self._blocks = blocks
         self._checkpoint = checkpoint
         self._writer = writer
         self._commit = commit
@@ -65,7 +64,6 @@ class StreamedBlocks(Residence):
         self._reads: dict[int, Future[None]] = {}
         self._written: Future[None] | None = None
         self._rest: Future[None] | None = None
-        self._outside: list[list[str]] = []
         self._io = ThreadPoolExecutor(1, thread_name_prefix="wanda-streaming")
 
     def _names_of(self, block: Block) -> list[str]:
@@ -88,35 +86,37 @@ class StreamedBlocks(Residence):
         """Of the largest block."""
         return max(max((place.stop for place in places.values()), default=0) for places in self._places)
 
-    def load_outside(self) -> None:
-        """What runs before the blocks: all but the blocks and the output embedding. It goes with the first block."""
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Inside, all but the blocks and the output embedding is loaded."""
         head = self._model.get_output_embeddings()  # type: ignore[operator]
         in_head = {f"{name}.weight" for name, module in self._model.named_modules() if module is head}
         in_head |= {name.removesuffix("weight") + "bias" for name in in_head}
         in_blocks = {name for names in self._names for name in names}
-        self._outside = [g for g in self._groups if g[0] not in in_blocks and not in_head.issuperset(g)]
-        for names in self._outside:
-            found = next(name for name in names if name in self._checkpoint.entries)
-            tensor = self._checkpoint.load(found).to(self._device)
-            for name in names:
-                put(self._model, name, tensor)
-        for name, buffer in list(self._model.named_buffers()):
-            put(self._model, name, buffer.to(self._device))
-
-    def _begin(self, index: int) -> None:
-        for names in self._outside:
+        outside = [g for g in self._groups if g[0] not in in_blocks and not in_head.issuperset(g)]
+        with self._stopwatch.measure("load"):
+            for names in outside:
+                found = next(name for name in names if name in self._checkpoint.entries)
+                tensor = self._checkpoint.load(found).to(self._device)
+                for name in names:
+                    put(self._model, name, tensor)
+            for name, buffer in list(self._model.named_buffers()):
+                put(self._model, name, buffer.to(self._device))
+        yield
+        for names in outside:
             for name in names:
                 drop(self._model, name)
-        pinned = self._device.type == "cuda"
-        self._slots = [torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+
+    def begin(self, index: int) -> None:
+        if not self._slots:
+            pinned = self._device.type == "cuda"
+            self._slots = [torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         for first in (index, index + 1):
             self._submit_read(first)
 
     def _submit_read(self, index: int) -> None:
-        if index < len(self._blocks):
+        if index < len(self.blocks):
             self._reads[index] = self._io.submit(self._read, index)
-        elif self._rest is None:
-            self._rest = self._io.submit(self._copy_rest)
 
     def _view(self, index: int, name: str) -> Tensor:
         entry = self._checkpoint.entries[name]
@@ -128,15 +128,13 @@ class StreamedBlocks(Residence):
 
     @contextmanager
     def holding(self, index: int) -> Iterator[None]:
-        if not self._slots:
-            self._begin(index)
         if self._written is not None and self._written.done():
             self._written.result()  # a full disk is told at once
         with self._stopwatch.measure("load"):
             self._reads.pop(index).result()
         for name in self._names[index]:
             put(self._model, name, self._view(index, name).to(self._device))
-        refuse_non_finite([self._blocks[index]])
+        refuse_non_finite([self.blocks[index]])
         yield
         for name in self._names[index]:
             tensor, view = tensor_of(self._model, name), self._view(index, name)
@@ -145,24 +143,30 @@ class StreamedBlocks(Residence):
             drop(self._model, name)
         give_back_freed()  # else glibc keeps what was freed in pieces: 30 MB more with each block of 100 MB
 
-    def finished(self, index: int, run: Run, activations: Activations | None) -> None:
+    def passed(self, index: int) -> None:
+        self._submit_read(index + 2)
+
+    def finished(self, index: int, done: Done, activations: Activations | None) -> None:
         self.wait()
         assert activations is None or isinstance(activations, SavedActivations | SpilledActivations)
-        last = index == len(self._blocks) - 1
+        last = index == len(self.blocks) - 1
         saver = None if activations is None or last else activations.saver()
-        layers = [asdict(layer) for layer in run.layers]
+        layers = [asdict(layer) for layer in done.layers]
+        state = {"done": done.blocks, "layers": layers, "sparsities": done.sparsities}
 
         def write() -> None:
             if self._writer is not None:
                 for name in self._names[index]:
                     self._writer.write(name, self._view(index, name))
                 self._writer.sync()
-            if self._commit is not None and run.can_resume:
+            if self._commit is not None and done.can_resume:
                 stored = None if saver is None else saver().to_dict()
-                self._commit({"done": index + 1, "layers": layers, "activations": stored})
+                self._commit(state | {"activations": stored})
 
         self._written = self._io.submit(write)
         self._submit_read(index + 2)
+        if index + 2 >= len(self.blocks) and self._rest is None:
+            self._rest = self._io.submit(self._copy_rest)
 
     def wait(self) -> None:
         """Until the last finished block and its state are on the disk. Raises what went wrong there."""

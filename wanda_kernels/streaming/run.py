@@ -16,20 +16,19 @@ from .._words import to_json
 from ..distributed import Processes
 from ..models.checkpoint import Checkpoint, CheckpointWriter
 from ..models.load import choose_device
-from ..models.modes import evaluating
 from ..models.save import check_bytes, check_output
-from ..pruning.blocks import Block, find_blocks, refuse_other_computations
-from ..pruning.driver import check_input_ids, check_options, default_batch_size, refuse_in_shares
-from ..pruning.methods.options import OptionArguments
+from ..pruning.blocks import Block, find_blocks
+from ..pruning.driver import check_blocks, check_input_ids
+from ..pruning.loop import Loop, default_batch_size
 from ..pruning.progress import Progress
 from ..pruning.report import PruningReport
-from ..pruning.run import Run
-from ..pruning.selection import Target
+from ..pruning.source import Done
+from ..pruning.spec import PruneSpec, SpecArguments
 from ..pruning.stopwatch import Stopwatch
 from .activations import SavedActivations, SpilledActivations, Stored, TwoFiles
 from .blocks import Commit, StreamedBlocks
 from .skeleton import build
-from .state import identity, layers_of, refuse_other_run
+from .state import done_of, identity, refuse_other_run
 from .workfolder import WorkFolder, path_for, read_state
 
 ACTIVATION_MEMORY = 4 * 2**30
@@ -41,13 +40,7 @@ def stream_prune(
     out: str | Path,
     input_ids: Tensor | None = None,
     *,
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    method: str = "wanda",
-    propagate: str = "pruned",
-    batch_size: int | None = None,
-    exact_error: bool = False,
-    fuse_statistics: bool = True,
+    spec: PruneSpec | None = None,
     dtype: str = "auto",
     device: str = "auto",
     offload: str | Path | None = None,
@@ -57,7 +50,7 @@ def stream_prune(
     tokenizer: Any = None,
     processes: Processes | None = None,
     progress: Progress | None = None,
-    **method_options: Unpack[OptionArguments],
+    **arguments: Unpack[SpecArguments],
 ) -> PruningReport:
     """Prune a safetensors checkpoint to another folder with two blocks in memory.
 
@@ -68,8 +61,7 @@ def stream_prune(
     Args:
         model: a folder with config.json and ``model.safetensors``, or shards and their index.
         out: folder to write, whole or not at all.
-        input_ids, sparsity, pattern, method, propagate, batch_size, exact_error, fuse_statistics, processes,
-            progress, method_options: as for :func:`wanda_kernels.prune`, without ``owl``. The first of several
+        input_ids, spec, arguments, processes, progress: as for :func:`wanda_kernels.prune`. The first of several
             processes writes; none keeps a state.
         dtype: ``auto``, or the checkpoint's own.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -88,11 +80,7 @@ def stream_prune(
         OSError: reading or writing failed; the state is kept.
     """
     model, out = Path(model).expanduser(), Path(out)
-    target = Target.resolve(method, sparsity, pattern, **method_options)
-    check_options(propagate, batch_size)
-    refuse_in_shares(processes, exact_error, target)
-    if target.options.owl:
-        raise ValueError("owl needs a pass over all blocks before the first is pruned: it is not for streaming")
+    spec = PruneSpec.of(spec, arguments)
     alone = processes is None or processes.size == 1
     if resume and not alone:
         raise ValueError("resuming is for one process: several keep no state")
@@ -106,23 +94,15 @@ def stream_prune(
     checkpoint = Checkpoint(model)
     skeleton = build(model, checkpoint, dtype)
     blocks = find_blocks(skeleton, meta=True)
-    refuse_other_computations(blocks)
-    for block in blocks:
-        for name, linear in block.linears.items():
-            target.check(f"{block.name}.{name}", linear.weight)
-    ids = check_input_ids(skeleton, input_ids, target) if target.needs_calibration else None
-    size = 0 if ids is None else batch_size or default_batch_size(place, ids.shape[1])
-    options: dict[str, Any] = {
-        "method": method, "sparsity": target.sparsity, "pattern": str(target.pattern) if target.pattern else None,
-        "method options": target.options.to_dict(),
-        "propagate": propagate, "batch_size": size, "exact_error": exact_error, "fuse_statistics": fuse_statistics,
-    }  # fmt: skip
-    run = Run(target, Stopwatch(place), progress or Progress(), processes=processes)
-    job = _Job(run, skeleton, blocks, checkpoint, ids, options, place, activation_memory)
-    begun_with = identity(options, ids, checkpoint, place)
+    check_blocks(blocks, spec)
+    ids = check_input_ids(skeleton, input_ids, spec)
+    if ids is not None and spec.batch_size is None:  # what a run begins with decides
+        spec = spec.with_batch_size(default_batch_size(place, ids.shape[1]))
+    job = _Job(spec, skeleton, blocks, checkpoint, ids, place, activation_memory, processes, progress)
+    begun_with = identity(spec.to_dict(), ids, checkpoint, place)
     if processes is not None:
         processes.refuse_differences(begun_with)
-    options["offload"] = None if offload is None else str(Path(offload).resolve())  # where a state's activations are
+    begun_with["option"]["offload"] = None if offload is None else str(Path(offload).resolve())
     if processes is None or processes.is_first:
         with _work_folder(out, job, resume, begun_with, offload) as (work, state):
 
@@ -131,51 +111,53 @@ def stream_prune(
 
             assert work.files is not None
             writer = CheckpointWriter(work.folder, checkpoint)
-            job.work_through(state, work.files, writer, commit if alone else None)
-            report = job.report()
+            report = job.work_through(state, work.files, writer, commit if alone else None)
             _add_small_files(work.folder, checkpoint, tokenizer, report)
             work.publish(overwrite)
         return report
     own = path_for(out).with_suffix(f".rank{processes.rank}")
     files = TwoFiles.beside(own, offload or out.parent, nameless=True)
     try:
-        job.work_through(None, files, None, None)
+        return job.work_through(None, files, None, None)
     finally:
         files.remove()
-    return job.report()
 
 
 @dataclass
 class _Job:
     """What is pruned, and how."""
 
-    run: Run
+    spec: PruneSpec
     skeleton: Any
     blocks: list[Block]
     checkpoint: Checkpoint
     ids: Tensor | None
-    options: dict[str, Any]
     device: torch.device
     activation_memory: int
+    processes: Processes | None
+    progress: Progress | None
 
     def work_through(
         self, state: dict[str, Any] | None, files: TwoFiles, writer: CheckpointWriter | None, commit: Commit | None
-    ) -> None:
+    ) -> PruningReport:
         """All blocks that ``state`` does not have, to ``writer``."""
-        streamed = StreamedBlocks(
-            self.skeleton, self.blocks, self.checkpoint, writer, commit, self.device, self.run.stopwatch
-        )
-        self.run.residence = streamed
-        stored = self._go_on_from(state)
+        stopwatch = Stopwatch(self.device)
+        source = StreamedBlocks(self.skeleton, self.blocks, self.checkpoint, writer, commit, self.device, stopwatch)
         try:
-            if self.run.first < len(self.blocks):
-                with torch.no_grad(), evaluating(self.skeleton):
-                    self._prune(streamed, stored, files)
-            streamed.finish()
+            done, stored = _go_on_from(state)
+            hidden = None
+            if self.ids is not None:
+                hidden = self._activations(self.ids, files, source)
+                if stored is not None:
+                    hidden.restore(stored)
+            loop = Loop(self.spec, self.skeleton, source, self.device, stopwatch, self.progress, self.processes, done)
+            loop.run(self.ids, hidden)
+            source.finish()
             if writer is not None:
                 writer.check_whole()
+            return loop.report()
         finally:
-            streamed.close()
+            source.close()
             files.close()
             self.checkpoint.close()
             if writer is not None:
@@ -185,67 +167,40 @@ class _Job:
         """Raises ValueError where ``state`` cannot be gone on from: another model's, or not what the files hold."""
         if state["blocks"] != len(self.blocks):
             raise ValueError(f"it is of {state['blocks']} blocks, the model has {len(self.blocks)}")
-        stored = self._go_on_from(state)
-        blocks = self.blocks[: self.run.first]
+        done, stored = _go_on_from(state)
+        blocks = self.blocks[: done.blocks]
         layers = [
-            (f"{block.name}.{name}", tuple(m.weight.shape)) for block in blocks for name, m in block.linears.items()
+            (f"{block.name}.{name}", tuple(m.weight.shape)) for block in blocks for name, m in block.matrices.items()
         ]
-        if [(layer.name, layer.shape) for layer in self.run.layers] != layers:
-            raise ValueError(f"it reports on {len(self.run.layers)} layers, {len(layers)} are done, or on others")
-        if (stored is None) != (self.ids is None or self.run.first == len(self.blocks)):
+        if [(layer.name, layer.shape) for layer in done.layers] != layers:
+            raise ValueError(f"it reports on {len(done.layers)} layers, {len(layers)} are done, or on others")
+        if (None if done.sparsities is None else len(done.sparsities)) != (len(self.blocks) if self.spec.owl else None):
+            raise ValueError(f"it has the sparsities {str(done.sparsities)[:100]}")
+        if (stored is None) != (self.ids is None or done.blocks == len(self.blocks)):
             raise ValueError("its activations do not fit the number of blocks that are done")
         if stored is not None:
             assert self.ids is not None
-            stored.check(self.run.first, self.ids.split(self.options["batch_size"]), self.skeleton.dtype)
+            assert self.spec.batch_size is not None
+            stored.check(done.blocks, self.ids.split(self.spec.batch_size), self.skeleton.dtype)
             files.check(stored)
-        done = tuple(f"{block.name}." for block in blocks)
-        writer.check_written(name for name in self.checkpoint.entries if name.startswith(done))
+        begun = tuple(f"{block.name}." for block in blocks)
+        writer.check_written(name for name in self.checkpoint.entries if name.startswith(begun))
 
-    def _go_on_from(self, state: dict[str, Any] | None) -> Stored | None:
-        if state is None:
-            return None
-        self.run.first = state["done"]
-        self.run.layers = layers_of(state)
-        return None if state["activations"] is None else Stored.from_dict(state["activations"])
-
-    def _prune(self, streamed: StreamedBlocks, stored: Stored | None, files: TwoFiles) -> None:
-        if self.ids is None:
-            self.run.without_calibration(self.blocks)
-            return
-        hidden = self._activations(files, streamed)
-        if stored is not None:
-            hidden.restore(stored)
-        with self.run.stopwatch.measure("load"):
-            streamed.load_outside()
-        batches = list(self.ids.to(self.device).split(self.options["batch_size"]))
-        how = self.options
-        self.run.with_calibration(
-            self.skeleton, self.blocks, batches, how["propagate"], how["exact_error"], how["fuse_statistics"], hidden
-        )
-
-    def _activations(self, files: TwoFiles, streamed: StreamedBlocks) -> SavedActivations | SpilledActivations:
-        assert self.ids is not None
+    def _activations(
+        self, ids: Tensor, files: TwoFiles, source: StreamedBlocks
+    ) -> SavedActivations | SpilledActivations:
         width = self.skeleton.config.get_text_config().hidden_size
-        processes = self.run.processes
-        needed = self.ids.numel() * width * self.skeleton.dtype.itemsize // (1 if processes is None else processes.size)
-        if needed > self.activation_memory:
-            return SpilledActivations(files, streamed.wait, self.device)
-        keep = self.options["exact_error"] and self.options["propagate"] == "dense"
-        return SavedActivations(files, streamed.wait, self.device, keep)
+        ranks = 1 if self.processes is None else self.processes.size
+        if ids.numel() * width * self.skeleton.dtype.itemsize // ranks > self.activation_memory:
+            return SpilledActivations(files, source.wait, self.device)
+        keep = self.spec.exact_error and self.spec.propagate == "dense"
+        return SavedActivations(files, source.wait, self.device, keep)
 
-    def report(self) -> PruningReport:
-        target = self.run.target
-        return PruningReport(
-            method=self.options["method"],
-            sparsity=target.sparsity,
-            pattern=str(target.pattern) if target.pattern else None,
-            propagate=self.options["propagate"],
-            samples=0 if self.ids is None else self.ids.shape[0],
-            length=0 if self.ids is None else self.ids.shape[1],
-            options=target.options.to_dict(),
-            layers=self.run.layers,
-            seconds=self.run.stopwatch.seconds(),
-        )
+
+def _go_on_from(state: dict[str, Any] | None) -> tuple[Done, Stored | None]:
+    if state is None:
+        return Done(), None
+    return done_of(state), None if state["activations"] is None else Stored.from_dict(state["activations"])
 
 
 def check_leftovers(out: Path, resume: bool, overwrite: bool, source: str | Path | None = None) -> None:
@@ -255,7 +210,7 @@ def check_leftovers(out: Path, resume: bool, overwrite: bool, source: str | Path
     if overwrite and not resume:
         return
     if read_state(out) is not None and not resume:
-        raise FileExistsError(f"{describe(out)}: pass --resume to go on, or --overwrite to start anew")
+        raise FileExistsError(f"{describe(out)}: pass resume=True to go on, or overwrite=True to start anew")
 
 
 def describe(out: Path) -> str | None:
@@ -284,8 +239,8 @@ def _work_folder(
                 job.check_state(state, CheckpointWriter(work.folder, job.checkpoint), files)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"the unfinished run to {out} cannot be gone on with: {error}; pass --overwrite without "
-                    "--resume to start anew"
+                    f"the unfinished run to {out} cannot be gone on with: {error}; pass overwrite=True "
+                    "without resume=True to start anew"
                 ) from error
             work.keep_only(set(job.checkpoint.files))
         there = sum(path.stat().st_size for path in work.folder.iterdir()) if state is not None else 0

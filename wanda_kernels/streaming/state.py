@@ -12,17 +12,18 @@ from torch import Tensor
 from ..identity import differences, of_environment, of_tokens
 from ..models.checkpoint import Checkpoint
 from ..pruning.report import LayerReport
+from ..pruning.source import Done
 
 SHOWN = 3  # differences in an error
 
 
 def identity(
-    options: dict[str, Any], input_ids: Tensor | None, checkpoint: Checkpoint, device: torch.device
+    spec: dict[str, Any], input_ids: Tensor | None, checkpoint: Checkpoint, device: torch.device
 ) -> dict[str, Any]:
     """All that decides a run's result."""
     config = (checkpoint.folder / "config.json").read_bytes()
     return {
-        "option": options,
+        "option": spec,
         "calibration": of_tokens(input_ids),
         "model": {"config.json": hashlib.sha256(config).hexdigest(), "tensor": checkpoint.fingerprints()},
         "environment": of_environment(device),
@@ -36,7 +37,7 @@ def refuse_other_run(then: dict[str, Any], now: dict[str, Any], out: Path) -> No
         more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise ValueError(
             f"the unfinished run to {out} was another one: {'; '.join(found[:SHOWN])}{more}. Give what it began with, "
-            "or --overwrite without --resume to start anew"
+            "or overwrite=True without resume=True to start anew"
         )
 
 
@@ -45,10 +46,13 @@ OPTIONAL_NUMBERS = ("exact_error", "threshold", "damping")
 NOT_FINITE = ("nan", "inf", "-inf")  # as strict JSON has them
 
 
-def layers_of(state: dict[str, Any]) -> list[LayerReport]:
-    """The report on the blocks that are done. Raises ValueError, KeyError or TypeError where it is none: found out
-    now, not where the report is printed after all the work."""
-    return [_layer(data) for data in state["layers"]]
+def done_of(state: dict[str, Any]) -> Done:
+    """What a run has done. Raises ValueError, KeyError or TypeError where the report on it is none: found out now, not
+    where it is printed after all the work."""
+    shares = state["sparsities"]
+    if shares is not None and not all(type(share) in (int, float) and 0 <= share < 1 for share in shares):
+        raise ValueError(f"its sparsities are {str(shares)[:100]}")
+    return Done(state["done"], [_layer(data) for data in state["layers"]], shares)
 
 
 def _layer(data: dict[str, Any]) -> LayerReport:

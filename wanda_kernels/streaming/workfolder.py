@@ -21,7 +21,7 @@ from ..models.checkpoint import open_own
 from ..models.save import put_in_place
 from .activations import TwoFiles
 
-VERSION = 3
+VERSION = 4
 
 
 class WorkFolder:
@@ -159,7 +159,7 @@ def read_state(out: Path) -> dict[str, Any] | None:
         return None
     with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
         content = file.read()
-    advice = "pass --overwrite without --resume to start anew"
+    advice = "pass overwrite=True without resume=True to start anew"
     try:
         state = json.loads(content)
     except ValueError as error:

@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any
 
-from ..pruning.methods.options import ABLATIONS
-from ..pruning.selection import Pattern, Target
+from ..methods import METHODS, Pattern, options_of
+from ..pruning.spec import PruneSpec
 
 COMPARED = ("magnitude", "sparsegpt", "wanda")
 GROUPS = ("layer", "column", "column:128", "row", "row:128")
@@ -54,21 +53,10 @@ class Run:
         calibration = f"{self.samples} samples, seed {self.seed}" if self.samples else "no calibration"
         return f"{self.label} {self.target}, {calibration}"
 
-    def arguments(self) -> dict[str, Any]:
-        """For :func:`wanda_kernels.prune`."""
-        return {
-            "method": self.method,
-            "sparsity": self.sparsity,
-            "pattern": self.pattern,
-            "group": self.group,
-            "variant": self.variant,
-            "weight_update": self.weight_update,
-            "owl": self.owl,
-        }
-
-    def check(self) -> Target:
-        """Raises ValueError where :func:`wanda_kernels.prune` would."""
-        return Target.resolve(**self.arguments())
+    def spec(self, exact_error: bool = False) -> PruneSpec:
+        """Raises ValueError for options that do not go together."""
+        names = ("method", "sparsity", "pattern", "group", "variant", "weight_update", "owl")
+        return PruneSpec(exact_error=exact_error, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,7 @@ def _distinct(runs: Iterable[Run]) -> list[Run]:
     """Each once, in order; with details where one of its mentions has them. Magnitude alone needs no calibration."""
     found: dict[Run, Run] = {}
     for run in runs:
-        if not run.check().needs_calibration:
+        if not run.spec().needs:
             run = replace(run, samples=0, seed=0)
         known = found.get(run, run)
         found[run] = replace(run, detail=run.detail or known.detail)
@@ -117,9 +105,9 @@ def grid(
     targets: list[tuple[float | None, str | None]] = [(s, None) for s in sparsities] + [(None, p) for p in patterns]
     runs = []
     for seed, count, group, (sparsity, pattern), method in itertools.product(seeds, samples, groups, targets, methods):
-        if group is not None and (pattern is not None or method in ABLATIONS):
+        if group is not None and (pattern is not None or "group" not in options_of(method)):
             continue
-        update = False if group is not None and method == "sparsegpt" else None
+        update = False if group is not None and "weight_update" in options_of(method) else None
         runs.append(Run(method, sparsity, pattern, count, seed, group, weight_update=update, detail=group is None))
     return _distinct(runs)
 
@@ -127,15 +115,16 @@ def grid(
 def paper_plan(scale: Scale) -> list[Run]:
     """The paper's comparisons of perplexity, in the order in which they are missed most if a study ends early."""
     n = scale.samples
+    ablations = [name for name, method in METHODS.items() if method.update]
     runs = [Run(method, 0.5, samples=n, detail=True) for method in COMPARED]
     runs += [Run(method, pattern=pattern, samples=n) for pattern in ("4:8", "2:4") for method in COMPARED]
     runs += [Run(method, sparsity, samples=n) for sparsity in scale.sparsities for method in COMPARED]
     runs += [Run(method, 0.5, samples=count) for count in scale.sizes for method in ("sparsegpt", "wanda")]
     for group, method in itertools.product(GROUPS, COMPARED):
-        update = False if method == "sparsegpt" else None
+        update = False if "weight_update" in options_of(method) else None
         runs.append(Run(method, 0.5, samples=n, group=group, weight_update=update))
-    runs += [Run(method, 0.5, samples=n) for method in ABLATIONS]
-    runs += [Run(method, pattern=pattern, samples=n) for pattern in ("4:8", "2:4") for method in ABLATIONS]
+    runs += [Run(method, 0.5, samples=n) for method in ablations]
+    runs += [Run(method, pattern=pattern, samples=n) for pattern in ("4:8", "2:4") for method in ablations]
     runs += [Run("wanda", 0.5, samples=n, variant=True), Run("ria", 0.5, samples=n)]
     runs += [Run(method, 0.6, samples=n, owl=True) for method in COMPARED]
     runs += [Run(method, 0.5, samples=n, seed=seed) for seed in scale.seeds for method in ("sparsegpt", "wanda")]

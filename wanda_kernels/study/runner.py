@@ -42,8 +42,8 @@ class Runner:
         self._windows = windows
         self._on_window = on_window
         self._device = next(model.parameters()).device
-        linears = [linear for block in find_blocks(model) for linear in block.linears.values()]
-        self._dense = [(linear.weight, linear.weight.detach().to("cpu", copy=True)) for linear in linears]
+        matrices = [matrix for block in find_blocks(model) for matrix in block.matrices.values()]
+        self._dense = [(matrix.weight, matrix.weight.detach().to("cpu", copy=True)) for matrix in matrices]
 
     def evaluate(self) -> float:
         return perplexity(self._model, self._windows, self._windows.shape[1], on_window=self._on_window)
@@ -64,7 +64,7 @@ class Runner:
 
         def work() -> None:
             # details come from a run of their own: seconds and memory are those of the pruning alone
-            reports.append(prune(self._model, ids, progress=progress, **run.arguments()))
+            reports.append(prune(self._model, ids, spec=run.spec(), progress=progress))
 
         try:
             start = time.perf_counter()
@@ -79,9 +79,9 @@ class Runner:
                 "peak_memory_bytes": peak,
                 "damped": sum((layer.damping or 0.0) > 0.01 for layer in report.layers),
             }
-            if run.detail and run.check().needs_calibration:
+            if run.detail and run.spec().needs:
                 self._restore()
-                report = prune(self._model, ids, exact_error=True, progress=progress, **run.arguments())
+                report = prune(self._model, ids, spec=run.spec(exact_error=True), progress=progress)
                 names = ("name", "exact_error", "estimated_error", "threshold", "sparsity")
                 outcome["layers"] = [{name: getattr(layer, name) for name in names} for layer in report.layers]
             elif run.detail:

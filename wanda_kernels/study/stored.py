@@ -75,7 +75,7 @@ def checked_run(record: Any, where: str) -> dict[str, Any]:
         raise _wrong(where, "sparsity", "a number where there is no pattern", None)
     try:
         run = run_of(found)
-        run.check()
+        run.spec()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return found | {"label": run.label, "target": run.target}

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from ..pruning.methods.options import ABLATIONS
+from ..methods import METHODS
 from .plan import COMPARED, GROUPS
 
 Row = dict[str, Any]
@@ -53,7 +53,7 @@ def lookup(runs: list[Row], **wanted: Any) -> float | None:
 
 
 def _methods(runs: list[Row]) -> list[str]:
-    order = [*COMPARED, "ria", *ABLATIONS]
+    order = [*COMPARED, *(name for name in METHODS if name not in COMPARED)]
     return sorted({run["method"] for run in runs}, key=order.index)
 
 
@@ -69,7 +69,7 @@ def _grid(runs: list[Row], rows: list[str], columns: list[str], by: str) -> list
 
 
 def perplexity_table(data: Row, published: dict[str, dict[str, float]] | None) -> Table:
-    runs = [run for run in at_base(data["runs"]) if is_plain(run) and run["method"] not in ABLATIONS]
+    runs = [run for run in at_base(data["runs"]) if is_plain(run) and not METHODS[run["method"]].update]
     columns = [target for target in _targets(runs) if target in PATTERNS] or _targets(runs)
     rows = _grid(runs, _methods(runs), columns, "method")
     dense = data["dense"]["perplexity"] if data["dense"] else None
@@ -83,7 +83,7 @@ def perplexity_table(data: Row, published: dict[str, dict[str, float]] | None) -
 
 
 def sparsity_table(data: Row) -> Table:
-    runs = [r for r in at_base(data["runs"]) if is_plain(r) and not r["pattern"] and r["method"] not in ABLATIONS]
+    runs = [r for r in at_base(data["runs"]) if is_plain(r) and not r["pattern"] and not METHODS[r["method"]].update]
     columns = sorted(_targets(runs), key=lambda target: float(target.rstrip("%")))
     rows = [row for row in _grid(runs, _methods(runs), columns, "method") if sum(map(bool, row[1:])) > 1]
     return Table("Sparsity", "Perplexity of unstructured pruning.", ["method", *columns], rows)
@@ -121,14 +121,13 @@ def group_table(data: Row) -> Table:
 
 def update_table(data: Row) -> Table:
     runs = [run for run in at_base(data["runs"]) if is_plain(run)]
-    columns = [target for target in PATTERNS if any(r["target"] == target and r["method"] in ABLATIONS for r in runs)]
+    columns = [
+        target for target in PATTERNS if any(r["target"] == target and METHODS[r["method"]].update for r in runs)
+    ]
     rows = []
-    for name, metric in (("magnitude", "mag"), ("wanda", "wanda")):
-        for label, method in (
-            ("none", name),
-            ("sequential", f"ablate_{metric}_seq"),
-            ("iterative", f"ablate_{metric}_iter"),
-        ):
+    updated = [(m.baseline, m.update, name) for name, m in METHODS.items() if m.baseline and m.update]
+    for name in dict.fromkeys(baseline for baseline, _, _ in updated):
+        for label, method in [("none", name), *((u, n) for baseline, u, n in updated if baseline == name)]:
             cells = [figure(lookup(runs, method=method, target=target)) for target in columns]
             if any(cells):
                 rows.append([name, label, *cells])
@@ -136,15 +135,20 @@ def update_table(data: Row) -> Table:
     return Table("Weight update", caption, ["mask", "update", *columns], rows if columns else [])
 
 
+def _stands_beside(run: Row) -> str | None:
+    method = METHODS[run["method"]]
+    return None if method.update else method.baseline
+
+
 def other_table(data: Row) -> Table:
     runs = at_base(data["runs"])
-    others = [run for run in runs if run["variant"] or run["owl"] or run["method"] == "ria"]
+    others = [run for run in runs if run["variant"] or run["owl"] or _stands_beside(run)]
     others = [run for run in others if not run["group"]]
     rows = []
     for run in others:
         compared = lookup(
             [other for other in runs if is_plain(other)],
-            method="wanda" if run["method"] == "ria" and not run["owl"] else run["method"],
+            method=run["method"] if run["owl"] else _stands_beside(run) or run["method"],
             target=run["target"],
         )
         rows.append([run["label"], run["target"], figure(run["perplexity"]), figure(compared)])

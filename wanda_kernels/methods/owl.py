@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .inputs import LayerInputs
-from .scores import wanda_score
+from .wanda import wanda_score
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""What commands do with a model: check, load, calibrate, prune, evaluate, save; each step is shown."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._words import to_json
+from ..models import load_model, load_tokenizer, save_pretrained
+from ..models.load import check_choices, empty_model, load_config, weight_bytes
+from ..models.save import REPORT, check_bytes
+from ..packed import compress
+from ..packed.model import refuse_unpackable
+from ..pruning import PruneSpec, PruningReport, prune
+from ..pruning.blocks import find_blocks
+from ..pruning.driver import check_blocks
+from ..text import evaluation_ids, load_calibration, perplexity, split_windows
+from .display import PruningDisplay, bar, quiet_libraries, tell_reference, working
+from .options import check_length
+
+if TYPE_CHECKING:
+    from ..distributed import Processes
+
+
+class Session:
+    """One model on a command line. Steps that are not asked for are not done; the model is loaded when it is needed.
+
+    Args:
+        model: a hub id, a folder, or a .gguf file.
+        dtype, device, device_map: as :func:`wanda_kernels.models.load_model` takes them.
+
+    Raises:
+        ValueError, ImportError: for choices that no model can be loaded with.
+    """
+
+    def __init__(self, model: str, dtype: str, device: str, device_map: str | None = None) -> None:
+        self.place = check_choices(dtype, device, device_map)
+        self.name, self._dtype, self._device, self._device_map = model, dtype, device, device_map
+
+    def begin(self) -> None:
+        """From here on files are read."""
+        quiet_libraries()
+        tell_reference(self.place)
+
+    @functools.cached_property
+    def config(self) -> Any:
+        return load_config(self.name)
+
+    def check(self, spec: PruneSpec, out: Path | None = None, packed: bool = False, length: int | None = None) -> None:
+        """What can be known to fail before the model is loaded, from its config and the sizes of its files.
+
+        Raises:
+            ValueError, OSError: it cannot be pruned as ``spec`` says, packed, called with ``length`` tokens, or written
+                to ``out``.
+        """
+        with working(f"checking {self.name}"):
+            if length is not None:
+                check_length(length, self.config)
+            blocks = find_blocks(empty_model(self.config), meta=True)
+            check_blocks(blocks, spec)
+            if packed:
+                refuse_unpackable(blocks)
+            needed = weight_bytes(self.name, self._dtype)
+        if needed is not None and out is not None and not packed:
+            check_bytes(out, needed)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        with working(f"loading the tokenizer of {self.name}"):
+            return load_tokenizer(self.name)
+
+    @functools.cached_property
+    def model(self) -> Any:
+        with working(f"loading {self.name}"):
+            return load_model(self.name, self._dtype, self._device, self._device_map)
+
+    def calibration(self, source: str, samples: int | None, length: int | None, seed: int, **how: Any) -> torch.Tensor:
+        """[samples, length], int64; ``how``: as for :func:`wanda_kernels.load_calibration`."""
+        tokenizer = self.tokenizer
+        with working(f"loading calibration data from {source}"):
+            return load_calibration(source, tokenizer, samples, length, seed, **how)
+
+    def windows(self, text: str, length: int, count: int | None = None) -> torch.Tensor:
+        """The first ``count`` (None: all) of ``text``, [windows, length]. Raises ValueError where there is none."""
+        check_length(length, self.config)
+        tokenizer = self.tokenizer
+        with working(f"loading text from {text}"):
+            ids = evaluation_ids(text, tokenizer)
+        cut = split_windows(ids, length)[:count]
+        if len(cut) == 0:
+            raise ValueError(f"text {text} has {len(ids)} tokens, one window needs {length}: lower --length")
+        return cut
+
+    def prune(
+        self, input_ids: torch.Tensor | None, spec: PruneSpec, processes: Processes | None = None
+    ) -> PruningReport:
+        model = self.model
+        with bar() as shown:
+            return prune(model, input_ids, spec=spec, processes=processes, progress=PruningDisplay(shown))
+
+    def perplexity(self, windows: torch.Tensor, batch_size: int = 1) -> float:
+        model = self.model
+        with bar() as shown:
+            task = shown.add_task("evaluating", total=len(windows))
+            return perplexity(
+                model, windows, windows.shape[1], batch_size, on_window=lambda n: shown.update(task, completed=n)
+            )
+
+    def save(self, out: Path, overwrite: bool, report: PruningReport | None = None) -> None:
+        # Without the seconds, so that the same command gives the same bytes.
+        extra = {} if report is None else {REPORT: to_json(report.to_dict(seconds=False))}
+        with working(f"saving to {out}"):
+            save_pretrained(out, self.model, self.tokenizer, extra=extra, overwrite=overwrite)
+
+    def compress(self) -> Any:
+        with working("packing"):
+            return compress(self.model)

@@ -1,0 +1,335 @@
+"""The loop over the blocks: statistics before selection, then on with the pruned block's outputs.
+
+Source: Wanda (arXiv 2306.11695), algorithm 1, and its reference loop: all statistics of a block come from the block
+before it is pruned, then every linear layer in it is pruned, then it runs again to give the next block's inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import Processes
+from ..identity import of_weights
+from ..methods import LayerInputs, Needs, Outcome
+from ..methods.owl import outlier_ratio
+from ..models.modes import evaluating
+from .activations import Activations
+from .blocks import Block, Matrix, count_zeros
+from .exact_error import exact_errors, mean_threshold
+from .fusion import Plan, kind_of, observe, plans_from_list, plans_to_list
+from .progress import Progress
+from .recording import Call, Recording, record_calls, run_block
+from .report import LayerReport, PruningReport, relative_error
+from .source import BlockSource, Done
+from .spec import PruneSpec
+from .statistics import BlockStatistics
+from .stopwatch import Stopwatch
+
+# Tokens a batch: on two CPU cores 1024 was the fastest (512: +25 %, 4096: +50 %, cache); a GPU wants more.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class Loop:
+    """One pruning run.
+
+    Args:
+        spec: what is pruned how.
+        model: whose blocks the source gives.
+        device: to compute on.
+        progress: told about each step and block.
+        processes: that share the work.
+        done: by a run that this one goes on with.
+    """
+
+    def __init__(
+        self,
+        spec: PruneSpec,
+        model: nn.Module,
+        source: BlockSource,
+        device: torch.device,
+        stopwatch: Stopwatch,
+        progress: Progress | None = None,
+        processes: Processes | None = None,
+        done: Done | None = None,
+    ) -> None:
+        self.spec = spec
+        self.model = model
+        self.source = source
+        self.device = device
+        self.stopwatch = stopwatch
+        self.progress = progress or Progress()
+        self.processes = processes
+        self.done = done or Done()
+        self.shape = (0, 0)  # of the calibration sequences
+        self.batches = [range(0)]  # of each process
+        self.samples = [range(0)]
+        self.plans: dict[tuple, Plan] = {}  # by the kind of block
+
+    def run(self, input_ids: Tensor | None, hidden: Activations | None = None) -> None:
+        """Prune all blocks that are not done.
+
+        Args:
+            input_ids: [samples, length], int64; None where nothing has to be known of the inputs.
+            hidden: where activations go; of a run that is gone on with, the next block's inputs.
+        """
+        if input_ids is not None:
+            self.shape = (input_ids.shape[0], input_ids.shape[1])
+        if self.done.blocks < len(self.source.blocks):
+            with torch.no_grad(), evaluating(self.model):
+                if input_ids is None:
+                    self._without_calibration()
+                else:
+                    self._with_calibration(input_ids, hidden)
+
+    def report(self) -> PruningReport:
+        """Of the run so far."""
+        samples, length = self.shape
+        return PruningReport(self.spec, samples, length, self.done.layers, self.stopwatch.seconds())
+
+    def _left(self) -> list[tuple[int, Block]]:
+        return list(enumerate(self.source.blocks))[self.done.blocks :]
+
+    def _without_calibration(self) -> None:
+        self.progress.start(len(self._left()))
+        self.source.begin(self.done.blocks)
+        for index, block in self._left():
+            with self.source.holding(index):
+                self._compare(block.name, block.module)
+                self._prune_block(block, self.spec.sparsity, None, None)
+            self._finish(index, None)
+            self.progress.advance()
+
+    def _with_calibration(self, input_ids: Tensor, hidden: Activations | None) -> None:
+        spec, blocks = self.spec, self.source.blocks
+        if hidden is None:
+            hidden = Activations(keep=spec.exact_error and spec.propagate == "dense")
+        size = spec.batch_size or default_batch_size(self.device, input_ids.shape[1])
+        batches = self._share(list(input_ids.to(self.device).split(size)))
+        recording = self._record(batches, hidden, first=True)
+        self.done.can_resume = not recording.blocks_hand_on_more()
+        if not self.done.can_resume and self.done.blocks:
+            raise ValueError(
+                f"{type(self.model).__name__} hands more than hidden states from block to block (shared keys and "
+                "values): a run of it cannot be gone on with"
+            )
+        is_to_allocate = spec.owl is not None and self.done.sparsities is None
+        self.progress.start(self._steps(len(self._left()), len(batches), is_to_allocate))
+        if is_to_allocate:
+            self.done.sparsities = self._allocate(hidden, recording)
+            hidden.clear()
+            recording = self._record(batches, hidden)
+        self.source.begin(self.done.blocks)
+        for index, block in self._left():
+            calls = recording.calls[index]
+            last = block is blocks[-1]
+            with self.source.holding(index):
+                self._compare(block.name, block.module)
+                sparsity = self.done.sparsities[index] if self.done.sparsities else spec.sparsity
+                self._work_on(block, sparsity, hidden, calls, last)
+            if not last:
+                hidden.flip()
+            calls.clear()
+            self._finish(index, hidden)
+
+    def _finish(self, index: int, hidden: Activations | None) -> None:
+        self.done.blocks = index + 1
+        self.source.finished(index, self.done, hidden)
+
+    def _record(self, batches: list[Tensor], hidden: Activations, first: bool = False) -> Recording:
+        """How the blocks are called; the first one's inputs go to ``hidden``, where no run is gone on with.
+        ``first``: processes also compare the weights outside the blocks."""
+        blocks = self.source.blocks
+        with self.source.outside():
+            if first:
+                self._compare("", self.model, without=tuple(f"{block.name}." for block in blocks))
+            with self.stopwatch.measure("forward"):
+                keep = (lambda _: None) if self.done.blocks else hidden.append
+                return record_calls(self.model, blocks, batches, keep)
+
+    def _compare(self, name: str, module: nn.Module, without: tuple[str, ...] = ()) -> None:
+        """Raises ValueError where another process has other weights here. ``without``: what names begin with that are
+        compared later."""
+        if self.processes is not None:
+            with self.stopwatch.measure("exchange"):
+                held = [(f"{name} {key}".strip(), t) for key, t in module.state_dict().items()]
+                self.processes.refuse_differences(
+                    of_weights((key, t) for key, t in held if not key.startswith(without))
+                )
+
+    def _share(self, batches: list[Tensor]) -> list[Tensor]:
+        """This process's of all ``batches``. Batches stay whole, so that activations do not depend on the number of
+        processes."""
+        begins = [0, *itertools.accumulate(len(batch) for batch in batches)]
+        mine = range(len(batches))
+        self.batches = [mine]
+        if self.processes is not None:
+            mine = self.processes.my_share(len(batches), "batches of sequences (see batch_size)")
+            self.batches = self.processes.shares(len(batches))
+        self.samples = [range(begins[share.start], begins[share.stop]) for share in self.batches]
+        return batches[mine.start : mine.stop]
+
+    def _plan(self, block: Block, hidden: Activations, calls: list[Call]) -> Plan:
+        """The plan for blocks of this kind; the first process's where there are several."""
+        kind = kind_of(block)
+        if kind not in self.plans:
+            with self.stopwatch.measure("forward"):
+                self.plans[kind] = observe(block, hidden[0], calls[0], self.spec.fuse_statistics)
+            if self.processes is not None:
+                agreed = self.processes.agree_on(plans_to_list({kind: self.plans[kind]}))
+                self.plans |= plans_from_list(agreed, [kind])
+        return self.plans[kind]
+
+    def _steps(self, blocks: int, batches: int, is_to_allocate: bool) -> int:
+        passes = blocks * (2 if self.spec.propagate == "pruned" else 1) - (self.spec.propagate == "pruned")
+        return batches * (passes + (is_to_allocate + self.spec.exact_error) * blocks)
+
+    def _work_on(self, block: Block, sparsity: float, hidden: Activations, calls: list[Call], last: bool) -> None:
+        """Statistics, selection, and the next block's inputs."""
+        dense_outputs = self.spec.propagate == "dense" and not last
+        grams = self.spec.method.needs >= Needs.GRAM
+        statistics = self._statistics(block, hidden, calls, dense_outputs, grams)
+        is_exact = self.spec.exact_error
+        dense = {name: matrix.weight.clone() for name, matrix in block.matrices.items()} if is_exact else {}
+        inputs = statistics.inputs()
+        self._prune_block(block, sparsity, inputs, statistics)
+        if is_exact:
+            self._measure_errors(block, hidden, calls, dense, inputs)
+        if self.spec.propagate == "pruned" and not last:
+            for batch, call in enumerate(calls):
+                with self.stopwatch.measure("forward"):
+                    hidden[batch] = run_block(block, hidden[batch], call)
+                self.progress.advance()
+
+    def _allocate(self, hidden: Activations, recording: Recording) -> list[float]:
+        """A pass of the dense model over all blocks, and the sparsity that its outliers give each of them."""
+        owl, blocks = self.spec.owl, self.source.blocks
+        assert owl is not None
+        ratios = []
+        self.source.begin(0)
+        for index, (block, calls) in enumerate(zip(blocks, recording.calls, strict=True)):
+            last = block is blocks[-1]
+            with self.source.holding(index):
+                statistics = self._statistics(block, hidden, calls, whole=not last)
+                weights = {name: matrix.weight.data for name, matrix in block.matrices.items()}
+                inputs = statistics.inputs()
+                with self.stopwatch.measure("selection"):
+                    ratios.append(outlier_ratio(weights, inputs, owl.outlier))
+            if not last:
+                hidden.flip()
+            self.source.passed(index)
+        if self.processes is not None:
+            ratios = self.processes.agree_on(ratios)
+        return owl.sparsities(ratios, self.spec.sparsity)
+
+    def _statistics(
+        self, block: Block, hidden: Activations, calls: list[Call], whole: bool, grams: bool = False
+    ) -> BlockStatistics:
+        """All statistics of a block, of all processes' sequences; where it runs ``whole``, its outputs are the next
+        block's inputs."""
+        plan = self._plan(block, hidden, calls)
+        statistics = BlockStatistics(block, self.samples[-1].stop, plan, self.stopwatch, grams)
+        ranks = 1 if self.processes is None else self.processes.size
+        mine = 0 if self.processes is None else self.processes.rank
+        for rank in range(ranks):
+            # Gram matrices are running means over the sequences in order: each process goes on with the last one's.
+            if rank == mine:
+                self._collect(statistics, hidden, calls, whole)
+            if grams and self.processes is not None:
+                statistics.hand_on_grams(self.processes, rank)
+        if self.processes is not None:
+            statistics.exchange(self.processes, self.samples)
+        return statistics
+
+    def _collect(self, statistics: BlockStatistics, hidden: Activations, calls: list[Call], whole: bool) -> None:
+        sample = self.samples[0 if self.processes is None else self.processes.rank].start
+        for batch, call in enumerate(calls):
+            x = hidden[batch]
+            with self.stopwatch.measure("forward"):
+                output = statistics.run(x, call, sample, whole)
+            if output is not None:
+                hidden[batch] = output
+            sample += x.shape[0]
+            self.progress.advance()
+
+    def _measure_errors(
+        self,
+        block: Block,
+        hidden: Activations,
+        calls: list[Call],
+        dense: dict[str, Tensor],
+        inputs: dict[str, LayerInputs],
+    ) -> None:
+        mine = self.batches[0 if self.processes is None else self.processes.rank]
+        sums = torch.zeros(self.batches[-1].stop, 2 * len(dense), dtype=torch.float64, device=self.device)
+        with self.stopwatch.measure("exact error"):
+            sums[mine.start : mine.stop] = exact_errors(block, hidden, calls, dense, self.progress).to(self.device)
+            if self.processes is not None:
+                self.processes.exchange_rows_(sums, self.batches)
+        added = [0.0] * sums.shape[1]
+        for row in sums.tolist():  # in order, so that the sums are the same for any number of processes
+            added = [a + b for a, b in zip(added, row, strict=True)]
+        errors = {name: relative_error(*added[2 * i : 2 * i + 2]) for i, name in enumerate(dense)}
+        for layer in self.done.layers[-len(errors) :]:
+            name = layer.name.removeprefix(f"{block.name}.")
+            layer.exact_error = errors[name]
+            layer.threshold = mean_threshold(dense[name], block.matrices[name].weight.data, inputs[name].norm)
+
+    def _prune_block(
+        self,
+        block: Block,
+        sparsity: float,
+        inputs: dict[str, LayerInputs] | None,
+        statistics: BlockStatistics | None,
+    ) -> None:
+        reports = []
+        for name, matrix in block.matrices.items():
+            start = time.perf_counter()
+            with self.stopwatch.measure("selection"):
+                outcome = self._prune(matrix, None if inputs is None else inputs[name], sparsity)
+                pruned, total = outcome.sums.double().sum(dim=0).tolist()
+                zeros = count_zeros(matrix.weight.data)
+            rows, cols = matrix.weight.shape
+            reports.append(
+                LayerReport(
+                    name=f"{block.name}.{name}",
+                    shape=(rows, cols),
+                    sparsity=zeros / max(1, rows * cols),
+                    seconds=time.perf_counter() - start,
+                    estimated_error=relative_error(pruned, total),
+                    input_of=None if statistics is None else f"{block.name}.{statistics.source[name]}",
+                    statistics=None if statistics is None else statistics.path(name),
+                    damping=outcome.damping,
+                )
+            )
+        self.done.layers += reports
+        self.progress.block(block.name, reports)
+
+    def _prune(self, matrix: Matrix, inputs: LayerInputs | None, sparsity: float) -> Outcome:
+        """Rows that are independent in shares; else each process the whole matrix, and the first one's is taken."""
+        weight, method, pattern = matrix.weight.data, self.spec.method, self.spec.pattern
+        if sparsity == 0:
+            return Outcome.of(0.0, 1.0)
+        if self.processes is None:
+            return method.prune_(weight, inputs, sparsity, pattern)
+        if not method.has_independent_rows(pattern):
+            outcome = method.prune_(weight, inputs, sparsity, pattern)
+            self.processes.exchange_rows_(weight, self.processes.all_from_first(weight.shape[0]))
+            return outcome
+        shares = self.processes.shares(weight.shape[0])
+        mine = shares[self.processes.rank]
+        sums = torch.zeros(weight.shape[0], 2, dtype=torch.float32, device=weight.device)
+        if len(mine):
+            rows = slice(mine.start, mine.stop)
+            sums[rows] = method.prune_(weight[rows], inputs, sparsity, pattern).sums
+        self.processes.exchange_rows_(weight, shares)
+        self.processes.exchange_rows_(sums, shares)
+        return Outcome(sums)
+
+
+def default_batch_size(device: torch.device, length: int) -> int:
+    """Sequences a forward pass."""
+    return max(1, BATCH_TOKENS.get(device.type, 1024) // length)

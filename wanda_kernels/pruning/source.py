@@ -1,0 +1,48 @@
+"""What gives the loop its blocks and takes them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from .activations import Activations
+from .blocks import Block
+from .report import LayerReport
+
+
+@dataclass
+class Done:
+    """What a run has done: so many ``blocks``, with the report on their ``layers``; ``sparsities``: of each of the
+    model's blocks, where OWL chose them; ``can_resume``: whether another run can go on from here."""
+
+    blocks: int = 0
+    layers: list[LayerReport] = field(default_factory=list)
+    sparsities: list[float] | None = None
+    can_resume: bool = True
+
+
+class BlockSource:
+    """Blocks that are in memory all the time: nothing to do. :mod:`wanda_kernels.streaming` brings them from a disk."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Inside, what runs before the blocks holds its weights."""
+        yield
+
+    def begin(self, index: int) -> None:
+        """A pass over the blocks begins with block ``index``."""
+
+    @contextmanager
+    def holding(self, index: int) -> Iterator[None]:
+        """Inside, block ``index`` holds its weights."""
+        yield
+
+    def passed(self, index: int) -> None:
+        """Block ``index`` was run, and is as it was."""
+
+    def finished(self, index: int, done: Done, activations: Activations | None) -> None:
+        """Block ``index`` is pruned, and ``activations`` (None without calibration) hold the next block's inputs."""

@@ -1,0 +1,169 @@
+"""What a pruning run does, made once from Python arguments or command-line options."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from .._words import percent
+from ..methods import Method, Needs, Pattern, create
+from ..methods.owl import Owl
+from ..methods.select import Group
+
+PROPAGATE = ("pruned", "dense")
+
+
+class SpecArguments(TypedDict, total=False):
+    """The keyword arguments of :class:`PruneSpec`, with the options of the methods of this package; None is the
+    default of each."""
+
+    sparsity: float | None
+    pattern: str | Pattern | None
+    method: str | Method
+    propagate: str
+    batch_size: int | None
+    exact_error: bool
+    fuse_statistics: bool
+    owl: Owl | bool | None
+    group: str | Group | None
+    variant: bool
+    weight_update: bool | None
+    block_size: int | None
+    damping: float | None
+    ria_power: float | None
+
+
+@dataclass(frozen=True, init=False)
+class PruneSpec:
+    """How a model is pruned: all but the model and its calibration data.
+
+    Args:
+        sparsity: share of each row to prune, in [0, 1); 0.5 where neither it nor ``pattern`` is given.
+        pattern: ``"N:M"``: keep N of every M consecutive inputs.
+        method: ``"wanda"`` (``|W| * ||X||_2`` within each row), ``"magnitude"`` (``|W|``, one threshold per
+            matrix as in the official code), ``"sparsegpt"`` (blocks of columns, with its weight update), ``"ria"``
+            (one threshold per matrix), or an ablation of the official code, ``"ablate_mag_seq"``,
+            ``"ablate_wanda_seq"``, ``"ablate_mag_iter"``, ``"ablate_wanda_iter"``: the mask of magnitude or Wanda
+            with SparseGPT's update, chosen at once or block of columns by block. Or a :class:`Method` itself.
+        propagate: ``"pruned"``: each block sees the outputs of the pruned blocks before it, as in the paper;
+            ``"dense"``: all statistics come from one forward pass of the dense model, about half the time.
+        batch_size: sequences per forward pass; None chooses by device. It does not change the masks where it
+            does not change the activations.
+        exact_error: also measure each layer's relative output error on the calibration data (a pass more).
+        fuse_statistics: let RMSNorm and gated MLPs add up the statistics of what they make, where a fused operator
+            gives what they give (on the CPU the same bits; on CUDA to rounding). False: a pass of its own for each
+            distinct input.
+        owl: an :class:`Owl`, or True for its defaults: blocks with more outliers keep more (a dense pass more).
+        group: (wanda, magnitude, ria, sparsegpt without update) what weights are compared with: ``"row"``,
+            ``"layer"``, ``"column"``, or ``"row:N"``, ``"column:N"`` for N neighbours together.
+        variant: (wanda) the appendix's variant: rows lose what carries the least of their score.
+        weight_update: (sparsegpt) False: prune by its metric and leave the other weights alone.
+        block_size: (sparsegpt, ablate) columns in a block, 128.
+        damping: (sparsegpt, ablate) of the Hessian, as a share of its mean diagonal, 0.01. Where it cannot be
+            factorised, ten times as much; the layer's report says so.
+        ria_power: (ria) exponent of the norm, 0.5.
+
+    Raises:
+        ValueError: values out of range, or that do not go together. TypeError: an argument that does not exist.
+    """
+
+    method: Method
+    sparsity: float
+    pattern: Pattern | None
+    owl: Owl | None
+    propagate: str
+    batch_size: int | None
+    exact_error: bool
+    fuse_statistics: bool
+
+    def __init__(
+        self,
+        *,
+        sparsity: float | None = None,
+        pattern: str | Pattern | None = None,
+        method: str | Method = "wanda",
+        propagate: str = "pruned",
+        batch_size: int | None = None,
+        exact_error: bool = False,
+        fuse_statistics: bool = True,
+        owl: Owl | bool | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(method, str):
+            method = create(method, options)
+        elif options:
+            raise ValueError(f"method has its options already: {min(options)} belongs into {type(method).__name__}(..)")
+        if pattern is not None and sparsity is not None:
+            raise ValueError(f"give sparsity or pattern, not both: got sparsity {sparsity} and pattern {pattern}")
+        parsed = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+        if parsed is not None:
+            share = 1 - parsed.n / parsed.m
+        else:
+            share = 0.5 if sparsity is None else float(sparsity)
+            if not 0 <= share < 1:
+                raise ValueError(f"sparsity must be in [0, 1), got {share}")
+        method.check(parsed)
+        owl = Owl() if owl is True else owl or None
+        if owl is not None:
+            if parsed is not None:
+                raise ValueError("owl is for a sparsity, a pattern leaves it no choice: give one of them")
+            owl.check(share)
+        if propagate not in PROPAGATE:
+            raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got '{propagate}'")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size}")
+        values = (method, share, parsed, owl, propagate, batch_size, bool(exact_error), bool(fuse_statistics))
+        for one, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, one.name, value)
+
+    @classmethod
+    def of(cls, spec: PruneSpec | None, arguments: SpecArguments) -> PruneSpec:
+        """``spec``, or one of ``arguments``; raises ValueError where both are given."""
+        if spec is None:
+            return cls(**arguments)
+        if arguments:
+            raise ValueError(f"give spec or its parts, not both: got spec and {min(arguments)}")
+        if not isinstance(spec, PruneSpec):
+            raise TypeError(f"spec must be a PruneSpec, got a {type(spec).__name__}")
+        return spec
+
+    def with_batch_size(self, size: int) -> PruneSpec:
+        made = copy.copy(self)
+        object.__setattr__(made, "batch_size", size)
+        return made
+
+    @property
+    def needs(self) -> Needs:
+        """What has to be known of the inputs."""
+        return max(self.method.needs, Needs.NORM) if self.owl else self.method.needs
+
+    def options(self) -> dict[str, Any]:
+        """Of the method and ``owl``, those that are not the default, as plain data."""
+        return self.method.options() | ({"owl": dataclasses.asdict(self.owl)} if self.owl else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: all that decides the masks, and what else is measured."""
+        return {
+            "method": self.method.name,
+            "sparsity": self.sparsity,
+            "pattern": str(self.pattern) if self.pattern else None,
+            "method options": self.options(),
+            "propagate": self.propagate,
+            "batch_size": self.batch_size,
+            "exact_error": self.exact_error,
+            "fuse_statistics": self.fuse_statistics,
+        }
+
+    def check_weight(self, name: str, weight: Tensor) -> None:
+        """Raises ValueError where the pattern does not fit ``weight``, [C_out, C_in]."""
+        if self.pattern is not None and weight.shape[1] % self.pattern.m:
+            raise ValueError(
+                f"{name} has {weight.shape[1]} input columns, not a multiple of the pattern's M = {self.pattern.m}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.method.name} {self.pattern or percent(self.sparsity)}"
