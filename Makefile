@@ -43,9 +43,18 @@ $(STAMP)/torch:
 	  assert v >= (2, 11), f'torch >= 2.11 is required, {torch.__version__} is installed'; print('torch', torch.__version__)"
 	@mkdir -p $(STAMP) && touch $@
 
+# Where there is no CUDA toolkit, nvcc of torch's CUDA version comes from the package index.
+NVCC_PACKAGES := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-cccl
+$(STAMP)/nvcc: $(STAMP)/torch
+	@if [ -z "$$CUDA_HOME" ] && ! command -v nvcc > /dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then \
+	  cuda=$$($(BIN)/python -c "import torch; print(torch.version.cuda or '')"); \
+	  echo "== nvcc $$cuda from the package index: there is no CUDA toolkit"; \
+	  [ -z "$$cuda" ] || $(BIN)/python -m pip install --quiet $(foreach package,$(NVCC_PACKAGES),"$(package)==$$cuda.*"); fi
+	@touch $@
+
 # The package is built once, against the torch above; what an extra requires comes beside it, without another build.
 KERNELS := $(STAMP)/kernels$(if $(CUDA),-cuda)
-$(KERNELS): $(STAMP)/torch $(SOURCES)
+$(KERNELS): $(STAMP)/torch $(if $(CUDA),$(STAMP)/nvcc) $(SOURCES)
 	@echo "== wanda_kernels: compiles the kernels ($(if $(CUDA),with CUDA: minutes,CPU alone: a minute; CUDA=1 adds CUDA's))"
 	$(if $(CUDA),,WANDA_KERNELS_NO_CUDA=1 )$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@ $(STAMP)/kernels

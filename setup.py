@@ -1,7 +1,8 @@
 """Builds wanda_kernels._C against the torch that is installed: pip install --no-build-isolation .
 
-With a CUDA torch and nvcc (CUDA_HOME) the CUDA kernels are built too; that takes no GPU. WANDA_KERNELS_NO_CUDA=1
-leaves them out, TORCH_CUDA_ARCH_LIST says for which architectures (default "8.0;9.0+PTX", and 10.0 where nvcc has it).
+With a CUDA torch and nvcc the CUDA kernels are built too; that takes no GPU. nvcc is CUDA_HOME's, the one on PATH, or
+the package index's (the extra `nvcc`, installed before). WANDA_KERNELS_NO_CUDA=1 leaves them out, TORCH_CUDA_ARCH_LIST
+says for which architectures (default "8.0;9.0+PTX", and 10.0 where nvcc has it).
 Without a C++ compiler the package installs all the same and runs on its PyTorch reference (`wanda-kernels info`
 says so). WANDA_KERNELS_NO_EXTENSION=1 asks for that. A compiler that fails is an error, never a silent fallback.
 """
@@ -49,9 +50,30 @@ def find_toolkit() -> None:
     may be a link or a wrapper far from the headers."""
     nvcc = shutil.which("nvcc")
     guesses = [Path(nvcc).parent.parent, Path(nvcc).resolve().parent.parent] if nvcc else []
-    for home in [*guesses, Path("/usr/local/cuda")]:
+    for home in [*guesses, Path("/usr/local/cuda"), *wheels()]:
         if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
             os.environ.setdefault("CUDA_HOME", str(home))
+
+
+def wheels() -> list[Path]:
+    """Folders of NVIDIA's wheels in this environment."""
+    found = importlib.util.find_spec("nvidia")
+    places = (found.submodule_search_locations or []) if found else []
+    return sorted(folder for place in places for folder in Path(place).iterdir() if folder.is_dir())
+
+
+def linkable_runtime() -> list[str]:
+    """A folder with libcudart.so, where the toolkit has it under another name alone, as the wheels do."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    runtimes = sorted((Path(CUDA_HOME or "") / "lib").glob("libcudart.so.*"))
+    if not runtimes or (runtimes[0].parent / "libcudart.so").exists():
+        return []
+    link = ROOT / "build" / "cudart" / "libcudart.so"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(runtimes[0])
+    return [str(link.parent)]
 
 
 def why_no_cuda() -> str | None:
@@ -88,11 +110,7 @@ def cusparse_flags() -> list[str]:
 
     if (Path(CUDA_HOME or "") / "include" / "cusparse.h").exists():
         return []
-    wheels = importlib.util.find_spec("nvidia")
-    for folder in (wheels.submodule_search_locations or []) if wheels else []:
-        for header in sorted(Path(folder).glob("*/include/cusparse.h")):
-            return ["-isystem", str(header.parent)]
-    return []
+    return next((["-isystem", str(f / "include")] for f in wheels() if (f / "include" / "cusparse.h").exists()), [])
 
 
 def files(folder: str, *patterns: str) -> list[str]:
@@ -126,6 +144,7 @@ def extension_arguments() -> dict:
         depends=[*files("csrc", "**/*.h", "**/*.cuh"), "wanda_kernels/schemas.def"],
         extra_compile_args=flags,
         extra_link_args=openmp,
+        library_dirs=[] if no_cuda else linkable_runtime(),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
