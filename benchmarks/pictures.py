@@ -1,14 +1,13 @@
-"""Pictures of result files, as SVG and PNG in docs/pictures/<device>/: ratio bars, a roofline, scaling.
+"""Pictures of result files, as PNG in docs/pictures/<device>/: rooflines and scaling, which no table shows.
 
-Each SVG carries a digest of the rows it was drawn from, so that a picture of other rows is noticed.
+Each carries a digest of the rows it was drawn from, so that a picture of other rows is noticed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import statistics
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.circumstances import ROOT
 from benchmarks.harness import OURS
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = ROOT / "docs" / "pictures"
-BLUE, GREY, RED = "#3465a4", "#888a85", "#a40000"
+GREY = "#888a85"
 
 
 def names(suite: str, rows: list[Row]) -> list[str]:
@@ -33,16 +32,15 @@ def digest(rows: list[Row]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_FIGURES = ("median_ms", "ratio", "gb_per_s", "copy_gb_per_s")
+_FIGURES = ("median_ms", "gb_per_s", "copy_gb_per_s")
 
 
 def out_of_date(device: str, suite: str, rows: list[Row]) -> list[str]:
     found = []
     for name, (_, picked) in _plans(suite, rows).items():
-        path = FOLDER / device / f"{name}.svg"
-        current = path.exists() and path.with_suffix(".png").exists() and digest(picked) in path.read_text()
-        if picked and not current:
-            found.append(f"docs/pictures/{device}/{name}.svg")
+        path = FOLDER / device / f"{name}.png"
+        if picked and not (path.exists() and digest(picked).encode() in path.read_bytes()):
+            found.append(f"docs/pictures/{device}/{name}.png")
     return found
 
 
@@ -51,68 +49,27 @@ def draw(device: str, suite: str, rows: list[Row]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "wanda_kernels"  # the same rows give the same file
     from matplotlib import pyplot
 
     for name, (plot, picked) in _plans(suite, rows).items():
         if not picked:
             continue
-        figure, axes = pyplot.subplots(figsize=(8, max(3.0, plot.height(picked))), layout="constrained")
-        plot.function(axes, picked)
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        plot(axes, picked)
         axes.set_title(f"{picked[-1]['device']}, {picked[-1]['kernels'].split(';')[0]}", fontsize=9, loc="left")
-        path = FOLDER / device / f"{name}.svg"
+        path = FOLDER / device / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None, "Description": f"rows {digest(picked)}"})
-        figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
+        figure.savefig(path, dpi=120, metadata={"Software": None, "Description": f"rows {digest(picked)}"})
         pyplot.close(figure)
 
 
-class _Plot:
-    def __init__(self, function: Callable[[Axes, list[Row]], None], lines: bool) -> None:
-        self.function, self._lines = function, lines
-
-    def height(self, rows: list[Row]) -> float:
-        return 1.0 + 0.22 * len(_bars(rows)) if self._lines else 4.5
-
-
-def _plans(suite: str, rows: list[Row]) -> dict[str, tuple[_Plot, list[Row]]]:
+def _plans(suite: str, rows: list[Row]) -> dict[str, tuple[Callable[[Axes, list[Row]], None], list[Row]]]:
     """Name -> how it is drawn, and of which rows (none: no picture)."""
     rows = native(rows)
     if suite == "scaling":
-        return {"scaling": (_Plot(_scaling, False), [row for row in rows if number(row, "median_ms")])}
-    ratios = [row for row in rows if number(row, "ratio") and row["ratio_to"] == OURS]
+        return {"scaling": (_scaling, [row for row in rows if number(row, "median_ms")])}
     timed = [row for row in rows if row["implementation"] == OURS and number(row, "copy_ratio")]
-    return {
-        f"{suite}-ratios": (_Plot(_ratio_bars, True), ratios),
-        f"{suite}-roofline": (_Plot(_roofline, False), [row for row in timed if number(row, "copy_gb_per_s")]),
-    }
-
-
-def _bars(rows: list[Row]) -> dict[str, list[float]]:
-    """A bar for each operator, dtype and peer (and batch and threads, where there are some): over the shapes."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        about = [row["operator"], row["dtype"]]
-        about += [f"batch {row['tokens']}, {row['threads'] or 1} thr."] if row["tokens"] else []
-        found.setdefault(f"{' '.join(about)}: {row['implementation']}", []).append(number(row, "ratio") or 0.0)
-    return found
-
-
-def _ratio_bars(axes: Axes, rows: list[Row]) -> None:
-    bars = _bars(rows)
-    middle = [statistics.median(values) for values in bars.values()]
-    spread: Any = [
-        [mid - min(values) for mid, values in zip(middle, bars.values(), strict=True)],
-        [max(values) - mid for mid, values in zip(middle, bars.values(), strict=True)],
-    ]
-    colours = [BLUE if value >= 1 else RED for value in middle]
-    widths = [value - 1 for value in middle]
-    axes.barh(list(bars), widths, left=1, xerr=spread, color=colours, height=0.7, error_kw={"ecolor": GREY})
-    axes.axvline(1, color="black", linewidth=0.8)
-    _log_axis(axes)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("time of the peer / ours; median over shapes, whiskers: all of them", fontsize=9)
+    return {f"{suite}-roofline": (_roofline, [row for row in timed if number(row, "copy_gb_per_s")])}
 
 
 def _log_axis(axes: Axes) -> None:

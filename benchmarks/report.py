@@ -150,7 +150,7 @@ def document(results: Path = RESULTS) -> str:
                 continue
             parts.append(f"{tables.source(f'benchmarks/results/{device.folder.name}/{suite}.csv', rows[-1])}\n")
             for name in pictures.names(suite, rows):
-                parts.append(f"![{name}](pictures/{device.folder.name}/{name}.svg)\n")
+                parts.append(f"![{name}](pictures/{device.folder.name}/{name}.png)\n")
             parts.append(f"{tables.every_row(rows)}\n")
     return "\n".join(parts)
 
