@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_cli import call
+from typer.main import get_command
 
 import wanda_kernels
+from wanda_kernels.cli.app import app
+from wanda_kernels.cli.options import of_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
@@ -250,3 +254,19 @@ def test_the_library_loads_its_parts_at_the_first_use():
     code = "import sys, wanda_kernels; assert 'torch' not in sys.modules; print(wanda_kernels.prune.__name__)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "prune\n"
     assert torch.equal(tiny.ids(), tiny.ids())
+
+
+def test_errors_of_the_library_speak_of_options():
+    """And only there: a Python user never saw an option."""
+    assert of_options("batch_size must be a whole number, got 0") == "--batch-size must be a whole number, got 0"
+    assert of_options("a group needs weight_update=False") == "a group needs --no-weight-update"
+    assert of_options("out: pass resume=True to go on") == "out: pass --resume to go on"
+    assert of_options("sparsity must be in [0, 1), got 2.0") == "--sparsity must be in [0, 1), got 2.0"
+    for other in ("/tmp/batch_size/x is missing", "but batch_size: rank 0 has 1", "model a has no method"):
+        assert of_options(other) == other
+    commands = get_command(app).commands.values()
+    options = {o for command in commands for parameter in command.params for o in parameter.opts if o[:2] == "--"}
+    library = [path for path in Path(wanda_kernels.__file__).parent.rglob("*.py") if path.parent.name != "cli"]
+    lines = [line for path in library if path.name != "official.py" for line in path.read_text().splitlines()]
+    named = [line for line in lines if options & set(re.findall(r"--[a-z-]+", line)) and "``" not in line]
+    assert named == []

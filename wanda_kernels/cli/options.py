@@ -30,7 +30,7 @@ _NAMES = (
     "propagate", "batch_size", "exact_error", "fuse_statistics", "device", "dtype", "device_map", "offload",
     "activation_memory", "samples", "length", "pack", "column", "split", "seed",
 )  # fmt: skip
-_WORD = r"(?<![\w./-])({})(?![\w./-])"
+_WORD = r"(?<![\w./-])({})(?![\w./:-])"  # no part of a path, nor a name of compared values
 
 
 def of_options(message: str) -> str:
