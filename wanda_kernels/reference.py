@@ -1,0 +1,212 @@
+"""The operators in plain PyTorch: short, obvious, and the truth that every backend is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, silu
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from ._checks import (
+    check_act_mul_sqnorm,
+    check_bitmap,
+    check_norm,
+    check_packable,
+    check_packed,
+    check_packed_linear,
+    check_pattern,
+    check_rms_norm_sqnorm,
+    check_score_sums,
+    check_sparse24,
+    check_sparsity,
+    check_sqnorm,
+    check_weight,
+)  # fmt: skip
+
+__all__ = [
+    "add_sqnorm_", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_", "prune_pack_24",
+    "prune_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_linear", "unpack_24", "unpack_bitmap",
+    "unpack_sparse24",
+]  # fmt: skip
+
+
+# Row selection (Wanda, arXiv 2306.11695, section 3, eq. 1, compared per output row).
+
+
+def scores(weight: Tensor, norm: Tensor) -> Tensor:
+    """``|W| * norm`` in float32: one multiplication, rounded to nearest."""
+    return weight.abs().float() * norm
+
+
+def write_score_sums(score: Tensor, mask: Tensor, score_sums: Tensor) -> None:
+    """Per row: sum of the squared scores that are pruned, and of all."""
+    squares = score.square()
+    score_sums[:, 0] = squares.masked_fill(~mask, 0).sum(dim=1)
+    score_sums[:, 1] = squares.sum(dim=1)
+
+
+def _row_mask(op: str, weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
+    check_weight(op, weight)
+    check_norm(op, norm, weight)
+    check_sparsity(op, sparsity)
+    score = scores(weight, norm)
+    k = int(weight.shape[1] * sparsity)
+    pruned = torch.sort(score, dim=1, stable=True).indices[:, :k]
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, pruned, True)
+
+
+def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
+    return _row_mask("row_mask", weight, norm, sparsity)
+
+
+def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
+    mask = _row_mask("prune_rows_", weight, norm, sparsity)
+    if score_sums is not None:
+        check_score_sums("prune_rows_", score_sums, weight)
+        write_score_sums(scores(weight, norm), mask, score_sums)
+    weight.masked_fill_(mask, 0)
+
+
+# N:M selection (section 3.1: N of every M consecutive inputs are kept).
+
+
+def _nm_mask(op: str, weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
+    check_weight(op, weight)
+    check_norm(op, norm, weight)
+    check_pattern(op, weight, n, m)
+    groups = scores(weight, norm).reshape(weight.shape[0], weight.shape[1] // m, m)
+    pruned = torch.sort(groups, dim=2, stable=True).indices[..., : m - n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, pruned, True).view(weight.shape)
+
+
+def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
+    return _nm_mask("nm_mask", weight, norm, n, m)
+
+
+def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
+    mask = _nm_mask("prune_nm_", weight, norm, n, m)
+    if score_sums is not None:
+        check_score_sums("prune_nm_", score_sums, weight)
+        write_score_sums(scores(weight, norm), mask, score_sums)
+    weight.masked_fill_(mask, 0)
+
+
+# 2:4 packing: torch's own conversions to and from its CUTLASS layout.
+
+
+def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
+    check_packable("pack_24", weight)
+    overfull = int((weight.reshape(-1, 4).ne(0).sum(dim=1) > 2).sum())
+    if overfull:
+        raise ValueError(
+            f"wanda::pack_24: weight must be 2:4 sparse, {overfull} of its groups of four have more than two non-zeros"
+        )
+    return sparse_semi_structured_from_dense_cutlass(weight.contiguous())
+
+
+def prune_pack_24(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    check_packable("prune_pack_24", weight)
+    check_norm("prune_pack_24", norm, weight)
+    pruned = weight.masked_fill(nm_mask(weight, norm, 2, 4), 0)
+    return sparse_semi_structured_from_dense_cutlass(pruned.contiguous())
+
+
+def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
+    check_packed("unpack_24", values, metadata)
+    return sparse_semi_structured_to_dense_cutlass(values.contiguous(), metadata.contiguous())
+
+
+# Packed sparse weights: unpacking, and the product with the unpacked weight.
+
+
+def unpack_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
+    check_bitmap("unpack_bitmap", values, bitmap, starts)
+    kept = (bitmap[:, :, None] >> torch.arange(8, device=bitmap.device)) & 1
+    kept = kept.bool().flatten(1)
+    weight = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
+    first = int(starts[0])  # not 0 where a band of rows is given
+    weight[kept] = values[first : first + int(kept.sum())]
+    return weight
+
+
+def unpack_sparse24(values: Tensor, indices: Tensor) -> Tensor:
+    check_sparse24("unpack_sparse24", values, indices)
+    inside = (indices[:, :, None] >> torch.arange(0, 8, 2, device=indices.device)) & 3  # column in its group of four
+    groups = inside.view(indices.shape[0], -1, 2).long()
+    bits = values.view(torch.int32 if values.element_size() == 4 else torch.int16)  # moved as integers: NaN stays
+    weight = torch.zeros(*groups.shape[:2], 4, dtype=bits.dtype, device=values.device)
+    return weight.scatter_(2, groups, bits.view(groups.shape)).flatten(1).view(values.dtype)
+
+
+def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_bitmap("bitmap_linear", values, bitmap, starts)
+    check_packed_linear("bitmap_linear", x, values, bitmap, bias)
+    return linear(x, unpack_bitmap(values, bitmap, starts), bias)
+
+
+def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_sparse24("sparse24_linear", values, indices)
+    check_packed_linear("sparse24_linear", x, values, indices, bias)
+    return linear(x, unpack_sparse24(values, indices), bias)
+
+
+# Column sums of squares (section 3, eq. 1: the square of ||X_j||_2).
+
+
+# Tokens that are summed in float32 before they are added to the float64 total of their sequence.
+CHUNK = 4096
+
+
+def _sum_of_squares(tokens: Tensor) -> Tensor:
+    """[tokens, C_in] -> [C_in], float32: one token after the other, in chunks that are added in float64."""
+    total = torch.zeros(tokens.shape[1], dtype=torch.float64, device=tokens.device)
+    for chunk in tokens.float().square().split(CHUNK):
+        partial = torch.zeros(tokens.shape[1], dtype=torch.float32, device=tokens.device)
+        for squares in chunk:
+            partial += squares
+        total += partial
+    return total.float()
+
+
+def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
+    sequences, tokens, cols = check_sqnorm("add_sqnorm_", sqnorm, x, token_mask)
+    x = x.reshape(sequences, tokens, cols)
+    counted = None if token_mask is None else token_mask.reshape(sequences, tokens)
+    for sequence in range(sequences):
+        one = x[sequence] if counted is None else x[sequence][counted[sequence]]
+        row = sqnorm[sequence] if sqnorm.dim() == 2 else sqnorm
+        row += _sum_of_squares(one)
+
+
+# RMSNorm and the column sums of squares of its output.
+
+
+def rms_norm_sqnorm(
+    x: Tensor, weight: Tensor, eps: float, sqnorm: Tensor, token_mask: Tensor | None = None, unit_offset: bool = False
+) -> Tensor:
+    check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, sqnorm, token_mask)
+    values = x.float()
+    scaled = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
+    y = (scaled * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * scaled.to(x.dtype)
+    add_sqnorm_(sqnorm, y, token_mask)
+    return y
+
+
+# activation(gate) * up and its column sums of squares.
+
+
+def silu_mul_sqnorm(gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    check_act_mul_sqnorm("silu_mul_sqnorm", gate, up, sqnorm, token_mask)
+    y = silu(gate) * up
+    add_sqnorm_(sqnorm, y, token_mask)
+    return y
+
+
+def gelu_tanh_mul_sqnorm(gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    check_act_mul_sqnorm("gelu_tanh_mul_sqnorm", gate, up, sqnorm, token_mask)
+    y = gelu(gate, approximate="tanh") * up
+    add_sqnorm_(sqnorm, y, token_mask)
+    return y
