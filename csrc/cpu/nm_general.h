@@ -18,8 +18,8 @@ struct NmVector {
 };
 
 template <Dtype dtype>
-void nm_keys(const typename Stored<dtype>::Type* w, const float* norm, int64_t count, int32_t* keys) {
-  for (int64_t j = 0; j < count; ++j) keys[j] = order_key(score_of(Stored<dtype>::load(w[j]), norm[j]));
+void nm_keys(const typename Element<dtype>::Bits* w, const float* norm, int64_t count, int32_t* keys) {
+  for (int64_t j = 0; j < count; ++j) keys[j] = order_key(score_of(to_float<dtype>(w[j]), norm[j]));
 }
 
 // Byte j of `flags` (0 or 1) to bit j. Reads flags up to a multiple of eight.
@@ -34,7 +34,7 @@ inline void nm_pack_flags(const uint8_t* flags, int64_t count, NmBits& bits) {
 }
 
 template <class Lanes, Dtype dtype>
-void nm_rank(const typename Stored<dtype>::Type* w, const float* norm, int64_t groups, int m, int prune,
+void nm_rank(const typename Element<dtype>::Bits* w, const float* norm, int64_t groups, int m, int prune,
              NmBits& bits) {
   alignas(64) int32_t flat[kNmRankable * kNmBatch];
   alignas(64) int32_t keys[kNmRankable][kNmBatch];
@@ -95,7 +95,7 @@ inline int32_t nm_threshold(const int32_t* keys, int64_t m, int64_t prune, int64
 
 template <class Lanes, Dtype dtype>
 void nm_general(const NmParams& p, int64_t begin, int64_t end) {
-  const auto* weight = static_cast<const typename Stored<dtype>::Type*>(p.weight);
+  const auto* weight = static_cast<const typename Element<dtype>::Bits*>(p.weight);
   const int64_t prune = p.m - p.n;
   NmBuffer<int32_t> keys(p.m > kNmRankable ? p.m : 0);
   NmBits bits = {};

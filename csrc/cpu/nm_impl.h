@@ -53,7 +53,7 @@ struct NmComparisonsOf<8> {
 
 // `count` columns of `rows` rows; w[r] and norm point at the first.
 template <class Lanes, Dtype dtype, int rows, class Comparisons>
-void nm_compare(const typename Stored<dtype>::Type* const* w, const float* norm, int64_t count,
+void nm_compare(const typename Element<dtype>::Bits* const* w, const float* norm, int64_t count,
                 Comparisons* out) {
   constexpr int64_t kUnit = Lanes::kUnit;
   const int64_t units = count / kUnit;
@@ -66,7 +66,7 @@ void nm_compare(const typename Stored<dtype>::Type* const* w, const float* norm,
     float last_norm[kUnit] = {};
     std::memcpy(last_norm, norm + units * kUnit, static_cast<size_t>(left) * sizeof(*norm));
     for (int r = 0; r < rows; ++r) {
-      typename Stored<dtype>::Type last_w[kUnit] = {};
+      typename Element<dtype>::Bits last_w[kUnit] = {};
       std::memcpy(last_w, w[r] + units * kUnit, static_cast<size_t>(left) * sizeof(*w[r]));
       Lanes::template compare<dtype>(last_w, last_norm, units, out[r]);
     }
@@ -177,7 +177,7 @@ class NmSelect {
   // `count` columns of `rows` rows from `column` on, count <= kNmBlock, rows <= kNmRows; w[r] points at the
   // first.
   template <int rows>
-  void run(const typename Stored<dtype>::Type* const* w, int64_t column, int64_t count, NmBits* bits) {
+  void run(const typename Element<dtype>::Bits* const* w, int64_t column, int64_t count, NmBits* bits) {
     nm_compare<Lanes, dtype, rows>(w, norm_ + column, count, comparisons_);
     for (int r = 0; r < rows; ++r) decide_(comparisons_[r], bits[r]);
   }
@@ -193,7 +193,7 @@ class NmSelect {
 // Rows row .. row + rows - 1.
 template <class Lanes, Dtype dtype, int rows, class Select>
 void nm_fast_rows(const NmParams& p, int64_t row, Select& select, NmBits* bits) {
-  using T = typename Stored<dtype>::Type;
+  using T = typename Element<dtype>::Bits;
   NmSums sums[rows];
   for (int64_t column = 0; column < p.cols; column += kNmBlock) {
     const int64_t count = p.cols - column < kNmBlock ? p.cols - column : kNmBlock;
@@ -242,14 +242,7 @@ void nm_rows(const NmParams& p, int64_t begin, int64_t end) {
 template <class Lanes>
 void nm_run(const NmParams& p, int64_t begin, int64_t end) {
   const HonourDenormals honour_denormals;
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return nm_rows<Lanes, Dtype::kFloat32>(p, begin, end);
-    case Dtype::kBFloat16:
-      return nm_rows<Lanes, Dtype::kBFloat16>(p, begin, end);
-    case Dtype::kFloat16:
-      return nm_rows<Lanes, Dtype::kFloat16>(p, begin, end);
-  }
+  by_dtype(p.dtype, [&](auto dtype) { nm_rows<Lanes, decltype(dtype)::value>(p, begin, end); });
 }
 
 }  // namespace

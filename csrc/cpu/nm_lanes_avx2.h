@@ -17,7 +17,7 @@ struct NmLanesAvx2 {
   static __m256i keys(const T* w, const float* norm) {
     __m256 value;
     if constexpr (dtype == Dtype::kFloat32) {
-      value = _mm256_loadu_ps(w);
+      value = _mm256_loadu_ps(reinterpret_cast<const float*>(w));
     } else {
       const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
       if constexpr (dtype == Dtype::kBFloat16) {
@@ -73,15 +73,16 @@ struct NmLanesAvx2 {
     store_less_equal(out.against[3], unit, x, rotate_3(y));
   }
 
-  static void zero_pruned(float* w, int64_t count, const NmBits& bits) {
+  static void zero_pruned(uint32_t* w, int64_t count, const NmBits& bits) {
     const __m256i lane_bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     int64_t j = 0;
     for (; j + 8 <= count; j += 8) {
       const __m256i pruned = _mm256_set1_epi32(static_cast<int>(bits.word[j / 64] >> (j % 64)));
       const __m256i keep = _mm256_cmpeq_epi32(_mm256_and_si256(pruned, lane_bits), _mm256_setzero_si256());
-      _mm256_storeu_ps(w + j, _mm256_and_ps(_mm256_loadu_ps(w + j), _mm256_castsi256_ps(keep)));
+      auto* at = reinterpret_cast<__m256i*>(w + j);
+      _mm256_storeu_si256(at, _mm256_and_si256(_mm256_loadu_si256(at), keep));
     }
-    for (; j < count; ++j) w[j] = bits.test(j) ? 0.0f : w[j];
+    for (; j < count; ++j) w[j] = bits.test(j) ? 0 : w[j];
   }
 
   static void zero_pruned(uint16_t* w, int64_t count, const NmBits& bits) {

@@ -76,11 +76,11 @@ struct NmLanesAvx512 {
     store(out.against[3], unit, _mm512_cmple_epi32_mask(x, rotate_3(y)));
   }
 
-  static void zero_pruned(float* w, int64_t count, const NmBits& bits) {
+  static void zero_pruned(uint32_t* w, int64_t count, const NmBits& bits) {
     for (int64_t j = 0; j < count; j += 16) {
       const uint32_t valid = count - j >= 16 ? 0xffffu : (1u << (count - j)) - 1;
       const uint32_t pruned = static_cast<uint32_t>(bits.word[j / 64] >> (j % 64)) & valid;
-      _mm512_mask_storeu_ps(w + j, static_cast<__mmask16>(pruned), _mm512_setzero_ps());
+      _mm512_mask_storeu_epi32(w + j, static_cast<__mmask16>(pruned), _mm512_setzero_si512());
     }
   }
 

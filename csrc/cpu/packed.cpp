@@ -53,52 +53,41 @@ at::Tensor unpack(const PackedWeight& weight, const at::Tensor& values) {
   return dense;
 }
 
-// x [tokens, cols] in the layout that the kernel wants, tokens filled up with zeros to `batch`.
-template <Dtype dtype, class Out>
-void lay_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Out* out) {
-  const auto* tokens = static_cast<const typename Stored<dtype>::Type*>(x.const_data_ptr());
-  const int64_t cols = x.size(1), slab = std::min(batch, kPackedSlab);
-  const auto convert = [](typename Stored<dtype>::Type value) {
-    if constexpr (sizeof(Out) == sizeof(float)) {
-      return Stored<dtype>::load(value);
-    } else {
-      return value;
-    }
-  };
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t j = 0; j < cols; j += layout.unit) {
-      const auto* from = tokens + b * cols + j;
-      Out* to = out + b / slab * slab * cols + j * slab + b % slab * layout.unit;
-      for (int64_t i = 0; i < layout.unit; ++i) to[i] = b < x.size(0) ? convert(from[i]) : Out{0};
-    }
-  }
-}
-
-// ATen aligns what it allocates to 64 bytes.
+// x [tokens, cols] in the layout that the kernel wants, tokens filled up with zeros to `batch`. ATen aligns
+// what it allocates to 64 bytes.
 at::Tensor laid_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Dtype dtype) {
+  const int64_t cols = x.size(1), slab = std::min(batch, kPackedSlab);
   const at::Tensor buffer =
-      at::empty({batch * x.size(1)}, layout.as_float ? x.options().dtype(at::kFloat) : x.options());
-  void* out = buffer.data_ptr();
-  if (dtype == Dtype::kFloat32) {
-    lay_out<Dtype::kFloat32>(x, batch, layout, static_cast<float*>(out));
-  } else if (!layout.as_float) {
-    lay_out<Dtype::kBFloat16>(x, batch, layout, static_cast<uint16_t*>(out));
-  } else if (dtype == Dtype::kBFloat16) {
-    lay_out<Dtype::kBFloat16>(x, batch, layout, static_cast<float*>(out));
-  } else {
-    lay_out<Dtype::kFloat16>(x, batch, layout, static_cast<float*>(out));
-  }
+      at::empty({batch * cols}, layout.as_float ? x.options().dtype(at::kFloat) : x.options());
+  by_dtype(dtype, [&](auto constant) {
+    constexpr Dtype kDtype = decltype(constant)::value;
+    const auto* tokens = static_cast<const typename Element<kDtype>::Bits*>(x.const_data_ptr());
+    const auto lay = [&](auto* out, auto converted) {
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t j = 0; j < cols; j += layout.unit) {
+          const auto* from = tokens + b * cols + j;
+          auto* to = out + b / slab * slab * cols + j * slab + b % slab * layout.unit;
+          for (int64_t i = 0; i < layout.unit; ++i) to[i] = b < x.size(0) ? converted(from[i]) : 0;
+        }
+      }
+    };
+    if (layout.as_float) {
+      lay(static_cast<float*>(buffer.data_ptr()), to_float<kDtype>);
+    } else {
+      lay(static_cast<uint16_t*>(buffer.data_ptr()), [](auto bits) { return bits; });
+    }
+  });
   return buffer;
 }
 
 template <Dtype dtype>
 void add_bias(const float* sums, const void* bias, int64_t tokens, int64_t rows, int64_t batch, void* y) {
-  using T = typename Stored<dtype>::Type;
+  using T = typename Element<dtype>::Bits;
   const T* added = static_cast<const T*>(bias);
   for (int64_t b = 0; b < tokens; ++b) {
     for (int64_t row = 0; row < rows; ++row) {
-      const float sum = sums[row * batch + b] + (added != nullptr ? Stored<dtype>::load(added[row]) : 0.0f);
-      static_cast<T*>(y)[b * rows + row] = Stored<dtype>::round(sum);
+      const float sum = sums[row * batch + b] + (added != nullptr ? to_float<dtype>(added[row]) : 0.0f);
+      static_cast<T*>(y)[b * rows + row] = from_float<dtype>(sum);
     }
   }
 }
@@ -118,13 +107,9 @@ at::Tensor product(const PackedWeight& weight, const at::Tensor& x, const std::o
   });
   const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
   const void* to_add = added.defined() ? added.const_data_ptr() : nullptr;
-  if (weight.dtype == Dtype::kFloat32) {
-    add_bias<Dtype::kFloat32>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
-  } else if (weight.dtype == Dtype::kBFloat16) {
-    add_bias<Dtype::kBFloat16>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
-  } else {
-    add_bias<Dtype::kFloat16>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
-  }
+  by_dtype(weight.dtype, [&](auto dtype) {
+    add_bias<decltype(dtype)::value>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
+  });
   return y;
 }
 

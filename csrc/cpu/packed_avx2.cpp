@@ -61,17 +61,18 @@ inline __m256 spread_bf16(const uint16_t* values, uint32_t mask) {
 }
 
 template <PackedFormat format>
-inline __m256 spread_32(const float* values, uint32_t mask) {
+inline __m256 spread_32(const uint32_t* values, uint32_t mask) {
   const __m256i order =
       _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.indices[mask])));
-  const __m256 loaded = format == PackedFormat::kBitmap ? _mm256_loadu_ps(values)
-                                                        : _mm256_castps128_ps256(_mm_loadu_ps(values));
+  const auto* from = reinterpret_cast<const float*>(values);
+  const __m256 loaded =
+      format == PackedFormat::kBitmap ? _mm256_loadu_ps(from) : _mm256_castps128_ps256(_mm_loadu_ps(from));
   const __m256 placed = _mm256_permutevar8x32_ps(loaded, order);
   return _mm256_and_ps(placed, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), order)));
 }
 
 template <PackedFormat format, Dtype dtype>
-inline __m256 eight_columns(const typename Stored<dtype>::Type* values, uint32_t mask) {
+inline __m256 eight_columns(const typename Element<dtype>::Bits* values, uint32_t mask) {
   if constexpr (dtype == Dtype::kFloat32) {
     return spread_32<format>(values, mask);
   } else if constexpr (dtype == Dtype::kBFloat16) {
@@ -96,7 +97,7 @@ template <PackedFormat format, Dtype dtype, int64_t slab>
 void product_row(const PackedWeight& w, int64_t row, const float* x, float* sums) {
   // One chain of additions would wait for itself: four cycles for eight columns.
   constexpr int kChains = slab <= 2 ? 4 : slab == 4 ? 2 : 1;
-  const auto* next = static_cast<const typename Stored<dtype>::Type*>(w.values) + packed_start(w, row);
+  const auto* next = static_cast<const typename Element<dtype>::Bits*>(w.values) + packed_start(w, row);
   const uint8_t* codes = w.codes + row * (w.cols / 8);
   __m256 sum[kChains][slab];
   for (auto& chain : sum) {
@@ -132,7 +133,7 @@ void product_rows(const PackedWeight& w, const float* x, int64_t batch, float* s
 }
 
 void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin, int64_t end) {
-  packed_by_dtype(w.dtype, [&](auto constant) {
+  by_dtype(w.dtype, [&](auto constant) {
     constexpr Dtype dtype = decltype(constant)::value;
     packed_by_slab(batch, [&](auto size) {
       constexpr int64_t kSlab = decltype(size)::value;

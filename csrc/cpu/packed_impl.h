@@ -29,24 +29,7 @@ inline int64_t packed_start(const PackedWeight& w, int64_t row) {
   return w.starts != nullptr ? w.starts[row] : row * (w.cols / 2);
 }
 
-template <auto constant>
-struct Constant {
-  static constexpr auto value = constant;
-};
-
-// f(Constant<dtype>{}), and f(Constant<rows of x in a slab>{}).
-template <class F>
-void packed_by_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(Constant<Dtype::kFloat32>{});
-    case Dtype::kBFloat16:
-      return f(Constant<Dtype::kBFloat16>{});
-    case Dtype::kFloat16:
-      return f(Constant<Dtype::kFloat16>{});
-  }
-}
-
+// f(Constant<rows of x in a slab>{}).
 template <class F>
 void packed_by_slab(int64_t batch, F f) {
   switch (batch) {

@@ -9,7 +9,7 @@ PackedLayout layout(PackedFormat, Dtype) { return {8, true}; }
 template <Dtype dtype>
 void product_typed(const PackedWeight& w, const float* x, int64_t batch, float* sums, int64_t begin,
                    int64_t end) {
-  const auto* values = static_cast<const typename Stored<dtype>::Type*>(w.values);
+  const auto* values = static_cast<const typename Element<dtype>::Bits*>(w.values);
   const int64_t slab = batch < kPackedSlab ? batch : kPackedSlab;
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t first = 0; first < batch; first += slab) {
@@ -19,7 +19,7 @@ void product_typed(const PackedWeight& w, const float* x, int64_t batch, float* 
       for (int64_t byte = 0; byte < w.cols / 8; ++byte) {
         for (uint32_t mask = packed_mask(w.format, w.codes[row * (w.cols / 8) + byte]); mask != 0;
              mask &= mask - 1) {
-          const float value = Stored<dtype>::load(*next++);
+          const float value = to_float<dtype>(*next++);
           const float* column = x + first * w.cols + byte * slab * 8 + __builtin_ctz(mask);
           for (int64_t b = 0; b < slab; ++b) out[b] += value * column[b * 8];
         }
@@ -29,15 +29,15 @@ void product_typed(const PackedWeight& w, const float* x, int64_t batch, float* 
 }
 
 void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin, int64_t end) {
-  packed_by_dtype(w.dtype, [&](auto constant) {
+  by_dtype(w.dtype, [&](auto constant) {
     constexpr Dtype dtype = decltype(constant)::value;
     product_typed<dtype>(w, static_cast<const float*>(x), batch, sums, begin, end);
   });
 }
 
 template <Dtype dtype>
-void unpack_typed(const PackedWeight& w, typename Stored<dtype>::Type* dense, int64_t begin, int64_t end) {
-  const auto* values = static_cast<const typename Stored<dtype>::Type*>(w.values);
+void unpack_typed(const PackedWeight& w, typename Element<dtype>::Bits* dense, int64_t begin, int64_t end) {
+  const auto* values = static_cast<const typename Element<dtype>::Bits*>(w.values);
   for (int64_t row = begin; row < end; ++row) {
     auto* out = dense + row * w.cols;
     for (int64_t j = 0; j < w.cols; ++j) out[j] = 0;
@@ -52,9 +52,9 @@ void unpack_typed(const PackedWeight& w, typename Stored<dtype>::Type* dense, in
 }
 
 void unpack(const PackedWeight& w, void* dense, int64_t begin, int64_t end) {
-  packed_by_dtype(w.dtype, [&](auto constant) {
+  by_dtype(w.dtype, [&](auto constant) {
     constexpr Dtype dtype = decltype(constant)::value;
-    unpack_typed<dtype>(w, static_cast<typename Stored<dtype>::Type*>(dense), begin, end);
+    unpack_typed<dtype>(w, static_cast<typename Element<dtype>::Bits*>(dense), begin, end);
   });
 }
 

@@ -30,7 +30,7 @@ struct Avx2 {
   static constexpr int kLanes = D == Dtype::kBFloat16 ? 0 : 8;
 
   template <Dtype D>
-  static Pair load(const typename Element<D>::Raw* w) {
+  static Pair load(const typename Element<D>::Bits* w) {
     if constexpr (D == Dtype::kFloat32) {
       return {_mm256_castsi256_ps(load256(w)), _mm256_castsi256_ps(load256(w + 8))};
     } else if constexpr (D == Dtype::kBFloat16) {
@@ -44,7 +44,7 @@ struct Avx2 {
   }
 
   template <Dtype D>
-  static Pair scores(const typename Element<D>::Raw* w, const float* norm) {
+  static Pair scores(const typename Element<D>::Bits* w, const float* norm) {
     const Pair x = load<D>(w);
     return {_mm256_mul_ps(x.a, _mm256_load_ps(norm)), _mm256_mul_ps(x.b, _mm256_load_ps(norm + 8))};
   }
@@ -64,7 +64,7 @@ struct Avx2 {
   }
 
   template <Dtype D>
-  static __m256i keys_of(const typename Element<D>::Raw* w, const float* norm) {
+  static __m256i keys_of(const typename Element<D>::Bits* w, const float* norm) {
     const Pair s = scores<D>(w, norm);
     const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(s.a), 16);
     return _mm256_and_si256(_mm256_blend_epi16(low, _mm256_castps_si256(s.b), 0xaa),
@@ -94,12 +94,12 @@ struct Avx2 {
   // The block's share, a half, of the next row.
   template <Dtype D>
   static void prefetch(const char* half_row, int64_t block) {
-    constexpr int64_t kBytes = kBlock / 2 * static_cast<int64_t>(sizeof(typename Element<D>::Raw));
+    constexpr int64_t kBytes = kBlock / 2 * static_cast<int64_t>(sizeof(typename Element<D>::Bits));
     for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(half_row + block * kBytes + i, _MM_HINT_T1);
   }
 
   template <Dtype D>
-  static int64_t make_keys(const typename Element<D>::Raw* w, const float* norm, uint16_t* keys,
+  static int64_t make_keys(const typename Element<D>::Bits* w, const float* norm, uint16_t* keys,
                            int64_t blocks, int base, int span) {
     const __m256i low = _mm256_set1_epi16(static_cast<int16_t>(base));
     const __m256i most = _mm256_set1_epi16(static_cast<int16_t>(span));
@@ -216,7 +216,7 @@ struct Avx2 {
   }
 
   template <Dtype D, bool kMask, bool kSums>
-  static int64_t write(typename Element<D>::Raw* w, bool* mask, const uint16_t* keys, const float* norm,
+  static int64_t write(typename Element<D>::Bits* w, bool* mask, const uint16_t* keys, const float* norm,
                        int64_t blocks, int below, int last, int32_t* places, int32_t first_place, Sums& sums,
                        const char* next) {
     const __m256i below16 = _mm256_set1_epi16(static_cast<int16_t>(below));
@@ -250,7 +250,7 @@ struct Avx2 {
   }
 
   template <Dtype D, bool kMask, bool kSums>
-  static void write_16(typename Element<D>::Raw* w, bool* mask, const float* norm, __m256i key,
+  static void write_16(typename Element<D>::Bits* w, bool* mask, const float* norm, __m256i key,
                        __m256i below16, __m256i below32, __m256& all, __m256& pruned) {
     __m256i keep = _mm256_cmpgt_epi16(key, below16), keep_a = keep, keep_b = keep;
     if constexpr (D != Dtype::kBFloat16 || kSums) {

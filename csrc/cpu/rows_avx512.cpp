@@ -38,7 +38,7 @@ struct Avx512 {
   static constexpr int kLanes = D == Dtype::kBFloat16 ? 0 : 16;
 
   template <Dtype D>
-  static Pair load(const typename Element<D>::Raw* w) {
+  static Pair load(const typename Element<D>::Bits* w) {
     if constexpr (D == Dtype::kFloat32) {
       return {_mm512_loadu_ps(reinterpret_cast<const float*>(w)),
               _mm512_loadu_ps(reinterpret_cast<const float*>(w + 16))};
@@ -53,7 +53,7 @@ struct Avx512 {
   }
 
   template <Dtype D>
-  static Pair scores(const typename Element<D>::Raw* w, const float* norm) {
+  static Pair scores(const typename Element<D>::Bits* w, const float* norm) {
     const Pair x = load<D>(w);
     return {_mm512_mul_ps(x.a, _mm512_load_ps(norm)), _mm512_mul_ps(x.b, _mm512_load_ps(norm + 16))};
   }
@@ -73,7 +73,7 @@ struct Avx512 {
   }
 
   template <Dtype D>
-  static __m512i keys_of(const typename Element<D>::Raw* w, const float* norm) {
+  static __m512i keys_of(const typename Element<D>::Bits* w, const float* norm) {
     const Pair s = scores<D>(w, norm);
     // (a >> 16 | b & 0xffff0000) & 0x7fff7fff: the sign goes with the weight's sign and with that of a NaN.
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(s.a), 16);
@@ -83,7 +83,7 @@ struct Avx512 {
   }
 
   template <Dtype D>
-  static int64_t make_keys(const typename Element<D>::Raw* w, const float* norm, uint16_t* keys,
+  static int64_t make_keys(const typename Element<D>::Bits* w, const float* norm, uint16_t* keys,
                            int64_t blocks, int base, int span) {
     const __m512i low = _mm512_set1_epi16(static_cast<int16_t>(base));
     const __m512i most = _mm512_set1_epi16(static_cast<int16_t>(span));
@@ -110,7 +110,7 @@ struct Avx512 {
   // The block's share, a half, of the next row.
   template <Dtype D>
   static void prefetch(const char* half_row, int64_t block) {
-    constexpr int64_t kBytes = kBlock / 2 * static_cast<int64_t>(sizeof(typename Element<D>::Raw));
+    constexpr int64_t kBytes = kBlock / 2 * static_cast<int64_t>(sizeof(typename Element<D>::Bits));
     for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(half_row + block * kBytes + i, _MM_HINT_T1);
   }
 
@@ -226,7 +226,7 @@ struct Avx512 {
   }
 
   template <Dtype D, bool kMask, bool kSums>
-  static int64_t write(typename Element<D>::Raw* w, bool* mask, const uint16_t* keys, const float* norm,
+  static int64_t write(typename Element<D>::Bits* w, bool* mask, const uint16_t* keys, const float* norm,
                        int64_t blocks, int below, int last, int32_t* places, int32_t first_place, Sums& sums,
                        const char* next) {
     const __m512i below16 = _mm512_set1_epi16(static_cast<int16_t>(below));

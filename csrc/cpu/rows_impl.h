@@ -114,7 +114,7 @@ struct Bracket {
 
 template <class Isa, Dtype D, bool kMask, bool kSums>
 class RowSelect {
-  using Raw = typename Element<D>::Raw;
+  using Bits = typename Element<D>::Bits;
 
  public:
   explicit RowSelect(const RowsParams& params)
@@ -144,10 +144,10 @@ class RowSelect {
 
   void run(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      Raw* w = static_cast<Raw*>(params_.weight) + row * params_.row_stride;
+      Bits* w = static_cast<Bits*>(params_.weight) + row * params_.row_stride;
       mask_ = kMask ? params_.mask + row * params_.cols : nullptr;
       next_ = reinterpret_cast<const char*>(row + 1 < end ? w + params_.row_stride : w);
-      half_ = next_ + whole_ * kBlock * static_cast<int64_t>(sizeof(Raw)) / 2;
+      half_ = next_ + whole_ * kBlock * static_cast<int64_t>(sizeof(Bits)) / 2;
       sums_ = Sums{};
       if (params_.k <= 0 || params_.k >= params_.cols) {
         std::memset(keys_.get(), 0, static_cast<size_t>(padded_) * sizeof(uint16_t));
@@ -165,7 +165,7 @@ class RowSelect {
   }
 
  private:
-  void select(Raw* w) {
+  void select(Bits* w) {
     const int64_t k = params_.k;
     const float mean = make_keys(w);
     const float guess = predictor_.predict(mean);
@@ -194,14 +194,14 @@ class RowSelect {
   }
 
   // Writes the row's keys and returns a robust location of them.
-  float make_keys(const Raw* w) {
+  float make_keys(const Bits* w) {
     uint16_t* keys = keys_.get();
     const int base = predictor_.base();
     const int span = predictor_.span();
     int64_t sum = Isa::template make_keys<D>(w, norm_.get(), keys, whole_, base, span);
     if (rest_ > 0) {
-      alignas(64) Raw stage[kBlock] = {};
-      std::memcpy(stage, w + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(Raw));
+      alignas(64) Bits stage[kBlock] = {};
+      std::memcpy(stage, w + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(Bits));
       sum += Isa::template make_keys<D>(stage, norm_.get() + whole_ * kBlock, keys + whole_ * kBlock, 1, base,
                                         span);
       sum -= (kBlock - rest_) * span;
@@ -257,29 +257,29 @@ class RowSelect {
   }
 
   // Prunes keys <= below; returns how many columns with below < key <= last it has listed, ascending.
-  int64_t write(Raw* w, int below, int last) {
+  int64_t write(Bits* w, int below, int last) {
     int32_t* columns = columns_.get();
     int64_t listed = Isa::template write<D, kMask, kSums>(w, mask_, keys_.get(), norm_.get(), whole_, below,
                                                           last, columns, 0, sums_, half_);
     if (rest_ > 0) {
       const int64_t start = whole_ * kBlock;
-      alignas(64) Raw stage[kBlock] = {};
+      alignas(64) Bits stage[kBlock] = {};
       alignas(64) bool mask_stage[kBlock];
-      std::memcpy(stage, w + start, static_cast<size_t>(rest_) * sizeof(Raw));
+      std::memcpy(stage, w + start, static_cast<size_t>(rest_) * sizeof(Bits));
       listed += Isa::template write<D, kMask, kSums>(stage, mask_stage, keys_.get() + start, norm_rest_, 1,
                                                      below, last, columns + listed,
                                                      static_cast<int32_t>(start), sums_, half_);
       if constexpr (kMask) {
         std::memcpy(mask_ + start, mask_stage, static_cast<size_t>(rest_));
       } else {
-        std::memcpy(w + start, stage, static_cast<size_t>(rest_) * sizeof(Raw));
+        std::memcpy(w + start, stage, static_cast<size_t>(rest_) * sizeof(Bits));
       }
       while (listed > 0 && Isa::template column_of<D>(columns[listed - 1]) >= params_.cols) --listed;
     }
     return listed;
   }
 
-  void prune_if(bool pruned, Raw* w, int64_t column) {
+  void prune_if(bool pruned, Bits* w, int64_t column) {
     if constexpr (kSums) {
       const float score = magnitude<D>(w[column]) * params_.norm[column];
       sums_.pruned += pruned ? score * score : 0.0f;
@@ -293,7 +293,7 @@ class RowSelect {
 
   // Prunes the `need` smallest of the listed columns, all those with keys inside the bracket, by their
   // float32 scores.
-  void finish(Raw* w, int64_t listed, int64_t need, const Bracket& bracket) {
+  void finish(Bits* w, int64_t listed, int64_t need, const Bracket& bracket) {
     int32_t* columns = columns_.get();
     uint32_t* values = values_.get();
     for (int64_t i = 0; i < listed; ++i) {
@@ -313,7 +313,7 @@ class RowSelect {
 
   // 25 bits of score and 6 of position make the candidates distinct: a column's rank is the number of smaller
   // ones.
-  void rank_and_prune(Raw* w, int64_t listed, int64_t need, uint32_t origin) {
+  void rank_and_prune(Bits* w, int64_t listed, int64_t need, uint32_t origin) {
     using Lanes = typename Isa::Lanes;
     constexpr int64_t kCount = sizeof(Lanes) / sizeof(int32_t);
     const int32_t* columns = columns_.get();
@@ -330,7 +330,7 @@ class RowSelect {
 
   // The whole row by float32 scores: for plateaus, where one key holds much of the row, and for negative
   // norms. The threshold is known to lie in [low, high].
-  void dense(Raw* w, uint32_t low, uint32_t high) {
+  void dense(Bits* w, uint32_t low, uint32_t high) {
     const int64_t cols = params_.cols;
     const float* norm = params_.norm;
     uint32_t* values = values_.get();
@@ -366,7 +366,7 @@ class RowSelect {
     }
   }
 
-  void prune_to(Raw* w, const uint32_t* values, int64_t begin, int64_t end, uint32_t last) {
+  void prune_to(Bits* w, const uint32_t* values, int64_t begin, int64_t end, uint32_t last) {
     for (int64_t i = begin; i < end; ++i) {
       if constexpr (kMask) {
         mask_[i] = values[i] <= last;
@@ -414,14 +414,7 @@ template <class Isa>
 void run_rows(const RowsParams& params, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const HonourDenormals honour_denormals;
-  switch (params.dtype) {
-    case Dtype::kFloat32:
-      return run_rows_of<Isa, Dtype::kFloat32>(params, begin, end);
-    case Dtype::kBFloat16:
-      return run_rows_of<Isa, Dtype::kBFloat16>(params, begin, end);
-    case Dtype::kFloat16:
-      return run_rows_of<Isa, Dtype::kFloat16>(params, begin, end);
-  }
+  by_dtype(params.dtype, [&](auto dtype) { run_rows_of<Isa, decltype(dtype)::value>(params, begin, end); });
 }
 
 }  // namespace

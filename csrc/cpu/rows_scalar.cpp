@@ -25,7 +25,7 @@ struct Scalar {
   }
 
   template <Dtype D>
-  static int64_t make_keys(const typename Element<D>::Raw* w, const float* norm, uint16_t* keys,
+  static int64_t make_keys(const typename Element<D>::Bits* w, const float* norm, uint16_t* keys,
                            int64_t blocks, int base, int span) {
     int64_t sum = 0;
     for (int64_t start = 0; start < blocks * kBlock; start += kBlock) {
@@ -69,7 +69,7 @@ struct Scalar {
   }
 
   template <Dtype D, bool kMask, bool kSums>
-  static int64_t write(typename Element<D>::Raw* w, bool* mask, const uint16_t* keys, const float* norm,
+  static int64_t write(typename Element<D>::Bits* w, bool* mask, const uint16_t* keys, const float* norm,
                        int64_t blocks, int below, int last, int32_t* columns, int32_t first_column,
                        Sums& sums, const char*) {
     const Keys below8 = all_of(below), last8 = all_of(last);

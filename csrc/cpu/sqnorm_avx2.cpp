@@ -32,8 +32,8 @@ struct SqnormLanesAvx2 {
         const T* x = rows[r] + column + j;
         _mm_prefetch(reinterpret_cast<const char*>(rows[r + count] + column + j), _MM_HINT_T1);
         if constexpr (dtype == Dtype::kFloat32) {
-          first = add_square(first, _mm256_loadu_ps(x));
-          second = add_square(second, _mm256_loadu_ps(x + 8));
+          first = add_square(first, _mm256_loadu_ps(reinterpret_cast<const float*>(x)));
+          second = add_square(second, _mm256_loadu_ps(reinterpret_cast<const float*>(x + 8)));
         } else if constexpr (dtype == Dtype::kFloat16) {
           first = add_square(first, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
           second =

@@ -31,7 +31,7 @@ struct SqnormLanesScalar {
     for (int64_t j = 0; j < cols; ++j) {
       float sum = partial[j];
       for (int r = 0; r < count; ++r) {
-        const float value = Stored<dtype>::load(rows[r][column + j]);
+        const float value = to_float<dtype>(rows[r][column + j]);
         sum += value * value;
       }
       partial[j] = sum;
@@ -47,7 +47,7 @@ struct SqnormLanesScalar {
 
 // `cols` is a multiple of Lanes::kUnit and at most kSqnormTile.
 template <class Lanes, Dtype dtype>
-void sqnorm_tile(const typename Stored<dtype>::Type* x, const bool* token_mask, const SqnormParams& p,
+void sqnorm_tile(const typename Element<dtype>::Bits* x, const bool* token_mask, const SqnormParams& p,
                  int64_t column, int64_t cols, float* sqnorm) {
   alignas(64) float partial[kSqnormTile];
   alignas(64) double total[kSqnormTile];
@@ -56,7 +56,7 @@ void sqnorm_tile(const typename Stored<dtype>::Type* x, const bool* token_mask, 
     total[j] = 0.0;
   }
   // The rows of this batch and of the pass after it, for the prefetch.
-  const typename Stored<dtype>::Type* rows[kSqnormBatch + kSqnormPass];
+  const typename Element<dtype>::Bits* rows[kSqnormBatch + kSqnormPass];
   int64_t found = 0;
   int64_t token = 0;
   int64_t in_chunk = 0;
@@ -93,7 +93,7 @@ void sqnorm_tile(const typename Stored<dtype>::Type* x, const bool* token_mask, 
 
 template <class Lanes, Dtype dtype>
 void sqnorm_columns(const SqnormParams& p, int64_t sequence, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const typename Stored<dtype>::Type*>(p.x) + sequence * p.sequence_stride;
+  const auto* x = static_cast<const typename Element<dtype>::Bits*>(p.x) + sequence * p.sequence_stride;
   const bool* token_mask = p.token_mask == nullptr ? nullptr : p.token_mask + sequence * p.tokens;
   float* sqnorm = p.sqnorm + sequence * p.cols;
   int64_t column = begin;
@@ -109,14 +109,8 @@ void sqnorm_columns(const SqnormParams& p, int64_t sequence, int64_t begin, int6
 template <class Lanes>
 void sqnorm_run(const SqnormParams& p, int64_t sequence, int64_t begin, int64_t end) {
   const HonourDenormals honour_denormals;
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return sqnorm_columns<Lanes, Dtype::kFloat32>(p, sequence, begin, end);
-    case Dtype::kBFloat16:
-      return sqnorm_columns<Lanes, Dtype::kBFloat16>(p, sequence, begin, end);
-    case Dtype::kFloat16:
-      return sqnorm_columns<Lanes, Dtype::kFloat16>(p, sequence, begin, end);
-  }
+  by_dtype(p.dtype,
+           [&](auto dtype) { sqnorm_columns<Lanes, decltype(dtype)::value>(p, sequence, begin, end); });
 }
 
 }  // namespace

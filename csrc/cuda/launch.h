@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "../common/dtype.h"
 
@@ -25,20 +24,6 @@ inline cudaError_t current_device(Device& device) {
     error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   }
   return error;
-}
-
-// f(std::integral_constant<Dtype, dtype>{}).
-template <class F>
-cudaError_t by_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(std::integral_constant<Dtype, Dtype::kFloat32>{});
-    case Dtype::kBFloat16:
-      return f(std::integral_constant<Dtype, Dtype::kBFloat16>{});
-    case Dtype::kFloat16:
-      return f(std::integral_constant<Dtype, Dtype::kFloat16>{});
-  }
-  return cudaErrorInvalidValue;
 }
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

@@ -88,17 +88,6 @@ void sparse24_linear_tokens(const PackedLinearParams& params, uint32_t threads) 
   sparse24_linear<kDtype, kRowTiles, 4>(params, threads);
 }
 
-template <class F>
-void by_dtype(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat32) {
-    f(std::integral_constant<Dtype, Dtype::kFloat32>{});
-  } else if (dtype == Dtype::kBFloat16) {
-    f(std::integral_constant<Dtype, Dtype::kBFloat16>{});
-  } else {
-    f(std::integral_constant<Dtype, Dtype::kFloat16>{});
-  }
-}
-
 }  // namespace
 
 extern "C" {
