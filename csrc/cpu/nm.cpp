@@ -1,11 +1,9 @@
 // Launchers of N:M selection on CPU tensors: checks, threads, registration.
-#include "nm.h"
-
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "dispatch.h"
+#include "launch.h"
 
 namespace wanda::cpu {
 namespace {
@@ -19,14 +17,13 @@ void run(const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m,
                         norms.const_data_ptr<float>(),
                         mask,
                         score_sums,
+                        weight.size(0),
                         cols,
                         weight.stride(0),
                         n,
                         m,
                         dtype_of("nm", "weight", weight)};
-  const auto kernel = WANDA_BY_ISA(nm);
-  at::parallel_for(0, weight.size(0), grain_rows(cols),
-                   [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  over_rows(params.rows, cols, [&](int64_t begin, int64_t end) { kernels().nm(params, begin, end); });
 }
 
 void check(const char* op, const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m) {

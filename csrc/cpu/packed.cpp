@@ -1,6 +1,4 @@
 // Launchers of packed sparse weights on CPU tensors: checks, the layout of x, threads, registration.
-#include "packed.h"
-
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
@@ -10,46 +8,36 @@
 
 #include "../checks.h"
 #include "convert.h"
-#include "dispatch.h"
+#include "launch.h"
 
 namespace wanda::cpu {
 
-const PackedKernels& packed_kernels() {
-  static const PackedKernels scalar = packed_scalar(), avx2 = packed_avx2(), avx512 = packed_avx512();
-  if (active_isa() == Isa::kAvx512 && has_packed_avx512()) return avx512;
-  return active_isa() >= Isa::kAvx2 ? avx2 : scalar;
-}
-
 namespace {
+
+constexpr int64_t kPackedBatch = 32;  // rows of x at most
 
 PackedWeight bitmap_weight(const char* op, const at::Tensor& values, const at::Tensor& bitmap,
                            const at::Tensor& starts) {
   check_bitmap(op, values, bitmap, starts);
-  return {PackedFormat::kBitmap,
-          dtype_of(op, "values", values),
-          values.const_data_ptr(),
+  return {values.const_data_ptr(),
           bitmap.const_data_ptr<uint8_t>(),
           starts.const_data_ptr<int32_t>(),
           bitmap.size(0),
-          bitmap.size(1) * 8};
+          bitmap.size(1) * 8,
+          dtype_of(op, "values", values)};
 }
 
 PackedWeight sparse24_weight(const char* op, const at::Tensor& values, const at::Tensor& indices) {
   check_sparse24(op, values, indices);
-  return {PackedFormat::kSparse24,
-          dtype_of(op, "values", values),
-          values.const_data_ptr(),
-          indices.const_data_ptr<uint8_t>(),
-          nullptr,
-          indices.size(0),
-          indices.size(1) * 8};
+  return {values.const_data_ptr(), indices.const_data_ptr<uint8_t>(), nullptr, indices.size(0),
+          indices.size(1) * 8,     dtype_of(op, "values", values)};
 }
 
 at::Tensor unpack(const PackedWeight& weight, const at::Tensor& values) {
   at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options());
   void* out = dense.data_ptr();
-  at::parallel_for(0, weight.rows, grain_rows(weight.cols),
-                   [&](int64_t begin, int64_t end) { packed_kernels().unpack(weight, out, begin, end); });
+  over_rows(weight.rows, weight.cols,
+            [&](int64_t begin, int64_t end) { kernels().packed_unpack(weight, out, begin, end); });
   return dense;
 }
 
@@ -98,12 +86,11 @@ at::Tensor product(const PackedWeight& weight, const at::Tensor& x, const std::o
   at::Tensor y = at::empty({tokens, weight.rows}, x.options());
   int64_t batch = 1;
   while (batch < tokens) batch = batch < kPackedSlab ? 2 * batch : batch + kPackedSlab;
-  const PackedKernels& kernels = packed_kernels();
-  const at::Tensor columns = laid_out(x, batch, kernels.layout(weight.format, weight.dtype), weight.dtype);
+  const at::Tensor columns = laid_out(x, batch, kernels().packed_layout(weight), weight.dtype);
   const void* laid = columns.const_data_ptr();
   std::vector<float> sums(static_cast<size_t>(weight.rows * batch));
-  at::parallel_for(0, weight.rows, grain_rows(weight.cols), [&](int64_t begin, int64_t end) {
-    kernels.product(weight, laid, batch, sums.data(), begin, end);
+  over_rows(weight.rows, weight.cols, [&](int64_t begin, int64_t end) {
+    kernels().packed_product(weight, laid, batch, sums.data(), begin, end);
   });
   const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
   const void* to_add = added.defined() ? added.const_data_ptr() : nullptr;

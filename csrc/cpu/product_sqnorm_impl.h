@@ -1,5 +1,5 @@
-// Products and their column sums of squares. Included by product_sqnorm_<isa>.cpp after the target pragma;
-// one thread, one sequence.
+// Products and their column sums of squares. Included by isa_<set>.cpp, for whose set compilers
+// vectorise it; one thread, one sequence.
 //
 // Token by token along a tile of columns: make y, store it, add its square to the tile's float32 sums. After
 // kChunk counted tokens the sums go to float64 totals: the order and the rounding of sqnorm_impl.h. Loops
@@ -10,9 +10,7 @@
 // up and sums: 0.87 x (float32) and 1.2 x (bfloat16) the time of a product and a separate sum.
 #pragma once
 
-#include "convert.h"
-#include "product_sqnorm.h"
-#include "sqnorm.h"
+#include "sqnorm_impl.h"  // kChunk
 
 namespace wanda::cpu {
 namespace {

@@ -1,11 +1,9 @@
 // Launchers of row selection on CPU tensors: checks, threads, registration.
-#include "rows.h"
-
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "dispatch.h"
+#include "launch.h"
 
 namespace wanda::cpu {
 namespace {
@@ -18,13 +16,12 @@ void run(const at::Tensor& weight, const at::Tensor& norm, double sparsity, bool
                           norms.const_data_ptr<float>(),
                           mask,
                           score_sums,
+                          weight.size(0),
                           cols,
                           weight.stride(0),
                           static_cast<int64_t>(static_cast<double>(cols) * sparsity),
                           dtype_of("rows", "weight", weight)};
-  const auto kernel = WANDA_BY_ISA(rows);
-  at::parallel_for(0, weight.size(0), grain_rows(cols),
-                   [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  over_rows(params.rows, cols, [&](int64_t begin, int64_t end) { kernels().rows(params, begin, end); });
 }
 
 void check(const char* op, const at::Tensor& weight, const at::Tensor& norm, double sparsity) {

@@ -1,5 +1,5 @@
-// Row selection on the CPU: the driver, written once; rows_scalar.cpp, rows_avx2.cpp and rows_avx512.cpp
-// bring the passes.
+// Row selection on the CPU: the driver, written once. The passes are in rows_scalar.h, and in rows_vector.h
+// with rows_avx2.h or rows_avx512.h.
 //
 // Algorithm, for each row:
 // 1. make_keys: key = the top 16 bits of the float32 score without the sign: 128 keys to a factor of two, in
@@ -25,18 +25,16 @@
 // half while counting and one half while writing: without that the first pass waits for memory (bfloat16 on
 // Zen 4: 1.5 instead of 1.1 x memcpy; into L1 is worse than L2). Keys (2 bytes a column) and norms (4) stay
 // in L1 or L2.
-//
-// Include it after target_*_begin.h, <immintrin.h> and the standard headers below. Everything is in an
-// anonymous namespace and uses no standard template, so that code for AVX-512 cannot replace another file's.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <new>
 
-#include "rows.h"
+#include "isa.h"
 #include "rows_predictor.h"
 #include "rows_scores.h"
+#include "scalar.h"
 
 namespace wanda::cpu {
 namespace {
@@ -112,8 +110,17 @@ struct Bracket {
   int64_t count_high = 0;
 };
 
-template <class Isa, Dtype D, bool kMask, bool kSums>
+// The passes of an instruction set: make_keys, count, write, and Lanes, a vector of int32.
+template <class Vector>
+struct RowsSteps;
+
+// For column_at, list_places: registers of two halves give keys of pairs (rows_avx512.h), bfloat16 in order.
+template <class Vector, Dtype D>
+constexpr int kKeyLanes = D == Dtype::kBFloat16 || Vector::kLanes == 1 ? 0 : Vector::kLanes;
+
+template <class Vector, Dtype D, bool kMask, bool kSums>
 class RowSelect {
+  using Steps = RowsSteps<Vector>;
   using Bits = typename Element<D>::Bits;
 
  public:
@@ -129,15 +136,15 @@ class RowSelect {
         columns_(padded_ + kBlock),
         values_(padded_ + kBlock) {
     float tail[kBlock];
-    Isa::template arrange_norm<D>(params.norm, norm_.get(), whole_);
+    arrange_norm(params.norm, norm_.get(), whole_);
     if (rest_ > 0) {
       // Columns past the end get NaN scores: below no threshold, so never counted, and finish() never sees
       // them.
       for (int64_t i = 0; i < kBlock; ++i) tail[i] = float_of_bits(0x7fffffffu);
       std::memcpy(tail, params.norm + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(float));
-      Isa::template arrange_norm<D>(tail, norm_.get() + whole_ * kBlock, 1);
+      arrange_norm(tail, norm_.get() + whole_ * kBlock, 1);
       for (int64_t i = rest_; i < kBlock; ++i) tail[i] = 0;
-      Isa::template arrange_norm<D>(tail, norm_rest_, 1);
+      arrange_norm(tail, norm_rest_, 1);
     }
     for (int64_t i = 0; i < params.cols; ++i) negative_ |= params.norm[i] < 0;
   }
@@ -165,6 +172,10 @@ class RowSelect {
   }
 
  private:
+  static void arrange_norm(const float* norm, float* out, int64_t blocks) {
+    for (int64_t i = 0; i < blocks * kBlock; ++i) out[place_in_pair<Vector, D>(i)] = norm[i];
+  }
+
   void select(Bits* w) {
     const int64_t k = params_.k;
     const float mean = make_keys(w);
@@ -198,12 +209,12 @@ class RowSelect {
     uint16_t* keys = keys_.get();
     const int base = predictor_.base();
     const int span = predictor_.span();
-    int64_t sum = Isa::template make_keys<D>(w, norm_.get(), keys, whole_, base, span);
+    int64_t sum = Steps::template make_keys<D>(w, norm_.get(), keys, whole_, base, span);
     if (rest_ > 0) {
       alignas(64) Bits stage[kBlock] = {};
       std::memcpy(stage, w + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(Bits));
-      sum += Isa::template make_keys<D>(stage, norm_.get() + whole_ * kBlock, keys + whole_ * kBlock, 1, base,
-                                        span);
+      sum += Steps::template make_keys<D>(stage, norm_.get() + whole_ * kBlock, keys + whole_ * kBlock, 1,
+                                          base, span);
       sum -= (kBlock - rest_) * span;
     }
     return static_cast<float>(sum) * inverse_cols_;
@@ -247,7 +258,7 @@ class RowSelect {
     counts[0] = bracket.count_low;
     limits[kLimits + 1] = bracket.high;
     counts[kLimits + 1] = bracket.count_high;
-    Isa::template count<D>(keys_.get(), padded_ / kBlock, limits + 1, counts + 1, next_);
+    Steps::template count<D>(keys_.get(), padded_ / kBlock, limits + 1, counts + 1, next_);
     int at = 0;
     for (int i = 1; i <= kLimits; ++i) at += counts[i] <= params_.k;
     bracket.low = limits[at];
@@ -259,22 +270,22 @@ class RowSelect {
   // Prunes keys <= below; returns how many columns with below < key <= last it has listed, ascending.
   int64_t write(Bits* w, int below, int last) {
     int32_t* columns = columns_.get();
-    int64_t listed = Isa::template write<D, kMask, kSums>(w, mask_, keys_.get(), norm_.get(), whole_, below,
-                                                          last, columns, 0, sums_, half_);
+    int64_t listed = Steps::template write<D, kMask, kSums>(w, mask_, keys_.get(), norm_.get(), whole_, below,
+                                                            last, columns, 0, sums_, half_);
     if (rest_ > 0) {
       const int64_t start = whole_ * kBlock;
       alignas(64) Bits stage[kBlock] = {};
       alignas(64) bool mask_stage[kBlock];
       std::memcpy(stage, w + start, static_cast<size_t>(rest_) * sizeof(Bits));
-      listed += Isa::template write<D, kMask, kSums>(stage, mask_stage, keys_.get() + start, norm_rest_, 1,
-                                                     below, last, columns + listed,
-                                                     static_cast<int32_t>(start), sums_, half_);
+      listed += Steps::template write<D, kMask, kSums>(stage, mask_stage, keys_.get() + start, norm_rest_, 1,
+                                                       below, last, columns + listed,
+                                                       static_cast<int32_t>(start), sums_, half_);
       if constexpr (kMask) {
         std::memcpy(mask_ + start, mask_stage, static_cast<size_t>(rest_));
       } else {
         std::memcpy(w + start, stage, static_cast<size_t>(rest_) * sizeof(Bits));
       }
-      while (listed > 0 && Isa::template column_of<D>(columns[listed - 1]) >= params_.cols) --listed;
+      while (listed > 0 && column_at<kKeyLanes<Vector, D>>(columns[listed - 1]) >= params_.cols) --listed;
     }
     return listed;
   }
@@ -297,7 +308,7 @@ class RowSelect {
     int32_t* columns = columns_.get();
     uint32_t* values = values_.get();
     for (int64_t i = 0; i < listed; ++i) {
-      columns[i] = Isa::template column_of<D>(columns[i]);
+      columns[i] = column_at<kKeyLanes<Vector, D>>(columns[i]);
       values[i] = order_of(magnitude<D>(w[columns[i]]) * absolute(params_.norm[columns[i]]));
     }
     if (listed <= kRankLimit && bracket.high <= kFirstNan && bracket.high - bracket.low <= 512) {
@@ -314,7 +325,7 @@ class RowSelect {
   // 25 bits of score and 6 of position make the candidates distinct: a column's rank is the number of smaller
   // ones.
   void rank_and_prune(Bits* w, int64_t listed, int64_t need, uint32_t origin) {
-    using Lanes = typename Isa::Lanes;
+    using Lanes = typename Steps::Lanes;
     constexpr int64_t kCount = sizeof(Lanes) / sizeof(int32_t);
     const int32_t* columns = columns_.get();
     uint32_t* values = values_.get();
@@ -382,7 +393,7 @@ class RowSelect {
   const int64_t list_limit_;
   const int64_t padded_;
   const float inverse_cols_;
-  Buffer<float> norm_;  // in the order that Isa wants
+  Buffer<float> norm_;  // in the order of load_pair
   Buffer<uint16_t> keys_;
   Buffer<int32_t> columns_;
   Buffer<uint32_t> values_;
@@ -395,26 +406,27 @@ class RowSelect {
   Predictor predictor_;
 };
 
-template <class Isa, Dtype D>
-void run_rows_of(const RowsParams& params, int64_t begin, int64_t end) {
+template <class Vector, Dtype D>
+void rows_run_of(const RowsParams& params, int64_t begin, int64_t end) {
   if (params.mask != nullptr) {
     if (params.score_sums != nullptr) {
-      RowSelect<Isa, D, true, true>(params).run(begin, end);
+      RowSelect<Vector, D, true, true>(params).run(begin, end);
     } else {
-      RowSelect<Isa, D, true, false>(params).run(begin, end);
+      RowSelect<Vector, D, true, false>(params).run(begin, end);
     }
   } else if (params.score_sums != nullptr) {
-    RowSelect<Isa, D, false, true>(params).run(begin, end);
+    RowSelect<Vector, D, false, true>(params).run(begin, end);
   } else {
-    RowSelect<Isa, D, false, false>(params).run(begin, end);
+    RowSelect<Vector, D, false, false>(params).run(begin, end);
   }
 }
 
-template <class Isa>
-void run_rows(const RowsParams& params, int64_t begin, int64_t end) {
+template <class Vector>
+void rows_run(const RowsParams& params, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const HonourDenormals honour_denormals;
-  by_dtype(params.dtype, [&](auto dtype) { run_rows_of<Isa, decltype(dtype)::value>(params, begin, end); });
+  by_dtype(params.dtype,
+           [&](auto dtype) { rows_run_of<Vector, decltype(dtype)::value>(params, begin, end); });
 }
 
 }  // namespace

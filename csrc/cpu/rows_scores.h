@@ -1,12 +1,11 @@
 // Scores of single elements and exact order statistics of them: the parts of row selection that need no
-// vectors by hand. Part of rows_impl.h, which says how to include it.
+// vectors by hand. Part of rows_impl.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "convert.h"
-#include "rows.h"
 
 namespace wanda::cpu {
 namespace {

@@ -1,17 +1,7 @@
-// 2:4 packing with AVX-512. See pack_24_impl.h.
-#include "pack_24.h"
+// 2:4 packing's steps with AVX-512.
+#pragma once
 
-#if defined(__x86_64__)
-
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
-
-#include "convert.h"
-#include "target_avx512_begin.h"
-
-#include "nm_lanes_avx512.h"
+#include "nm_avx512.h"
 #include "pack_24_impl.h"
 
 namespace wanda::cpu {
@@ -32,9 +22,8 @@ struct alignas(64) PackShuffles {
 };
 constexpr PackShuffles kPackShuffles;
 
-struct PackLanesAvx512 {
-  using Nm = NmLanesAvx512;
-
+template <>
+struct PackSteps<Avx512> {
   static __mmask32 half(uint64_t word, int64_t j) { return static_cast<__mmask32>(word >> (j % 64)); }
 
   static void nonzero(const uint16_t* w, int64_t count, const NmBits& pruned, NmBits& out) {
@@ -91,23 +80,4 @@ struct PackLanesAvx512 {
 };
 
 }  // namespace
-
-int64_t pack_24_avx512(const Pack24Params& params, int64_t begin, int64_t end) {
-  return pack_24_run<PackLanesAvx512>(params, begin, end);
-}
-
 }  // namespace wanda::cpu
-
-#include "target_end.h"
-
-#else
-
-namespace wanda::cpu {
-
-int64_t pack_24_avx512(const Pack24Params& params, int64_t begin, int64_t end) {
-  return pack_24_scalar(params, begin, end);
-}
-
-}  // namespace wanda::cpu
-
-#endif

@@ -3,19 +3,10 @@
 // columns of each x.
 //
 // bfloat16 is spread straight into the upper halves of float32, which spares a conversion and a shift.
-#include "packed.h"
-
-#if defined(__x86_64__)
-
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
-
-#include "convert.h"
-#include "target_avx2_begin.h"
+#pragma once
 
 #include "packed_impl.h"
+#include "vector_avx2.h"
 
 namespace wanda::cpu {
 namespace {
@@ -82,19 +73,17 @@ inline __m256 eight_columns(const typename Element<dtype>::Bits* values, uint32_
   }
 }
 
-inline float sum_of(__m256 v) {
+inline float packed_sum(__m256 v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-constexpr int kPrefetch = 2048;  // bytes ahead
-
-PackedLayout layout(PackedFormat, Dtype) { return {8, true}; }
+constexpr int kPackedPrefetch = 2048;  // bytes ahead
 
 // A row's products with a slab of x.
 template <PackedFormat format, Dtype dtype, int64_t slab>
-void product_row(const PackedWeight& w, int64_t row, const float* x, float* sums) {
+void packed_product_row(const PackedWeight& w, int64_t row, const float* x, float* sums) {
   // One chain of additions would wait for itself: four cycles for eight columns.
   constexpr int kChains = slab <= 2 ? 4 : slab == 4 ? 2 : 1;
   const auto* next = static_cast<const typename Element<dtype>::Bits*>(w.values) + packed_start(w, row);
@@ -104,7 +93,7 @@ void product_row(const PackedWeight& w, int64_t row, const float* x, float* sums
     for (int b = 0; b < slab; ++b) chain[b] = _mm256_setzero_ps();
   }
   for (int64_t byte = 0; byte < w.cols / 8; byte += kChains) {
-    if (byte % 8 == 0) _mm_prefetch(reinterpret_cast<const char*>(next) + kPrefetch, _MM_HINT_T0);
+    if (byte % 8 == 0) _mm_prefetch(reinterpret_cast<const char*>(next) + kPackedPrefetch, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
       const uint32_t mask = packed_mask(format, codes[byte + c]);
@@ -118,49 +107,39 @@ void product_row(const PackedWeight& w, int64_t row, const float* x, float* sums
   for (int b = 0; b < slab; ++b) {
     __m256 total = sum[0][b];
     for (int c = 1; c < kChains; ++c) total = _mm256_add_ps(total, sum[c][b]);
-    sums[b] = sum_of(total);
+    sums[b] = packed_sum(total);
   }
 }
 
 template <PackedFormat format, Dtype dtype, int64_t slab>
-void product_rows(const PackedWeight& w, const float* x, int64_t batch, float* sums, int64_t begin,
-                  int64_t end) {
+void packed_product_rows(const PackedWeight& w, const float* x, int64_t batch, float* sums, int64_t begin,
+                         int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t b = 0; b < batch; b += slab) {
-      product_row<format, dtype, slab>(w, row, x + b * w.cols, sums + row * batch + b);
+      packed_product_row<format, dtype, slab>(w, row, x + b * w.cols, sums + row * batch + b);
     }
   }
 }
 
-void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin, int64_t end) {
-  by_dtype(w.dtype, [&](auto constant) {
-    constexpr Dtype dtype = decltype(constant)::value;
-    packed_by_slab(batch, [&](auto size) {
-      constexpr int64_t kSlab = decltype(size)::value;
-      const auto* columns = static_cast<const float*>(x);
-      if (w.format == PackedFormat::kBitmap) {
-        product_rows<PackedFormat::kBitmap, dtype, kSlab>(w, columns, batch, sums, begin, end);
-      } else {
-        product_rows<PackedFormat::kSparse24, dtype, kSlab>(w, columns, batch, sums, begin, end);
-      }
+// Unpacking is the scalar code, compiled for AVX2.
+template <>
+struct PackedSteps<Avx2> : PackedSteps<Scalar> {
+  static void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin,
+                      int64_t end) {
+    by_dtype(w.dtype, [&](auto constant) {
+      constexpr Dtype dtype = decltype(constant)::value;
+      packed_by_slab(batch, [&](auto size) {
+        constexpr int64_t kSlab = decltype(size)::value;
+        const auto* columns = static_cast<const float*>(x);
+        if (format_of(w) == PackedFormat::kBitmap) {
+          packed_product_rows<PackedFormat::kBitmap, dtype, kSlab>(w, columns, batch, sums, begin, end);
+        } else {
+          packed_product_rows<PackedFormat::kSparse24, dtype, kSlab>(w, columns, batch, sums, begin, end);
+        }
+      });
     });
-  });
-}
+  }
+};
 
 }  // namespace
-
-PackedKernels packed_avx2() { return {&layout, &product, packed_scalar().unpack}; }
-
 }  // namespace wanda::cpu
-
-#include "target_end.h"
-
-#else
-
-namespace wanda::cpu {
-
-PackedKernels packed_avx2() { return packed_scalar(); }
-
-}  // namespace wanda::cpu
-
-#endif

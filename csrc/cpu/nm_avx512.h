@@ -1,79 +1,30 @@
-// The AVX-512 steps of nm_impl.h. Included after target_avx512_begin.h, with <immintrin.h> before it.
+// N:M selection's steps with AVX-512.
 #pragma once
 
 #include "nm_impl.h"
+#include "vector_avx512.h"
 
 namespace wanda::cpu {
 namespace {
 
-template <Dtype dtype, int m>
-struct NmSelectOf;
-
-struct NmLanesAvx512 {
-  static constexpr bool kFast = true;
-  static constexpr int kBytes = 64;
-  template <Dtype dtype, int m>
-  using Select = typename NmSelectOf<dtype, m>::Type;
-  static constexpr int64_t kUnit = 32;  // columns per compare()
-
-  template <Dtype dtype, class T>
-  static __m512i keys(const T* w, const float* norm) {
-    __m512 value;
-    if constexpr (dtype == Dtype::kFloat32) {
-      value = _mm512_loadu_ps(w);
-    } else {
-      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-      if constexpr (dtype == Dtype::kBFloat16) {
-        value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-      } else {
-        value = _mm512_cvtph_ps(half);
-      }
-    }
-    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(value, _mm512_loadu_ps(norm)));
-    return _mm512_min_epu32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)),
-                            _mm512_set1_epi32(0x7f800001));
+template <>
+struct NmSteps<Avx512> {
+  template <int r>
+  static __m512i rotate(__m512i v) {
+    return _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93));
   }
+  static __m512i even_quads(__m512i a, __m512i b) { return _mm512_shuffle_i32x4(a, b, 0x88); }
+  static __m512i odd_quads(__m512i a, __m512i b) { return _mm512_shuffle_i32x4(a, b, 0xdd); }
 
-  // Rotations inside 128-bit lanes: lane i receives lane i + r mod 4.
-  static __m512i rotate_1(__m512i v) { return _mm512_shuffle_epi32(v, _MM_PERM_ADCB); }
-  static __m512i rotate_2(__m512i v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
-  static __m512i rotate_3(__m512i v) { return _mm512_shuffle_epi32(v, _MM_PERM_CBAD); }
-
-  static void store(uint64_t* words, int64_t at, __mmask16 mask) {
-    const uint16_t bits = mask;
+  static void store(uint64_t* words, int64_t at, __m512i a, __m512i b) {
+    const uint16_t bits = _mm512_cmple_epi32_mask(a, b);
     std::memcpy(reinterpret_cast<char*>(words) + 2 * at, &bits, sizeof(bits));
   }
 
-  // Lane i <= lane i + 1, with a bias that makes lane 3 < lane 0.
-  static __mmask16 next(__m512i key) {
+  // With a bias that makes lane 3 < lane 0.
+  static void store_next(uint64_t* words, int64_t at, __m512i key) {
     const __m512i bias = _mm512_maskz_set1_epi32(0x8888, 1);
-    return _mm512_cmple_epi32_mask(_mm512_add_epi32(key, bias), rotate_1(key));
-  }
-
-  template <Dtype dtype, class T>
-  static void compare(const T* w, const float* norm, int64_t unit, NmComparisons4& out) {
-    for (int64_t half = 0; half < 2; ++half) {
-      const __m512i key = keys<dtype>(w + 16 * half, norm + 16 * half);
-      store(out.next, 2 * unit + half, next(key));
-      store(out.across, 2 * unit + half, _mm512_cmple_epi32_mask(key, rotate_2(key)));
-    }
-  }
-
-  template <Dtype dtype, class T>
-  static void compare(const T* w, const float* norm, int64_t unit, NmComparisons8& out) {
-    const __m512i first = keys<dtype>(w, norm);
-    const __m512i second = keys<dtype>(w + 16, norm + 16);
-    const __m512i x = _mm512_shuffle_i32x4(first, second, 0x88);
-    const __m512i y = _mm512_shuffle_i32x4(first, second, 0xdd);
-    const __m512i y2 = rotate_2(y);
-    store(out.next_x, unit, next(x));
-    store(out.next_y, unit, next(y));
-    store(out.across_x, unit, _mm512_cmple_epi32_mask(x, rotate_2(x)));
-    store(out.across_y, unit, _mm512_cmple_epi32_mask(y, y2));
-    store(out.against[0], unit, _mm512_cmple_epi32_mask(x, y));
-    store(out.against[1], unit, _mm512_cmple_epi32_mask(x, rotate_1(y)));
-    store(out.against[2], unit, _mm512_cmple_epi32_mask(x, y2));
-    store(out.against[3], unit, _mm512_cmple_epi32_mask(x, rotate_3(y)));
+    store(words, at, _mm512_add_epi32(key, bias), rotate<1>(key));
   }
 
   static void zero_pruned(uint32_t* w, int64_t count, const NmBits& bits) {
@@ -122,7 +73,7 @@ class NmPairedNorms {
     norms_ = storage_.data() + (64 - address % 64) % 64 / sizeof(float);
     for (int64_t j = 0; j < (cols + kUnit - 1) / kUnit * kUnit; ++j) {
       const float value = j < cols ? norm[j] : 0.0f;
-      norms_[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = float_of_bits(bits_of_float(value) & 0x7fffffffu);
+      norms_[place_in_pair<Avx512, Dtype::kBFloat16>(j)] = float_of_bits(bits_of_float(value) & 0x7fffffffu);
     }
   }
   const float* at(int64_t column) const { return norms_ + column; }
@@ -336,20 +287,16 @@ class NmSelectPaired8 {
   }
 
   NmPairedNorms norms_;
-  NmSelect<NmLanesAvx512, Dtype::kBFloat16, 8> exact_;
+  NmSelect<Avx512, Dtype::kBFloat16, 8> exact_;
   int64_t exact_blocks_;  // to decide by comparisons before the threshold is tried again
 };
 
-template <Dtype dtype, int m>
-struct NmSelectOf {
-  using Type = NmSelect<NmLanesAvx512, dtype, m>;
-};
 template <>
-struct NmSelectOf<Dtype::kBFloat16, 4> {
+struct NmSelectFor<Avx512, Dtype::kBFloat16, 4> {
   using Type = NmSelectPaired4;
 };
 template <>
-struct NmSelectOf<Dtype::kBFloat16, 8> {
+struct NmSelectFor<Avx512, Dtype::kBFloat16, 8> {
   using Type = NmSelectPaired8;
 };
 

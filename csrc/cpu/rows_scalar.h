@@ -1,10 +1,14 @@
-// Row selection in portable C++: plain loops that compilers vectorise for whatever the build's flags allow.
+// Row selection's steps in portable C++: plain loops that compilers vectorise for whatever the build's flags
+// allow.
+#pragma once
+
 #include "rows_impl.h"
 
 namespace wanda::cpu {
 namespace {
 
-struct Scalar {
+template <>
+struct RowsSteps<Scalar> {
   typedef int32_t Lanes __attribute__((vector_size(16)));
 
   // Eight keys. The vector extension of GCC and Clang gives SSE2, NEON or plain code; from loops over 16-bit
@@ -20,13 +24,8 @@ struct Scalar {
   static Keys all_of(int value) { return Keys{} + static_cast<int16_t>(value); }
 
   template <Dtype D>
-  static void arrange_norm(const float* norm, float* out, int64_t blocks) {
-    std::memcpy(out, norm, static_cast<size_t>(blocks * kBlock) * sizeof(float));
-  }
-
-  template <Dtype D>
-  static int64_t make_keys(const typename Element<D>::Bits* w, const float* norm, uint16_t* keys,
-                           int64_t blocks, int base, int span) {
+  WANDA_PASS static int64_t make_keys(const typename Element<D>::Bits* w, const float* norm, uint16_t* keys,
+                                      int64_t blocks, int base, int span) {
     int64_t sum = 0;
     for (int64_t start = 0; start < blocks * kBlock; start += kBlock) {
       int32_t part = 0;
@@ -42,8 +41,8 @@ struct Scalar {
   }
 
   template <Dtype D>
-  static void count(const uint16_t* keys, int64_t blocks, const int32_t* limits, int64_t* counts,
-                    const char*) {
+  WANDA_PASS static void count(const uint16_t* keys, int64_t blocks, const int32_t* limits, int64_t* counts,
+                               const char*) {
     constexpr int64_t kBlocks = 4000;  // no 16-bit lane overflows
     for (int t = 0; t < kLimits; ++t) counts[t] = 0;
     for (int64_t first = 0; first < blocks; first += kBlocks) {
@@ -63,15 +62,10 @@ struct Scalar {
     }
   }
 
-  template <Dtype D>
-  static int32_t column_of(int32_t place) {
-    return place;
-  }
-
   template <Dtype D, bool kMask, bool kSums>
-  static int64_t write(typename Element<D>::Bits* w, bool* mask, const uint16_t* keys, const float* norm,
-                       int64_t blocks, int below, int last, int32_t* columns, int32_t first_column,
-                       Sums& sums, const char*) {
+  WANDA_PASS static int64_t write(typename Element<D>::Bits* w, bool* mask, const uint16_t* keys,
+                                  const float* norm, int64_t blocks, int below, int last, int32_t* columns,
+                                  int32_t first_column, Sums& sums, const char*) {
     const Keys below8 = all_of(below), last8 = all_of(last);
     int64_t listed = 0;
     for (int64_t start = 0; start < blocks * kBlock; start += kBlock) {
@@ -112,9 +106,4 @@ struct Scalar {
 };
 
 }  // namespace
-
-void rows_scalar(const RowsParams& params, int64_t begin, int64_t end) {
-  run_rows<Scalar>(params, begin, end);
-}
-
 }  // namespace wanda::cpu

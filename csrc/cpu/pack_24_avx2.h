@@ -1,17 +1,7 @@
-// 2:4 packing with AVX2. See pack_24_impl.h.
-#include "pack_24.h"
+// 2:4 packing's steps with AVX2.
+#pragma once
 
-#if defined(__x86_64__)
-
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
-
-#include "convert.h"
-#include "target_avx2_begin.h"
-
-#include "nm_lanes_avx2.h"
+#include "nm_avx2.h"
 #include "pack_24_impl.h"
 
 namespace wanda::cpu {
@@ -35,18 +25,15 @@ struct PackShuffles {
 };
 constexpr PackShuffles kPackShuffles;
 
-struct PackLanesAvx2 {
-  using Nm = NmLanesAvx2;
-
-  static __m256i load(const uint16_t* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
-
+template <>
+struct PackSteps<Avx2> {
   static void nonzero(const uint16_t* w, int64_t count, const NmBits& pruned, NmBits& out) {
     const __m256i none = _mm256_setzero_si256();
     for (int64_t j = 0; j < count; j += 64) {
       uint64_t zero = 0;
       for (int64_t i = 0; i < 64; i += 32) {
-        const __m256i first = _mm256_cmpeq_epi16(_mm256_slli_epi16(load(w + j + i), 1), none);
-        const __m256i second = _mm256_cmpeq_epi16(_mm256_slli_epi16(load(w + j + i + 16), 1), none);
+        const __m256i first = _mm256_cmpeq_epi16(_mm256_slli_epi16(load_256(w + j + i), 1), none);
+        const __m256i second = _mm256_cmpeq_epi16(_mm256_slli_epi16(load_256(w + j + i + 16), 1), none);
         // packs interleaves the 128-bit lanes of its operands: 0xd8 sorts them.
         const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(first, second), 0xd8);
         zero |= uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(bytes))} << i;
@@ -69,7 +56,7 @@ struct PackLanesAvx2 {
     for (int64_t j = 0; j < count; j += 16) {
       const __m256i keep_bits = _mm256_set1_epi16(static_cast<int16_t>(~pruned.word[j / 64] >> (j % 64)));
       const __m256i keep = _mm256_cmpeq_epi16(_mm256_and_si256(keep_bits, lane_bits), lane_bits);
-      const __m256i kept = _mm256_and_si256(load(w + j), keep);
+      const __m256i kept = _mm256_and_si256(load_256(w + j), keep);
       const uint64_t bits = nonzero.word[j / 64] >> (j % 64);
       pack_8(_mm256_castsi256_si128(kept), bits, out + j / 2);
       pack_8(_mm256_extracti128_si256(kept, 1), bits >> 8, out + j / 2 + 4);
@@ -78,23 +65,4 @@ struct PackLanesAvx2 {
 };
 
 }  // namespace
-
-int64_t pack_24_avx2(const Pack24Params& params, int64_t begin, int64_t end) {
-  return pack_24_run<PackLanesAvx2>(params, begin, end);
-}
-
 }  // namespace wanda::cpu
-
-#include "target_end.h"
-
-#else
-
-namespace wanda::cpu {
-
-int64_t pack_24_avx2(const Pack24Params& params, int64_t begin, int64_t end) {
-  return pack_24_scalar(params, begin, end);
-}
-
-}  // namespace wanda::cpu
-
-#endif
