@@ -15,7 +15,7 @@ struct RowsParams {
   float* score_sums;  // nullptr, or [rows, 2]: sum of the squared scores that are pruned, and of all.
                       // CUDA: not together with `mask`
   int64_t rows;
-  int64_t cols;  // >= 1, < 2^31
+  int64_t cols;  // >= 1, < 2^31 (CUDA: 2^32)
   int64_t row_stride;
   int64_t k;  // how many of each row to prune, 0 <= k <= cols
   Dtype dtype;
@@ -49,6 +49,12 @@ struct Pack24Params {
   Dtype dtype;  // kBFloat16 or kFloat16
 };
 
+// Where torch's reordering puts metadata column `column` (16 dense columns each) of `row`.
+inline int64_t pack_24_position(int64_t row, int64_t column, int64_t rows) {
+  const int64_t to = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
+  return (column / 2 * rows + to / 2 * 2 + column % 2) * 2 + to % 2;
+}
+
 struct Unpack24Params {
   const uint16_t* values;    // [rows, cols / 2]
   const uint16_t* metadata;  // [rows, cols / 16], in torch's reordered layout
@@ -75,16 +81,24 @@ struct SqnormParams {
 // A packed weight [rows, cols], cols a multiple of 64. Both formats keep the weights that are not +0 in
 // order, and one code byte for every eight columns:
 //   bitmap    bit i: column i is kept. Row r's values begin at starts[r].
-//   2:4       two of every four columns are kept, their indices in ascending order: bits 0-3 for the first
-//   four
-//             columns (index 0 | index 1 << 2), bits 4-7 for the others. Row r's values begin at r * cols
-//             / 2.
+//   2:4       two of every four columns are kept, their indices in ascending order: bits 0-3 are
+//             index 0 | index 1 << 2 of the first four, bits 4-7 of the others. Row r's values begin at
+//             r * cols / 2.
 struct PackedWeight {
   const void* values;     // bitmap: kPackedPadding more than there are; 2:4: [rows, cols / 2]
   const uint8_t* codes;   // [rows, cols / 8]
   const int32_t* starts;  // bitmap: [rows + 1]; 2:4: nullptr
   int64_t rows, cols;
   Dtype dtype;
+};
+
+// y = x W^T + bias on CUDA. `values` of 2:4, `codes` and x are 16-byte aligned.
+struct PackedLinearParams {
+  PackedWeight weight;
+  const void* x;     // [tokens, cols]
+  const void* bias;  // [rows] or nullptr
+  void* y;           // [tokens, rows]
+  int64_t tokens;
 };
 
 // Products of bitmaps may read this many values past the last one: they load whole registers.

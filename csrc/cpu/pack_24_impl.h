@@ -41,12 +41,6 @@ inline uint64_t pack_24_overfull(uint64_t nonzero) {
   return ((both & either >> 2) | (either & both >> 2)) & kLane0;
 }
 
-// Where torch's reordering puts metadata column `column` (16 dense columns each) of `row`.
-inline int64_t pack_24_position(int64_t row, int64_t column, int64_t rows) {
-  const int64_t to = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
-  return (column / 2 * rows + to / 2 * 2 + column % 2) * 2 + to % 2;
-}
-
 // Selections as NmSelect.
 struct PackSelectNothing {
   static constexpr int kRows = 1;
