@@ -217,16 +217,21 @@ at::Tensor laid_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Dty
     constexpr Dtype kDtype = decltype(constant)::value;
     const auto* tokens = static_cast<const typename Element<kDtype>::Bits*>(x.const_data_ptr());
     const auto lay = [&](auto* out, auto converted) {
+      const int64_t there = x.size(0), unit = layout.unit;
       for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t j = 0; j < cols; j += layout.unit) {
+        for (int64_t j = 0; j < cols; j += unit) {
           const auto* from = tokens + b * cols + j;
-          auto* to = out + b / slab * slab * cols + j * slab + b % slab * layout.unit;
-          for (int64_t i = 0; i < layout.unit; ++i) to[i] = b < x.size(0) ? converted(from[i]) : 0;
+          auto* to = out + b / slab * slab * cols + j * slab + b % slab * unit;
+          if (b < there) {
+            for (int64_t i = 0; i < unit; ++i) to[i] = converted(from[i]);
+          } else {
+            std::fill(to, to + unit, 0);
+          }
         }
       }
     };
     if (layout.as_float) {
-      lay(static_cast<float*>(buffer.data_ptr()), to_float<kDtype>);
+      lay(static_cast<float*>(buffer.data_ptr()), [](auto bits) { return to_float<kDtype>(bits); });
     } else {
       lay(static_cast<uint16_t*>(buffer.data_ptr()), [](auto bits) { return bits; });
     }
