@@ -48,7 +48,8 @@ RARE = {
     "block.cuh": ("radix_select",),
     "rows_any.cuh": ("select_segment",),
     "bracket.cuh": ("move",),
-    "rows.cuh": ("drop_padding", "has_ordinary_norms", "clear_padding"),
+    "rows.cuh": ("drop_padding",),
+    "rows_part.cuh": ("has_ordinary_norms", "clear_padding"),
 }
 # Functions that access memory for few elements of a row, or once a row.
 FEW = {
@@ -131,7 +132,7 @@ def _short(mangled: str) -> str:
     for number, dtype in enumerate(("float32", "bfloat16", "float16")):
         name = name.replace(f"(Dtype){number}", dtype)
     for number, output in enumerate(("prune", "prune+sums", "mask")):
-        name = re.sub(rf"\((Rows|Nm)Output\){number}\b", output, name)
+        name = re.sub(rf"\(Output\){number}\b", output, name)
     if name.startswith("sparse24_linear"):
         return re.sub(r", (\d+), (\d+)>", lambda m: f", {16 * int(m[1])} rows, {8 * int(m[2])} tokens>", name)
     if name.startswith("bitmap_linear"):

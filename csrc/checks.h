@@ -1,17 +1,25 @@
-// Argument checks of the launchers. An error names the operator, the argument, what is required and what
-// came. wanda_kernels/_checks.py says the same for the PyTorch reference and the fake implementations.
+// Arguments of the operators, checked and made into what kernels take, once for the CPU's launchers and
+// CUDA's. An error names the operator, the argument, what is required and what came. wanda_kernels/_checks.py
+// says the same for the PyTorch reference and the fake implementations.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
 
-#include "common/dtype.h"
+#include "common/params.h"
 
 namespace wanda {
 
-inline Dtype dtype_of(const char* op, const char* argument, const at::Tensor& tensor) {
+using OptionalTensor = std::optional<at::Tensor>;
+
+// In functions that have `op`, the operator's name.
+#define WANDA_CHECK_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, "wanda::", op, ": ", __VA_ARGS__)
+#define WANDA_CHECK_VALUE(condition, ...) TORCH_CHECK_VALUE(condition, "wanda::", op, ": ", __VA_ARGS__)
+
+inline Dtype dtype_of(const char* op, const char* name, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return Dtype::kFloat32;
@@ -20,195 +28,31 @@ inline Dtype dtype_of(const char* op, const char* argument, const at::Tensor& te
     case at::kHalf:
       return Dtype::kFloat16;
     default:
-      TORCH_CHECK_TYPE(false, "wanda::", op, ": ", argument, " must be float32, bfloat16 or float16, got ",
-                       tensor.scalar_type());
+      WANDA_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16, got ", tensor.scalar_type());
   }
 }
 
-inline void check_weight(const char* op, const at::Tensor& weight) {
-  TORCH_CHECK_VALUE(weight.dim() == 2, "wanda::", op, ": weight must have 2 dimensions [C_out, C_in], got ",
-                    weight.dim());
-  dtype_of(op, "weight", weight);
+inline void check_type(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
+                       const char* type_name) {
+  WANDA_CHECK_TYPE(tensor.scalar_type() == type, name, " must be ", type_name, ", got ",
+                   tensor.scalar_type());
 }
 
-inline void check_norm(const char* op, const at::Tensor& norm, const at::Tensor& weight) {
-  TORCH_CHECK_TYPE(norm.scalar_type() == at::kFloat, "wanda::", op, ": norm must be float32, got ",
-                   norm.scalar_type());
-  TORCH_CHECK_VALUE(norm.device() == weight.device(), "wanda::", op, ": norm is on ", norm.device(),
-                    ", weight is on ", weight.device());
-  TORCH_CHECK_VALUE(norm.dim() == 1, "wanda::", op, ": norm must have 1 dimension [C_in], got ", norm.dim());
-  TORCH_CHECK_VALUE(norm.size(0) == weight.size(1), "wanda::", op, ": norm has ", norm.size(0),
-                    " elements, weight has ", weight.size(1), " columns");
+// `other_is`: "weight is", "values are".
+inline void check_device(const char* op, const char* name, const at::Tensor& tensor, const char* other_is,
+                         const at::Tensor& other) {
+  WANDA_CHECK_VALUE(tensor.device() == other.device(), name, " is on ", tensor.device(), ", ", other_is,
+                    " on ", other.device());
 }
 
-inline void check_score_sums(const char* op, const std::optional<at::Tensor>& sums,
-                             const at::Tensor& weight) {
-  if (!sums.has_value()) return;
-  TORCH_CHECK_TYPE(sums->scalar_type() == at::kFloat, "wanda::", op, ": score_sums must be float32, got ",
-                   sums->scalar_type());
-  TORCH_CHECK_VALUE(sums->device() == weight.device(), "wanda::", op, ": score_sums is on ", sums->device(),
-                    ", weight is on ", weight.device());
-  TORCH_CHECK_VALUE(
-      sums->dim() == 2 && sums->size(0) == weight.size(0) && sums->size(1) == 2 && sums->is_contiguous(),
-      "wanda::", op, ": score_sums must be contiguous [", weight.size(0), ", 2], got ", sums->sizes());
+inline void check_like(const char* op, const char* name, const at::Tensor& tensor, const char* other_is,
+                       const at::Tensor& other) {
+  WANDA_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), name, " must be ", other.scalar_type(),
+                   ", as ", other_is, ", got ", tensor.scalar_type());
+  check_device(op, name, tensor, other_is, other);
 }
 
-inline void check_sparsity(const char* op, double sparsity) {
-  TORCH_CHECK_VALUE(sparsity >= 0 && sparsity < 1, "wanda::", op, ": sparsity must be in [0, 1), got ",
-                    sparsity);
-}
-
-inline void check_pattern(const char* op, const at::Tensor& weight, int64_t n, int64_t m) {
-  TORCH_CHECK_VALUE(0 < n && n < m, "wanda::", op, ": a pattern n:m needs 0 < n < m, got ", n, ":", m);
-  TORCH_CHECK_VALUE(weight.size(1) % m == 0, "wanda::", op, ": weight has ", weight.size(1),
-                    " columns, not a multiple of m = ", m);
-}
-
-inline void check_packable(const char* op, const at::Tensor& weight) {
-  check_weight(op, weight);
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kHalf, "wanda::", op,
-                   ": weight must be bfloat16 or float16 (torch packs float32 as 1:2), got ",
-                   weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.size(0) % 32 == 0 && weight.size(1) % 64 == 0 && weight.numel() > 0, "wanda::", op,
-                    ": weight must have a multiple of 32 rows and of 64 columns, got ", weight.sizes());
-}
-
-inline void check_packed(const char* op, const at::Tensor& values, const at::Tensor& metadata) {
-  TORCH_CHECK_TYPE(values.scalar_type() == at::kBFloat16 || values.scalar_type() == at::kHalf, "wanda::", op,
-                   ": values must be bfloat16 or float16, got ", values.scalar_type());
-  TORCH_CHECK_TYPE(metadata.scalar_type() == at::kShort, "wanda::", op, ": metadata must be int16, got ",
-                   metadata.scalar_type());
-  TORCH_CHECK_VALUE(metadata.device() == values.device(), "wanda::", op, ": metadata is on ",
-                    metadata.device(), ", values are on ", values.device());
-  TORCH_CHECK_VALUE(
-      values.dim() == 2 && values.size(0) % 32 == 0 && values.size(1) % 32 == 0 && values.numel() > 0,
-      "wanda::", op, ": values must be [C_out, C_in / 2] with multiples of 32, got ", values.sizes());
-  TORCH_CHECK_VALUE(
-      metadata.dim() == 2 && metadata.size(0) == values.size(0) && metadata.size(1) * 8 == values.size(1),
-      "wanda::", op, ": metadata must be [", values.size(0), ", ", values.size(1) / 8, "], got ",
-      metadata.sizes());
-}
-
-// Formats of cpu/packed.h. What is in the tensors (counts, order) is checked once, when they are loaded.
-inline void check_packed_values(const char* op, const at::Tensor& values, const at::Tensor& codes,
-                                const char* name) {
-  dtype_of(op, "values", values);
-  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte, "wanda::", op, ": ", name, " must be uint8, got ",
-                   codes.scalar_type());
-  TORCH_CHECK_VALUE(codes.device() == values.device(), "wanda::", op, ": ", name, " is on ", codes.device(),
-                    ", values are on ", values.device());
-  TORCH_CHECK_VALUE(codes.dim() == 2 && codes.size(1) % 8 == 0 && codes.numel() > 0 && codes.is_contiguous(),
-                    "wanda::", op, ": ", name,
-                    " must be contiguous [C_out, C_in / 8] with C_in a multiple of 64, got ", codes.sizes());
-  TORCH_CHECK_VALUE(values.is_contiguous(), "wanda::", op, ": values must be contiguous");
-}
-
-inline void check_bitmap(const char* op, const at::Tensor& values, const at::Tensor& bitmap,
-                         const at::Tensor& starts) {
-  check_packed_values(op, values, bitmap, "bitmap");
-  TORCH_CHECK_TYPE(starts.scalar_type() == at::kInt, "wanda::", op, ": starts must be int32, got ",
-                   starts.scalar_type());
-  TORCH_CHECK_VALUE(starts.device() == values.device(), "wanda::", op, ": starts is on ", starts.device(),
-                    ", values are on ", values.device());
-  TORCH_CHECK_VALUE(starts.dim() == 1 && starts.size(0) == bitmap.size(0) + 1 && starts.is_contiguous(),
-                    "wanda::", op, ": starts must be contiguous [", bitmap.size(0) + 1, "], got ",
-                    starts.sizes());
-  TORCH_CHECK_VALUE(values.dim() == 1 && values.size(0) >= 32, "wanda::", op,
-                    ": values must be [kept + 32], got ", values.sizes());
-}
-
-inline void check_sparse24(const char* op, const at::Tensor& values, const at::Tensor& indices) {
-  check_packed_values(op, values, indices, "indices");
-  TORCH_CHECK_VALUE(
-      values.dim() == 2 && values.size(0) == indices.size(0) && values.size(1) == indices.size(1) * 4,
-      "wanda::", op, ": values must be [", indices.size(0), ", ", indices.size(1) * 4, "], got ",
-      values.sizes());
-}
-
-inline void check_packed_input(const char* op, const at::Tensor& x, const at::Tensor& values, int64_t cols) {
-  TORCH_CHECK_TYPE(x.scalar_type() == values.scalar_type(), "wanda::", op, ": x must be ",
-                   values.scalar_type(), ", as values are, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.device() == values.device(), "wanda::", op, ": x is on ", x.device(),
-                    ", values are on ", values.device());
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == cols, "wanda::", op, ": x must be [.., ", cols, "], got ",
-                    x.sizes());
-}
-
-inline void check_packed_bias(const char* op, const std::optional<at::Tensor>& bias, const at::Tensor& values,
-                              int64_t rows) {
-  if (!bias.has_value()) return;
-  TORCH_CHECK_TYPE(bias->scalar_type() == values.scalar_type(), "wanda::", op, ": bias must be ",
-                   values.scalar_type(), ", as values are, got ", bias->scalar_type());
-  TORCH_CHECK_VALUE(bias->device() == values.device(), "wanda::", op, ": bias is on ", bias->device(),
-                    ", values are on ", values.device());
-  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, "wanda::", op, ": bias must be [", rows,
-                    "], got ", bias->sizes());
-}
-
-struct SqnormShape {
-  int64_t sequences, tokens, cols;
-};
-
-// x is [sequences, tokens, C_in], or flattened [sequences * tokens, C_in] with the sequences from sqnorm.
-inline SqnormShape check_sqnorm(const char* op, const at::Tensor& sqnorm, const at::Tensor& x,
-                                const std::optional<at::Tensor>& token_mask) {
-  TORCH_CHECK_TYPE(sqnorm.scalar_type() == at::kFloat, "wanda::", op, ": sqnorm must be float32, got ",
-                   sqnorm.scalar_type());
-  dtype_of(op, "x", x);
-  TORCH_CHECK_VALUE(sqnorm.device() == x.device(), "wanda::", op, ": sqnorm is on ", sqnorm.device(),
-                    ", x is on ", x.device());
-  TORCH_CHECK_VALUE((sqnorm.dim() == 1 || sqnorm.dim() == 2) && sqnorm.is_contiguous(), "wanda::", op,
-                    ": sqnorm must be contiguous [C_in] or [sequences, C_in], got ", sqnorm.sizes());
-  TORCH_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, "wanda::", op,
-                    ": x must be [sequences, tokens, C_in] or [tokens, C_in], got ", x.sizes());
-  const int64_t cols = sqnorm.size(-1);
-  TORCH_CHECK_VALUE(x.size(-1) == cols, "wanda::", op, ": x has ", x.size(-1), " columns, sqnorm has ", cols);
-  const int64_t sequences = sqnorm.dim() == 2 ? sqnorm.size(0) : x.dim() == 3 ? x.size(0) : 1;
-  if (x.dim() == 3) {
-    TORCH_CHECK_VALUE(x.size(0) == sequences, "wanda::", op, ": x has ", x.size(0), " sequences, sqnorm has ",
-                      sequences);
-  } else {
-    TORCH_CHECK_VALUE(sequences > 0 ? x.size(0) % sequences == 0 : x.size(0) == 0, "wanda::", op, ": x has ",
-                      x.size(0), " tokens, not a multiple of the ", sequences, " sequences of sqnorm");
-  }
-  const int64_t tokens = x.dim() == 3 ? x.size(1) : sequences > 0 ? x.size(0) / sequences : 0;
-  if (token_mask.has_value()) {
-    TORCH_CHECK_TYPE(token_mask->scalar_type() == at::kBool, "wanda::", op, ": token_mask must be bool, got ",
-                     token_mask->scalar_type());
-    TORCH_CHECK_VALUE(token_mask->device() == x.device(), "wanda::", op, ": token_mask is on ",
-                      token_mask->device(), ", x is on ", x.device());
-    TORCH_CHECK_VALUE(
-        token_mask->numel() == sequences * tokens &&
-            (token_mask->dim() == 1 || (token_mask->dim() == 2 && token_mask->size(0) == sequences)),
-        "wanda::", op, ": token_mask must be [", sequences, ", ", tokens, "] or flattened, got ",
-        token_mask->sizes());
-  }
-  return {sequences, tokens, cols};
-}
-
-inline void check_rms_weight(const char* op, const at::Tensor& weight, const at::Tensor& x) {
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "wanda::", op, ": weight must be ",
-                   x.scalar_type(), ", as x is, got ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.device() == x.device(), "wanda::", op, ": weight is on ", weight.device(),
-                    ", x is on ", x.device());
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(-1), "wanda::", op, ": weight must be [",
-                    x.size(-1), "], got ", weight.sizes());
-}
-
-inline void check_up(const char* op, const at::Tensor& up, const at::Tensor& gate) {
-  TORCH_CHECK_TYPE(up.scalar_type() == gate.scalar_type(), "wanda::", op, ": up must be ", gate.scalar_type(),
-                   ", as gate is, got ", up.scalar_type());
-  TORCH_CHECK_VALUE(up.device() == gate.device(), "wanda::", op, ": up is on ", up.device(), ", gate is on ",
-                    gate.device());
-  TORCH_CHECK_VALUE(up.sizes() == gate.sizes(), "wanda::", op, ": up must be ", gate.sizes(),
-                    ", as gate is, got ", up.sizes());
-}
-
-// x as [sequences, tokens, C_in] with unit column stride; a copy only where columns are not adjacent.
-inline at::Tensor tokens_of(const at::Tensor& x, const SqnormShape& shape) {
-  const at::Tensor plain = shape.cols > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
-  return plain.dim() == 3 ? plain : plain.unflatten(0, {shape.sequences, shape.tokens});
-}
+// ---- Selection: prune_rows_, row_mask, prune_nm_, nm_mask.
 
 // Rows that a kernel can walk: unit column stride, rows that do not overlap.
 inline bool has_plain_rows(const at::Tensor& matrix) {
@@ -218,6 +62,285 @@ inline bool has_plain_rows(const at::Tensor& matrix) {
 
 inline at::Tensor with_plain_rows(const at::Tensor& matrix) {
   return has_plain_rows(matrix) ? matrix : matrix.contiguous();
+}
+
+// A matrix of one row may have any row stride; kernels look at it for alignment.
+inline int64_t row_stride(const at::Tensor& matrix) {
+  return matrix.size(0) > 1 ? matrix.stride(0) : matrix.size(1);
+}
+
+inline void check_weight(const char* op, const at::Tensor& weight) {
+  WANDA_CHECK_VALUE(weight.dim() == 2, "weight must have 2 dimensions [C_out, C_in], got ", weight.dim());
+  dtype_of(op, "weight", weight);
+}
+
+inline void check_norm(const char* op, const at::Tensor& norm, const at::Tensor& weight) {
+  check_type(op, "norm", norm, at::kFloat, "float32");
+  check_device(op, "norm", norm, "weight is", weight);
+  WANDA_CHECK_VALUE(norm.dim() == 1, "norm must have 1 dimension [C_in], got ", norm.dim());
+  WANDA_CHECK_VALUE(norm.size(0) == weight.size(1), "norm has ", norm.size(0), " elements, weight has ",
+                    weight.size(1), " columns");
+}
+
+// What a kernel takes, and the tensors that it points into.
+template <class Params>
+struct Selection {
+  Params params;
+  at::Tensor weight, rows, norms;
+  at::Tensor mask;  // undefined where weights are pruned
+
+  // After the kernel: the rows go back to where they came from, if they had to be copied. Returns the mask.
+  at::Tensor finish() const {
+    if (!mask.defined() && !rows.is_same(weight)) weight.copy_(rows);
+    return mask;
+  }
+};
+
+// `is_mask`: a new mask, else pruned in place.
+template <class Params>
+Selection<Params> selection_of(const char* op, const at::Tensor& weight, const at::Tensor& norm, bool is_mask,
+                               const OptionalTensor& sums) {
+  if (sums) {
+    check_type(op, "score_sums", *sums, at::kFloat, "float32");
+    check_device(op, "score_sums", *sums, "weight is", weight);
+    WANDA_CHECK_VALUE(
+        sums->dim() == 2 && sums->size(0) == weight.size(0) && sums->size(1) == 2 && sums->is_contiguous(),
+        "score_sums must be contiguous [", weight.size(0), ", 2], got ", sums->sizes());
+  }
+  Selection<Params> made{{}, weight, with_plain_rows(weight), norm.contiguous(), {}};
+  if (is_mask) made.mask = at::empty(weight.sizes(), weight.options().dtype(at::kBool));
+  made.params.weight = made.rows.data_ptr();
+  made.params.norm = made.norms.template const_data_ptr<float>();
+  made.params.mask = is_mask ? made.mask.template mutable_data_ptr<bool>() : nullptr;
+  made.params.score_sums = sums ? sums->template mutable_data_ptr<float>() : nullptr;
+  made.params.rows = weight.size(0);
+  made.params.cols = weight.size(1);
+  made.params.row_stride = row_stride(made.rows);
+  made.params.dtype = dtype_of(op, "weight", weight);
+  return made;
+}
+
+inline Selection<RowsParams> check_rows(const char* op, const at::Tensor& weight, const at::Tensor& norm,
+                                        double sparsity, bool is_mask, const OptionalTensor& sums = {}) {
+  check_weight(op, weight);
+  check_norm(op, norm, weight);
+  WANDA_CHECK_VALUE(sparsity >= 0 && sparsity < 1, "sparsity must be in [0, 1), got ", sparsity);
+  Selection<RowsParams> made = selection_of<RowsParams>(op, weight, norm, is_mask, sums);
+  made.params.k = static_cast<int64_t>(static_cast<double>(weight.size(1)) * sparsity);
+  return made;
+}
+
+inline Selection<NmParams> check_nm(const char* op, const at::Tensor& weight, const at::Tensor& norm,
+                                    int64_t n, int64_t m, bool is_mask, const OptionalTensor& sums = {}) {
+  check_weight(op, weight);
+  check_norm(op, norm, weight);
+  WANDA_CHECK_VALUE(0 < n && n < m, "a pattern n:m needs 0 < n < m, got ", n, ":", m);
+  WANDA_CHECK_VALUE(weight.size(1) % m == 0, "weight has ", weight.size(1),
+                    " columns, not a multiple of m = ", m);
+  Selection<NmParams> made = selection_of<NmParams>(op, weight, norm, is_mask, sums);
+  made.params.n = n;
+  made.params.m = m;
+  return made;
+}
+
+// ---- pack_24, prune_pack_24, unpack_24.
+
+inline bool is_packable(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
+}
+
+inline uint16_t* bits_of(const at::Tensor& tensor) { return static_cast<uint16_t*>(tensor.data_ptr()); }
+
+inline void check_pack_24(const char* op, const at::Tensor& weight, const at::Tensor* norm) {
+  check_weight(op, weight);
+  WANDA_CHECK_TYPE(is_packable(weight),
+                   "weight must be bfloat16 or float16 (torch packs float32 as 1:2), got ",
+                   weight.scalar_type());
+  WANDA_CHECK_VALUE(weight.size(0) % 32 == 0 && weight.size(1) % 64 == 0 && weight.numel() > 0,
+                    "weight must have a multiple of 32 rows and of 64 columns, got ", weight.sizes());
+  if (norm != nullptr) check_norm(op, *norm, weight);
+}
+
+// After check_pack_24: new tensors, and `weight` (plain rows) packed into them. `norm`: contiguous, or
+// undefined.
+inline Pack24Params pack_24_params(const at::Tensor& weight, const at::Tensor& norm, at::Tensor& values,
+                                   at::Tensor& metadata) {
+  const int64_t rows = weight.size(0), cols = weight.size(1);
+  values = at::empty({rows, cols / 2}, weight.options());
+  metadata = at::empty({rows, cols / 16}, weight.options().dtype(at::kShort));
+  return {bits_of(weight),
+          norm.defined() ? norm.const_data_ptr<float>() : nullptr,
+          bits_of(values),
+          bits_of(metadata),
+          nullptr,
+          rows,
+          cols,
+          weight.stride(0),
+          dtype_of("pack_24", "weight", weight)};
+}
+
+inline void check_overfull(const char* op, int64_t groups) {
+  WANDA_CHECK_VALUE(groups == 0, "weight must be 2:4 sparse, ", groups,
+                    " of its groups of four have more than two non-zeros");
+}
+
+inline void check_unpack_24(const char* op, const at::Tensor& values, const at::Tensor& metadata) {
+  WANDA_CHECK_TYPE(is_packable(values), "values must be bfloat16 or float16, got ", values.scalar_type());
+  check_type(op, "metadata", metadata, at::kShort, "int16");
+  check_device(op, "metadata", metadata, "values are", values);
+  WANDA_CHECK_VALUE(
+      values.dim() == 2 && values.size(0) % 32 == 0 && values.size(1) % 32 == 0 && values.numel() > 0,
+      "values must be [C_out, C_in / 2] with multiples of 32, got ", values.sizes());
+  WANDA_CHECK_VALUE(
+      metadata.dim() == 2 && metadata.size(0) == values.size(0) && metadata.size(1) * 8 == values.size(1),
+      "metadata must be [", values.size(0), ", ", values.size(1) / 8, "], got ", metadata.sizes());
+}
+
+// After check_unpack_24: a new weight, and contiguous tensors unpacked into it.
+inline Unpack24Params unpack_24_params(const at::Tensor& values, const at::Tensor& metadata,
+                                       at::Tensor& weight) {
+  const int64_t rows = values.size(0), cols = values.size(1) * 2;
+  weight = at::empty({rows, cols}, values.options());
+  return {bits_of(values), bits_of(metadata), bits_of(weight), rows, cols};
+}
+
+// ---- Packed weights. What is in the tensors (counts, order) is checked once, when they are loaded.
+
+inline PackedWeight packed_weight(const char* op, const at::Tensor& values, const at::Tensor& codes,
+                                  const char* name) {
+  const Dtype dtype = dtype_of(op, "values", values);
+  check_type(op, name, codes, at::kByte, "uint8");
+  check_device(op, name, codes, "values are", values);
+  WANDA_CHECK_VALUE(codes.dim() == 2 && codes.size(1) % 8 == 0 && codes.numel() > 0 && codes.is_contiguous(),
+                    name, " must be contiguous [C_out, C_in / 8] with C_in a multiple of 64, got ",
+                    codes.sizes());
+  WANDA_CHECK_VALUE(values.is_contiguous(), "values must be contiguous");
+  return {values.const_data_ptr(),
+          codes.const_data_ptr<uint8_t>(),
+          nullptr,
+          codes.size(0),
+          codes.size(1) * 8,
+          dtype};
+}
+
+inline PackedWeight check_bitmap(const char* op, const at::Tensor& values, const at::Tensor& bitmap,
+                                 const at::Tensor& starts) {
+  PackedWeight weight = packed_weight(op, values, bitmap, "bitmap");
+  check_type(op, "starts", starts, at::kInt, "int32");
+  check_device(op, "starts", starts, "values are", values);
+  WANDA_CHECK_VALUE(starts.dim() == 1 && starts.size(0) == weight.rows + 1 && starts.is_contiguous(),
+                    "starts must be contiguous [", weight.rows + 1, "], got ", starts.sizes());
+  WANDA_CHECK_VALUE(values.dim() == 1 && values.size(0) >= kPackedPadding, "values must be [kept + 32], got ",
+                    values.sizes());
+  weight.starts = starts.const_data_ptr<int32_t>();
+  return weight;
+}
+
+inline PackedWeight check_sparse24(const char* op, const at::Tensor& values, const at::Tensor& indices) {
+  const PackedWeight weight = packed_weight(op, values, indices, "indices");
+  WANDA_CHECK_VALUE(values.dim() == 2 && values.size(0) == weight.rows && values.size(1) == weight.cols / 2,
+                    "values must be [", weight.rows, ", ", weight.cols / 2, "], got ", values.sizes());
+  return weight;
+}
+
+inline void check_packed_linear(const char* op, const PackedWeight& weight, const at::Tensor& values,
+                                const at::Tensor& x, const OptionalTensor& bias) {
+  check_like(op, "x", x, "values are", values);
+  WANDA_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == weight.cols, "x must be [.., ", weight.cols, "], got ",
+                    x.sizes());
+  if (!bias) return;
+  check_like(op, "bias", *bias, "values are", values);
+  WANDA_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.rows, "bias must be [", weight.rows,
+                    "], got ", bias->sizes());
+}
+
+// ---- add_sqnorm_, rms_norm_sqnorm, silu_mul_sqnorm, gelu_tanh_mul_sqnorm.
+
+struct SqnormShape {
+  int64_t sequences, tokens, cols;
+};
+
+// x is [sequences, tokens, C_in], or flattened [sequences * tokens, C_in] with the sequences from sqnorm.
+inline SqnormShape check_sqnorm(const char* op, const at::Tensor& sqnorm, const at::Tensor& x,
+                                const OptionalTensor& token_mask) {
+  check_type(op, "sqnorm", sqnorm, at::kFloat, "float32");
+  dtype_of(op, "x", x);
+  check_device(op, "sqnorm", sqnorm, "x is", x);
+  WANDA_CHECK_VALUE((sqnorm.dim() == 1 || sqnorm.dim() == 2) && sqnorm.is_contiguous(),
+                    "sqnorm must be contiguous [C_in] or [sequences, C_in], got ", sqnorm.sizes());
+  WANDA_CHECK_VALUE(x.dim() == 2 || x.dim() == 3,
+                    "x must be [sequences, tokens, C_in] or [tokens, C_in], got ", x.sizes());
+  const int64_t cols = sqnorm.size(-1);
+  WANDA_CHECK_VALUE(x.size(-1) == cols, "x has ", x.size(-1), " columns, sqnorm has ", cols);
+  const int64_t sequences = sqnorm.dim() == 2 ? sqnorm.size(0) : x.dim() == 3 ? x.size(0) : 1;
+  if (x.dim() == 3) {
+    WANDA_CHECK_VALUE(x.size(0) == sequences, "x has ", x.size(0), " sequences, sqnorm has ", sequences);
+  } else {
+    WANDA_CHECK_VALUE(sequences > 0 ? x.size(0) % sequences == 0 : x.size(0) == 0, "x has ", x.size(0),
+                      " tokens, not a multiple of the ", sequences, " sequences of sqnorm");
+  }
+  const int64_t tokens = x.dim() == 3 ? x.size(1) : sequences > 0 ? x.size(0) / sequences : 0;
+  if (token_mask) {
+    check_type(op, "token_mask", *token_mask, at::kBool, "bool");
+    check_device(op, "token_mask", *token_mask, "x is", x);
+    WANDA_CHECK_VALUE(
+        token_mask->numel() == sequences * tokens &&
+            (token_mask->dim() == 1 || (token_mask->dim() == 2 && token_mask->size(0) == sequences)),
+        "token_mask must be [", sequences, ", ", tokens, "] or flattened, got ", token_mask->sizes());
+  }
+  return {sequences, tokens, cols};
+}
+
+// x as [sequences, tokens, C_in] with unit column stride; a copy only where columns are not adjacent.
+inline at::Tensor tokens_of(const at::Tensor& x, const SqnormShape& shape) {
+  const at::Tensor plain = shape.cols > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
+  return plain.dim() == 3 ? plain : plain.unflatten(0, {shape.sequences, shape.tokens});
+}
+
+// What a kernel takes, but for the workspace, and the tensors that it points into.
+struct SqnormArguments {
+  SqnormParams params{};
+  at::Tensor x, token_mask;
+};
+
+// No sequences, tokens or columns: nothing to do, and no pointers.
+inline SqnormArguments check_add_sqnorm(const char* op, const at::Tensor& sqnorm, const at::Tensor& x,
+                                        const OptionalTensor& token_mask) {
+  const SqnormShape shape = check_sqnorm(op, sqnorm, x, token_mask);
+  SqnormArguments made;
+  if (shape.sequences == 0 || shape.tokens == 0 || shape.cols == 0) return made;
+  made.x = tokens_of(x, shape);
+  if (token_mask) made.token_mask = token_mask->contiguous();
+  made.params = {sqnorm.mutable_data_ptr<float>(),
+                 made.x.const_data_ptr(),
+                 token_mask ? made.token_mask.const_data_ptr<bool>() : nullptr,
+                 nullptr,
+                 shape.sequences,
+                 shape.tokens,
+                 shape.cols,
+                 made.x.stride(0),
+                 made.x.stride(1),
+                 sqnorm.dim() == 1,
+                 dtype_of(op, "x", x)};
+  return made;
+}
+
+inline SqnormShape check_rms_norm_sqnorm(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                                         const at::Tensor& sqnorm, const OptionalTensor& token_mask) {
+  const SqnormShape shape = check_sqnorm(op, sqnorm, x, token_mask);
+  check_like(op, "weight", weight, "x is", x);
+  WANDA_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(-1), "weight must be [", x.size(-1),
+                    "], got ", weight.sizes());
+  return shape;
+}
+
+inline SqnormShape check_act_mul_sqnorm(const char* op, const at::Tensor& gate, const at::Tensor& up,
+                                        const at::Tensor& sqnorm, const OptionalTensor& token_mask) {
+  const SqnormShape shape = check_sqnorm(op, sqnorm, gate, token_mask);
+  check_like(op, "up", up, "gate is", gate);
+  WANDA_CHECK_VALUE(up.sizes() == gate.sizes(), "up must be ", gate.sizes(), ", as gate is, got ",
+                    up.sizes());
+  return shape;
 }
 
 }  // namespace wanda

@@ -64,31 +64,28 @@ inline uint16_t fp16_of_float(float value) {
   return static_cast<uint16_t>(sign | (finite & ~infinity_mask) | (special & infinity_mask));
 }
 
-// Stored<dtype>::Type is the storage of one element, Stored<dtype>::load its float32 value,
-// Stored<dtype>::round the element nearest to a float32.
 template <Dtype dtype>
-struct Stored;
+inline float to_float(typename Element<dtype>::Bits bits) {
+  if constexpr (dtype == Dtype::kFloat32) {
+    return float_of_bits(bits);
+  } else if constexpr (dtype == Dtype::kBFloat16) {
+    return float_of_bf16(bits);
+  } else {
+    return float_of_fp16(bits);
+  }
+}
 
-template <>
-struct Stored<Dtype::kFloat32> {
-  using Type = float;
-  static float load(float value) { return value; }
-  static float round(float value) { return value; }
-};
-
-template <>
-struct Stored<Dtype::kBFloat16> {
-  using Type = uint16_t;
-  static float load(uint16_t value) { return float_of_bf16(value); }
-  static uint16_t round(float value) { return bf16_of_float(value); }
-};
-
-template <>
-struct Stored<Dtype::kFloat16> {
-  using Type = uint16_t;
-  static float load(uint16_t value) { return float_of_fp16(value); }
-  static uint16_t round(float value) { return fp16_of_float(value); }
-};
+// To the nearest element.
+template <Dtype dtype>
+inline typename Element<dtype>::Bits from_float(float value) {
+  if constexpr (dtype == Dtype::kFloat32) {
+    return bits_of_float(value);
+  } else if constexpr (dtype == Dtype::kBFloat16) {
+    return bf16_of_float(value);
+  } else {
+    return fp16_of_float(value);
+  }
+}
 
 // |w| * norm with one rounding. The sign of w cannot change the bits below the sign, so it is cleared first.
 inline float score_of(float w, float norm) { return float_of_bits(bits_of_float(w) & 0x7fffffffu) * norm; }

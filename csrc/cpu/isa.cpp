@@ -60,14 +60,19 @@ Isa best_isa() {
 #endif
 }
 
-bool has_packed_avx512() {
+const Kernels& kernels() {
+  static const Kernels scalar = scalar_kernels();
 #if defined(__x86_64__)
-  static const bool has = best_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512vbmi") &&
-                          __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
-  return has;
-#else
-  return false;
+  if (active_isa() == Isa::kAvx512) {
+    static const Kernels avx512 = avx512_kernels();
+    return avx512;
+  }
+  if (active_isa() == Isa::kAvx2) {
+    static const Kernels avx2 = avx2_kernels();
+    return avx2;
+  }
 #endif
+  return scalar;
 }
 
 Isa active_isa() { return chosen(); }

@@ -1,18 +1,89 @@
-// The instruction sets that the CPU kernels are compiled for, and the one in use.
+// The instruction sets that the CPU kernels are compiled for, the one in use, and its kernels.
+//
+// One pattern for all operators. An instruction set is a type, Scalar (scalar.h), Avx2 (vector_avx2.h) or
+// Avx512 (vector_avx512.h), that says what a register is and how it is loaded. An operator's algorithm,
+// <stem>_impl.h, takes it as `template <class Vector>`; what it needs in intrinsics of its own is a
+// specialisation of its Steps, in <stem>_<set>.h. One file for each set, isa_<set>.cpp, compiles all
+// operators for it and puts them into a table; launchers call kernels().rows(..).
 #pragma once
+
+#include "../common/params.h"
 
 namespace wanda::cpu {
 
 // kAvx2 means AVX2, FMA, F16C and BMI2; kAvx512 means kAvx2 and AVX-512 F, BW, CD, DQ and VL.
 enum class Isa : int { kScalar, kAvx2, kAvx512 };
 
+// The elementwise operations that make the input of a linear layer. round(): to the dtype, to nearest even;
+// NaN becomes a quiet NaN.
+enum class Product : int {
+  kScaleThenWeight,  // LLaMA's RMSNorm: y = round(round(a * scale) * b)
+  kUnitOffset,       // Gemma's: y = round(a * scale * (1 + b)), in float32 but for the end
+  kMultiply,         // y = round(a * b)
+};
+
+struct ProductSqnormParams {
+  Product product;
+  Dtype dtype;
+  const void* a;              // [sequences, tokens, cols], unit column stride
+  int64_t a_sequence_stride;  // elements
+  int64_t a_token_stride;
+  const void* b;  // as a; or the weight [cols], both strides 0
+  int64_t b_sequence_stride;
+  int64_t b_token_stride;
+  const float* scale;      // [sequences, tokens] contiguous; nullptr for kMultiply
+  void* y;                 // [sequences, tokens, cols] contiguous
+  float* sqnorm;           // the sum over each sequence's squares of y is added to its row
+  int64_t sqnorm_stride;   // cols, or 0 where all sequences share a row
+  const bool* token_mask;  // nullptr, or [sequences, tokens] contiguous: false = counts for y alone
+  int64_t tokens;          // per sequence
+  int64_t cols;
+};
+
+constexpr int64_t kPackedSlab = 8;  // rows of x that a kernel takes at once
+
+// How a packed product wants x: slabs of at most kPackedSlab rows, each contiguous; in a slab blocks of
+// `unit` columns; in a block the slab's rows one after the other. `as_float`: float32, else the dtype of the
+// weights.
+struct PackedLayout {
+  int64_t unit;
+  bool as_float;
+};
+
+// One thread each; calls for disjoint ranges may run at the same time.
+struct Kernels {
+  // Rows [begin, end). pack_24 returns how many groups of four had more than two non-zeros (0 with norms).
+  void (*rows)(const RowsParams& params, int64_t begin, int64_t end);
+  void (*nm)(const NmParams& params, int64_t begin, int64_t end);
+  int64_t (*pack_24)(const Pack24Params& params, int64_t begin, int64_t end);
+
+  // Sequence `sequence`, columns [begin, end). A column's sum takes its tokens in order in float32, each
+  // square rounded before it is added (no fused multiply-add): the order and rounding of torch.norm(x.t(),
+  // dim=1), on which the official code's masks stand. After every kChunk tokens the sum goes to a float64
+  // total, which is rounded once to float32 and added to sqnorm: the same bits for every instruction set,
+  // number of threads and split of columns.
+  void (*sqnorm)(const SqnormParams& params, int64_t sequence, int64_t begin, int64_t end);
+  void (*product_sqnorm)(const ProductSqnormParams& params, int64_t sequence, int64_t begin, int64_t end);
+
+  // sums[row * batch + b] = W[row] . x[b] for rows [begin, end); batch of 1, 2, 4, or whole slabs; x in the
+  // layout, aligned to 64 bytes. `dense`: [rows, cols] contiguous.
+  PackedLayout (*packed_layout)(const PackedWeight& weight);
+  void (*packed_product)(const PackedWeight& weight, const void* x, int64_t batch, float* sums, int64_t begin,
+                         int64_t end);
+  void (*packed_unpack)(const PackedWeight& weight, void* dense, int64_t begin, int64_t end);
+};
+
+// Those of the set in use.
+const Kernels& kernels();
+
+Kernels scalar_kernels();
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+
 const char* name_of(Isa isa);
 
 // The best set that this processor and this build have.
 Isa best_isa();
-
-// Whether this processor has what packed_avx512.cpp needs beside kAvx512: VBMI, VBMI2 and BF16.
-bool has_packed_avx512();
 
 // The set in use: best_isa() unless WANDA_KERNELS_ISA or set_isa chose another.
 // Throws std::invalid_argument for an unknown name or one that this processor lacks.

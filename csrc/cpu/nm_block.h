@@ -1,9 +1,9 @@
 // What the paths of N:M selection share: a block's decisions as bits, their application, the sums of squared
-// scores. Included, as all of nm_*.h, after the target pragma.
+// scores.
 #pragma once
 
-#include "convert.h"
-#include "nm.h"
+#include "isa.h"
+#include "scalar.h"
 
 namespace wanda::cpu {
 namespace {
@@ -49,14 +49,14 @@ struct alignas(64) NmSums {
 };
 
 template <Dtype dtype>
-void nm_add_sums(const typename Stored<dtype>::Type* w, const float* norm, int64_t column, int64_t count,
+void nm_add_sums(const typename Element<dtype>::Bits* w, const float* norm, int64_t column, int64_t count,
                  const NmBits& bits, NmSums& sums) {
   int64_t j = 0;
   while (j < count) {
     if ((column + j) % kNmSumLanes == 0 && count - j >= kNmSumLanes) {
       const uint32_t pruned = bits.at(j);
       for (int lane = 0; lane < kNmSumLanes; ++lane) {
-        const float score = score_of(Stored<dtype>::load(w[j + lane]), norm[j + lane]);
+        const float score = score_of(to_float<dtype>(w[j + lane]), norm[j + lane]);
         const float square = score * score;
         sums.all[lane] += square;
         sums.pruned[lane] += (pruned >> lane & 1) != 0 ? square : 0.0f;
@@ -64,7 +64,7 @@ void nm_add_sums(const typename Stored<dtype>::Type* w, const float* norm, int64
       j += kNmSumLanes;
     } else {
       const int lane = static_cast<int>((column + j) % kNmSumLanes);
-      const float score = score_of(Stored<dtype>::load(w[j]), norm[j]);
+      const float score = score_of(to_float<dtype>(w[j]), norm[j]);
       const float square = score * score;
       sums.all[lane] += square;
       sums.pruned[lane] += bits.test(j) ? square : 0.0f;
@@ -87,23 +87,24 @@ class NmBuffer {
   T* data_;
 };
 
-template <class Lanes, Dtype dtype>
+// What an instruction set does with decisions, and on nm_impl.h's fast path how it compares.
+template <class Vector>
+struct NmSteps;
+
+template <class Vector, Dtype dtype>
 void nm_apply(const NmParams& p, int64_t row, int64_t column, int64_t count, const NmBits& bits,
               NmSums& sums) {
-  auto* w = static_cast<typename Stored<dtype>::Type*>(p.weight) + row * p.row_stride + column;
+  auto* w = static_cast<typename Element<dtype>::Bits*>(p.weight) + row * p.row_stride + column;
   if (p.score_sums != nullptr) nm_add_sums<dtype>(w, p.norm + column, column, count, bits, sums);
   if (p.mask == nullptr) {
-    Lanes::zero_pruned(w, count, bits);
+    NmSteps<Vector>::zero_pruned(w, count, bits);
   } else {
-    Lanes::write_mask(p.mask + row * p.cols + column, count, bits);
+    NmSteps<Vector>::write_mask(p.mask + row * p.cols + column, count, bits);
   }
 }
 
-// What instruction sets without intrinsics use, and the ends of blocks.
-struct NmLanesScalar {
-  static constexpr bool kFast = false;
-  static constexpr int kBytes = 16;  // of a register
-
+template <>
+struct NmSteps<Scalar> {
   template <class T>
   static void zero_pruned(T* w, int64_t count, const NmBits& bits) {
     for (int64_t from = 0; from < count; from += 64) {

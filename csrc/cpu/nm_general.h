@@ -18,8 +18,8 @@ struct NmVector {
 };
 
 template <Dtype dtype>
-void nm_keys(const typename Stored<dtype>::Type* w, const float* norm, int64_t count, int32_t* keys) {
-  for (int64_t j = 0; j < count; ++j) keys[j] = order_key(score_of(Stored<dtype>::load(w[j]), norm[j]));
+void nm_keys(const typename Element<dtype>::Bits* w, const float* norm, int64_t count, int32_t* keys) {
+  for (int64_t j = 0; j < count; ++j) keys[j] = order_key(score_of(to_float<dtype>(w[j]), norm[j]));
 }
 
 // Byte j of `flags` (0 or 1) to bit j. Reads flags up to a multiple of eight.
@@ -33,8 +33,8 @@ inline void nm_pack_flags(const uint8_t* flags, int64_t count, NmBits& bits) {
   }
 }
 
-template <class Lanes, Dtype dtype>
-void nm_rank(const typename Stored<dtype>::Type* w, const float* norm, int64_t groups, int m, int prune,
+template <class Vector, Dtype dtype>
+void nm_rank(const typename Element<dtype>::Bits* w, const float* norm, int64_t groups, int m, int prune,
              NmBits& bits) {
   alignas(64) int32_t flat[kNmRankable * kNmBatch];
   alignas(64) int32_t keys[kNmRankable][kNmBatch];
@@ -47,8 +47,8 @@ void nm_rank(const typename Stored<dtype>::Type* w, const float* norm, int64_t g
   for (int64_t g = groups; g < kNmBatch; ++g) {
     for (int j = 0; j < m; ++j) keys[j][g] = 0;
   }
-  using Keys = typename NmVector<Lanes::kBytes>::Type;
-  constexpr int64_t kWidth = Lanes::kBytes / 4;
+  using Keys = typename NmVector<Vector::kBytes>::Type;
+  constexpr int64_t kWidth = Vector::kBytes / 4;
   for (int64_t from = 0; from < groups; from += kWidth) {
     const int64_t to = groups - from < kWidth ? groups : from + kWidth;
     for (int j = 0; j < m; ++j) {
@@ -93,9 +93,9 @@ inline int32_t nm_threshold(const int32_t* keys, int64_t m, int64_t prune, int64
   return static_cast<int32_t>(threshold ^ kOffset);
 }
 
-template <class Lanes, Dtype dtype>
+template <class Vector, Dtype dtype>
 void nm_general(const NmParams& p, int64_t begin, int64_t end) {
-  const auto* weight = static_cast<const typename Stored<dtype>::Type*>(p.weight);
+  const auto* weight = static_cast<const typename Element<dtype>::Bits*>(p.weight);
   const int64_t prune = p.m - p.n;
   NmBuffer<int32_t> keys(p.m > kNmRankable ? p.m : 0);
   NmBits bits = {};
@@ -106,9 +106,9 @@ void nm_general(const NmParams& p, int64_t begin, int64_t end) {
       for (int64_t column = 0; column < p.cols; column += kNmBatch * p.m) {
         const int64_t left = (p.cols - column) / p.m;
         const int64_t groups = left < kNmBatch ? left : kNmBatch;
-        nm_rank<Lanes, dtype>(w + column, p.norm + column, groups, static_cast<int>(p.m),
-                              static_cast<int>(prune), bits);
-        nm_apply<Lanes, dtype>(p, row, column, groups * p.m, bits, sums);
+        nm_rank<Vector, dtype>(w + column, p.norm + column, groups, static_cast<int>(p.m),
+                               static_cast<int>(prune), bits);
+        nm_apply<Vector, dtype>(p, row, column, groups * p.m, bits, sums);
       }
     } else {
       for (int64_t group = 0; group < p.cols; group += p.m) {
@@ -127,7 +127,7 @@ void nm_general(const NmParams& p, int64_t begin, int64_t end) {
             flags[j] = key < threshold || equal;
           }
           nm_pack_flags(flags, count, bits);
-          nm_apply<Lanes, dtype>(p, row, group + first, count, bits, sums);
+          nm_apply<Vector, dtype>(p, row, group + first, count, bits, sums);
         }
       }
     }

@@ -1,6 +1,6 @@
 // N:M selection: which M - N of every M consecutive columns have the smallest scores |w| * norm, lowest
-// column first among equals. Included by nm_<isa>.cpp and pack_24_<isa>.cpp after the target pragma; one
-// thread, up to four rows side by side.
+// column first among equals. One thread, up to four rows side by
+// side.
 //
 // Fast path (M = 4 or 8, no negative norm), on blocks of 1024 columns that stay in L1:
 //   1. compare: the score's bits, sign cleared and NaN clamped to one value, are an int32 key that orders as
@@ -10,7 +10,7 @@
 //   2. decide: 64 columns per word, bitwise adders count how many of its group come after each element;
 //      it is pruned if there are at least N. Plain C that compilers vectorise: about 0.1 operations a column.
 //   3. apply: zero the pruned elements, or write the mask.
-// bf16 with AVX-512 has other steps 1 and 2: nm_lanes_avx512.h.
+// bf16 with AVX-512 has other steps 1 and 2: nm_avx512.h.
 // Bytes moved: the row is read and written once (in place), or read once and a byte a column written (mask).
 //
 // General path (any M, any norm, and everything in the scalar build): nm_general.h.
@@ -51,24 +51,65 @@ struct NmComparisonsOf<8> {
   using Type = NmComparisons8;
 };
 
+// The score's bits, sign cleared, NaN clamped.
+template <class Vector, Dtype dtype>
+WANDA_STEP inline typename Vector::Ints nm_score_keys(const typename Element<dtype>::Bits* w,
+                                                      const float* norm) {
+  const auto score = Vector::multiply(Vector::template values<dtype>(w), Vector::load_unaligned(norm));
+  return Vector::minimum(Vector::both(Vector::bits(score), Vector::all_of(0x7fffffff)),
+                         Vector::all_of(0x7f800001));
+}
+
+// Unit `unit` of 2 * kLanes columns. Steps: store(words, at, a, b): bits of a <= b; store_next(..): of lane i
+// <= lane i + 1; rotate<r>: inside 128 bits, lane i receives lane i + r mod 4.
+template <class Vector, Dtype dtype>
+WANDA_STEP inline void nm_compare_unit(const typename Element<dtype>::Bits* w, const float* norm,
+                                       int64_t unit, NmComparisons4& out) {
+  using Steps = NmSteps<Vector>;
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t from = half * Vector::kLanes;
+    const auto key = nm_score_keys<Vector, dtype>(w + from, norm + from);
+    Steps::store_next(out.next, 2 * unit + half, key);
+    Steps::store(out.across, 2 * unit + half, key, Steps::template rotate<2>(key));
+  }
+}
+
+template <class Vector, Dtype dtype>
+WANDA_STEP inline void nm_compare_unit(const typename Element<dtype>::Bits* w, const float* norm,
+                                       int64_t unit, NmComparisons8& out) {
+  using Steps = NmSteps<Vector>;
+  const auto first = nm_score_keys<Vector, dtype>(w, norm);
+  const auto second = nm_score_keys<Vector, dtype>(w + Vector::kLanes, norm + Vector::kLanes);
+  const auto x = Steps::even_quads(first, second), y = Steps::odd_quads(first, second);
+  const auto y2 = Steps::template rotate<2>(y);
+  Steps::store_next(out.next_x, unit, x);
+  Steps::store_next(out.next_y, unit, y);
+  Steps::store(out.across_x, unit, x, Steps::template rotate<2>(x));
+  Steps::store(out.across_y, unit, y, y2);
+  Steps::store(out.against[0], unit, x, y);
+  Steps::store(out.against[1], unit, x, Steps::template rotate<1>(y));
+  Steps::store(out.against[2], unit, x, y2);
+  Steps::store(out.against[3], unit, x, Steps::template rotate<3>(y));
+}
+
 // `count` columns of `rows` rows; w[r] and norm point at the first.
-template <class Lanes, Dtype dtype, int rows, class Comparisons>
-void nm_compare(const typename Stored<dtype>::Type* const* w, const float* norm, int64_t count,
-                Comparisons* out) {
-  constexpr int64_t kUnit = Lanes::kUnit;
+template <class Vector, Dtype dtype, int rows, class Comparisons>
+WANDA_PASS void nm_compare(const typename Element<dtype>::Bits* const* w, const float* norm, int64_t count,
+                           Comparisons* out) {
+  constexpr int64_t kUnit = 2 * Vector::kLanes;
   const int64_t units = count / kUnit;
   for (int64_t u = 0; u < units; ++u) {
     for (int r = 0; r < rows; ++r)
-      Lanes::template compare<dtype>(w[r] + u * kUnit, norm + u * kUnit, u, out[r]);
+      nm_compare_unit<Vector, dtype>(w[r] + u * kUnit, norm + u * kUnit, u, out[r]);
   }
   const int64_t left = count % kUnit;
   if (left != 0) {
     float last_norm[kUnit] = {};
     std::memcpy(last_norm, norm + units * kUnit, static_cast<size_t>(left) * sizeof(*norm));
     for (int r = 0; r < rows; ++r) {
-      typename Stored<dtype>::Type last_w[kUnit] = {};
+      typename Element<dtype>::Bits last_w[kUnit] = {};
       std::memcpy(last_w, w[r] + units * kUnit, static_cast<size_t>(left) * sizeof(*w[r]));
-      Lanes::template compare<dtype>(last_w, last_norm, units, out[r]);
+      nm_compare_unit<Vector, dtype>(last_w, last_norm, units, out[r]);
     }
   }
 }
@@ -165,7 +206,7 @@ inline NmDecide8 nm_decide_for(int64_t n, const NmComparisons8&) {
 }
 
 // Steps 1 and 2.
-template <class Lanes, Dtype dtype, int m>
+template <class Vector, Dtype dtype, int m>
 class NmSelect {
   using Comparisons = typename NmComparisonsOf<m>::Type;
 
@@ -177,8 +218,8 @@ class NmSelect {
   // `count` columns of `rows` rows from `column` on, count <= kNmBlock, rows <= kNmRows; w[r] points at the
   // first.
   template <int rows>
-  void run(const typename Stored<dtype>::Type* const* w, int64_t column, int64_t count, NmBits* bits) {
-    nm_compare<Lanes, dtype, rows>(w, norm_ + column, count, comparisons_);
+  void run(const typename Element<dtype>::Bits* const* w, int64_t column, int64_t count, NmBits* bits) {
+    nm_compare<Vector, dtype, rows>(w, norm_ + column, count, comparisons_);
     for (int r = 0; r < rows; ++r) decide_(comparisons_[r], bits[r]);
   }
 
@@ -188,33 +229,38 @@ class NmSelect {
   void (*decide_)(const Comparisons&, NmBits&);
 };
 
+template <class Vector, Dtype dtype, int m>
+struct NmSelectFor {
+  using Type = NmSelect<Vector, dtype, m>;
+};
+
 // ---- Step 3 and the rows.
 
 // Rows row .. row + rows - 1.
-template <class Lanes, Dtype dtype, int rows, class Select>
+template <class Vector, Dtype dtype, int rows, class Select>
 void nm_fast_rows(const NmParams& p, int64_t row, Select& select, NmBits* bits) {
-  using T = typename Stored<dtype>::Type;
+  using T = typename Element<dtype>::Bits;
   NmSums sums[rows];
   for (int64_t column = 0; column < p.cols; column += kNmBlock) {
     const int64_t count = p.cols - column < kNmBlock ? p.cols - column : kNmBlock;
     const T* w[rows];
     for (int r = 0; r < rows; ++r) w[r] = static_cast<const T*>(p.weight) + (row + r) * p.row_stride + column;
     select.template run<rows>(w, column, count, bits);
-    for (int r = 0; r < rows; ++r) nm_apply<Lanes, dtype>(p, row + r, column, count, bits[r], sums[r]);
+    for (int r = 0; r < rows; ++r) nm_apply<Vector, dtype>(p, row + r, column, count, bits[r], sums[r]);
   }
   for (int r = 0; r < rows && p.score_sums != nullptr; ++r) sums[r].store(p.score_sums + 2 * (row + r));
 }
 
-template <class Lanes, Dtype dtype, int m>
+template <class Vector, Dtype dtype, int m>
 void nm_fast(const NmParams& p, int64_t begin, int64_t end) {
-  using Select = typename Lanes::template Select<dtype, m>;
+  using Select = typename NmSelectFor<Vector, dtype, m>::Type;
   Select select(p.norm, p.cols, p.n);
   NmBits bits[Select::kRows] = {};
   int64_t row = begin;
   for (; row + Select::kRows <= end; row += Select::kRows) {
-    nm_fast_rows<Lanes, dtype, Select::kRows>(p, row, select, bits);
+    nm_fast_rows<Vector, dtype, Select::kRows>(p, row, select, bits);
   }
-  for (; row < end; ++row) nm_fast_rows<Lanes, dtype, 1>(p, row, select, bits);
+  for (; row < end; ++row) nm_fast_rows<Vector, dtype, 1>(p, row, select, bits);
 }
 
 inline bool nm_any_negative(const float* norm, int64_t cols) {
@@ -223,33 +269,26 @@ inline bool nm_any_negative(const float* norm, int64_t cols) {
   return any != 0;
 }
 
-template <class Lanes, Dtype dtype>
+template <class Vector, Dtype dtype>
 void nm_rows(const NmParams& p, int64_t begin, int64_t end) {
-  if constexpr (Lanes::kFast) {
+  if constexpr (Vector::kLanes > 1) {
     // The keys of the fast path drop the score's sign: right for -0 and NaN, wrong for negative norms.
     if ((p.m == 4 || p.m == 8) && !nm_any_negative(p.norm, p.cols)) {
       if (p.m == 4) {
-        nm_fast<Lanes, dtype, 4>(p, begin, end);
+        nm_fast<Vector, dtype, 4>(p, begin, end);
       } else {
-        nm_fast<Lanes, dtype, 8>(p, begin, end);
+        nm_fast<Vector, dtype, 8>(p, begin, end);
       }
       return;
     }
   }
-  nm_general<Lanes, dtype>(p, begin, end);
+  nm_general<Vector, dtype>(p, begin, end);
 }
 
-template <class Lanes>
+template <class Vector>
 void nm_run(const NmParams& p, int64_t begin, int64_t end) {
   const HonourDenormals honour_denormals;
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return nm_rows<Lanes, Dtype::kFloat32>(p, begin, end);
-    case Dtype::kBFloat16:
-      return nm_rows<Lanes, Dtype::kBFloat16>(p, begin, end);
-    case Dtype::kFloat16:
-      return nm_rows<Lanes, Dtype::kFloat16>(p, begin, end);
-  }
+  by_dtype(p.dtype, [&](auto dtype) { nm_rows<Vector, decltype(dtype)::value>(p, begin, end); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// 2:4 packing. Included by pack_24_<isa>.cpp after the target pragma; one thread.
+// 2:4 packing, one thread.
 //
 // Blocks of 1024 columns: nm_impl.h decides which two of four are pruned (where norm is given), the rest is
 // masked and tested for zero, and the four non-zero bits of a group choose its two indices as torch does
@@ -17,9 +17,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "convert.h"
 #include "nm_impl.h"
-#include "pack_24.h"
 
 namespace wanda::cpu {
 namespace {
@@ -43,12 +41,6 @@ inline uint64_t pack_24_overfull(uint64_t nonzero) {
   return ((both & either >> 2) | (either & both >> 2)) & kLane0;
 }
 
-// Where torch's reordering puts metadata column `column` (16 dense columns each) of `row`.
-inline int64_t pack_24_position(int64_t row, int64_t column, int64_t rows) {
-  const int64_t to = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
-  return (column / 2 * rows + to / 2 * 2 + column % 2) * 2 + to % 2;
-}
-
 // Selections as NmSelect.
 struct PackSelectNothing {
   static constexpr int kRows = 1;
@@ -57,7 +49,7 @@ struct PackSelectNothing {
   void run(const uint16_t* const*, int64_t, int64_t, NmBits*) {}  // the bits stay 0
 };
 
-template <class Lanes, Dtype dtype>
+template <class Vector, Dtype dtype>
 struct PackSelectGeneral {
   static constexpr int kRows = 1;
   const float* norm;
@@ -67,7 +59,7 @@ struct PackSelectGeneral {
     for (int r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < count; j += 64) {
         NmBits one;
-        nm_rank<typename Lanes::Nm, dtype>(w[r] + j, norm + column + j, 16, 4, 2, one);
+        nm_rank<Vector, dtype>(w[r] + j, norm + column + j, 16, 4, 2, one);
         bits[r].word[j / 64] = one.word[0];
       }
     }
@@ -119,13 +111,17 @@ inline void pack_24_store_metadata(const uint16_t* kept, int64_t stride, const P
   }
 }
 
+// nonzero(..) and values(..): see PackSteps<Scalar>.
+template <class Vector>
+struct PackSteps;
+
 // Packs `count` columns, a multiple of 64 and at most kNmBlock. Returns the number of overfull groups.
-template <class Lanes>
+template <class Vector>
 int64_t pack_24_block(const uint16_t* w, int64_t count, const NmBits& pruned, uint16_t* values,
                       uint16_t* metadata) {
   NmBits nonzero;
-  Lanes::nonzero(w, count, pruned, nonzero);
-  Lanes::values(w, count, pruned, nonzero, values);
+  PackSteps<Vector>::nonzero(w, count, pruned, nonzero);
+  PackSteps<Vector>::values(w, count, pruned, nonzero, values);
   uint64_t groups[kNmBlock / 64];
   uint64_t overfull[kNmBlock / 64];
   uint64_t any = 0;
@@ -142,7 +138,7 @@ int64_t pack_24_block(const uint16_t* w, int64_t count, const NmBits& pruned, ui
 }
 
 // Rows row .. row + rows - 1; the metadata goes to `kept`, rows `stride` apart.
-template <class Lanes, int rows, class Select>
+template <class Vector, int rows, class Select>
 int64_t pack_24_rows(const Pack24Params& p, int64_t row, Select& select, NmBits* pruned, uint16_t* kept,
                      int64_t stride) {
   int64_t overfull = 0;
@@ -153,13 +149,13 @@ int64_t pack_24_rows(const Pack24Params& p, int64_t row, Select& select, NmBits*
     select.template run<rows>(w, column, count, pruned);
     for (int r = 0; r < rows; ++r) {
       uint16_t* values = p.values + (row + r) * (p.cols / 2) + column / 2;
-      overfull += pack_24_block<Lanes>(w[r], count, pruned[r], values, kept + r * stride + column / 16);
+      overfull += pack_24_block<Vector>(w[r], count, pruned[r], values, kept + r * stride + column / 16);
     }
   }
   return overfull;
 }
 
-template <class Lanes, class Select>
+template <class Vector, class Select>
 int64_t pack_24_all(const Pack24Params& p, int64_t begin, int64_t end, Select select) {
   // 32 more than needed, so that rows do not fall into the same cache sets.
   const int64_t stride = p.cols / 16 + 32;
@@ -173,11 +169,11 @@ int64_t pack_24_all(const Pack24Params& p, int64_t begin, int64_t end, Select se
     int64_t row = first;
     for (; row + kRows <= last; row += kRows) {
       overfull +=
-          pack_24_rows<Lanes, kRows>(p, row, select, pruned, kept.data() + (row - block) * stride, stride);
+          pack_24_rows<Vector, kRows>(p, row, select, pruned, kept.data() + (row - block) * stride, stride);
     }
     for (; row < last; ++row) {
       overfull +=
-          pack_24_rows<Lanes, 1>(p, row, select, pruned, kept.data() + (row - block) * stride, stride);
+          pack_24_rows<Vector, 1>(p, row, select, pruned, kept.data() + (row - block) * stride, stride);
     }
     pack_24_store_metadata(kept.data(), stride, p, block, first, last);
     first = last;
@@ -186,9 +182,8 @@ int64_t pack_24_all(const Pack24Params& p, int64_t begin, int64_t end, Select se
   return overfull;
 }
 
-struct PackLanesScalar {
-  using Nm = NmLanesScalar;
-
+template <>
+struct PackSteps<Scalar> {
   // Which of the columns that are not pruned hold neither +0 nor -0.
   static void nonzero(const uint16_t* w, int64_t count, const NmBits& pruned, NmBits& out) {
     for (int64_t j = 0; j < count; j += 64) {
@@ -211,23 +206,23 @@ struct PackLanesScalar {
   }
 };
 
-template <class Lanes, Dtype dtype>
+template <class Vector, Dtype dtype>
 int64_t pack_24_typed(const Pack24Params& p, int64_t begin, int64_t end) {
-  if (p.norm == nullptr) return pack_24_all<Lanes>(p, begin, end, PackSelectNothing{});
-  if constexpr (Lanes::Nm::kFast) {
+  if (p.norm == nullptr) return pack_24_all<Vector>(p, begin, end, PackSelectNothing{});
+  if constexpr (Vector::kLanes > 1) {
     if (!nm_any_negative(p.norm, p.cols)) {
-      return pack_24_all<Lanes>(p, begin, end,
-                                typename Lanes::Nm::template Select<dtype, 4>(p.norm, p.cols, 2));
+      return pack_24_all<Vector>(p, begin, end,
+                                 typename NmSelectFor<Vector, dtype, 4>::Type(p.norm, p.cols, 2));
     }
   }
-  return pack_24_all<Lanes>(p, begin, end, PackSelectGeneral<Lanes, dtype>{p.norm});
+  return pack_24_all<Vector>(p, begin, end, PackSelectGeneral<Vector, dtype>{p.norm});
 }
 
-template <class Lanes>
+template <class Vector>
 int64_t pack_24_run(const Pack24Params& p, int64_t begin, int64_t end) {
   const HonourDenormals honour_denormals;
-  return p.dtype == Dtype::kFloat16 ? pack_24_typed<Lanes, Dtype::kFloat16>(p, begin, end)
-                                    : pack_24_typed<Lanes, Dtype::kBFloat16>(p, begin, end);
+  return p.dtype == Dtype::kFloat16 ? pack_24_typed<Vector, Dtype::kFloat16>(p, begin, end)
+                                    : pack_24_typed<Vector, Dtype::kBFloat16>(p, begin, end);
 }
 
 }  // namespace

@@ -8,27 +8,42 @@
 //
 // Lanes for the tokens of x, and a list of columns instead of spread values, took as long at 16 tokens. Rows
 // unpacked once for all slabs gained 5 % at 64 tokens and lost as much at 32.
-#include "packed.h"
-
+//
+// A file of its own: it needs VBMI, VBMI2 and BF16 beside what Isa::kAvx512 means.
 #if defined(__x86_64__)
 
+#if !defined(__clang__)  // as isa_avx512.cpp
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
 
 #include "convert.h"
-#include "target_avx512_packed_begin.h"
+#include "isa.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                       \
+    __attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq," \
+                          "avx512vl,avx512vbmi,avx512vbmi2,avx512bf16"))),                          \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
+#pragma GCC target("avx512vbmi,avx512vbmi2,avx512bf16")
+#endif
 
 #include "packed_impl.h"
 
 namespace wanda::cpu {
 namespace {
 
-PackedLayout layout(PackedFormat format, Dtype dtype) {
-  if (dtype == Dtype::kFloat16) return packed_avx2().layout(format, dtype);
-  const bool bf16 = dtype == Dtype::kBFloat16;
-  return {(bf16 ? 32 : 16) * (format == PackedFormat::kBitmap ? 1 : 2), !bf16};
+PackedLayout layout(const PackedWeight& w) {
+  if (w.dtype == Dtype::kFloat16) return avx2_kernels().packed_layout(w);
+  const bool bf16 = w.dtype == Dtype::kBFloat16;
+  return {(bf16 ? 32 : 16) * (format_of(w) == PackedFormat::kBitmap ? 1 : 2), !bf16};
 }
 
 // Loads that the compiler does not join with the expansion.
@@ -211,10 +226,10 @@ void product_rows(const PackedWeight& w, const void* x, int64_t batch, float* su
 }
 
 void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin, int64_t end) {
-  if (w.dtype == Dtype::kFloat16) return packed_avx2().product(w, x, batch, sums, begin, end);
+  if (w.dtype == Dtype::kFloat16) return avx2_kernels().packed_product(w, x, batch, sums, begin, end);
   packed_by_slab(batch, [&](auto constant) {
     constexpr int slab = decltype(constant)::value;
-    const bool is_bitmap = w.format == PackedFormat::kBitmap, is_bf16 = w.dtype == Dtype::kBFloat16;
+    const bool is_bitmap = format_of(w) == PackedFormat::kBitmap, is_bf16 = w.dtype == Dtype::kBFloat16;
     const auto kernel =
         is_bitmap ? (is_bf16 ? &product_rows<BitmapBf16, slab> : &product_rows<BitmapFloat32, slab>)
                   : (is_bf16 ? &product_rows<Sparse24Bf16, slab> : &product_rows<Sparse24Float32, slab>);
@@ -232,7 +247,7 @@ void unpack_rows(const PackedWeight& w, T* dense, int64_t begin, int64_t end) {
     T* out = dense + row * w.cols;
     for (int64_t j = 0; j < w.cols; j += 32) {
       uint32_t mask = 0;
-      for (int i = 0; i < 4; ++i) mask |= packed_mask(w.format, codes[j / 8 + i]) << (8 * i);
+      for (int i = 0; i < 4; ++i) mask |= packed_mask(format_of(w), codes[j / 8 + i]) << (8 * i);
       if constexpr (sizeof(T) == 2) {
         const __mmask32 count = _bzhi_u32(~0u, static_cast<uint32_t>(__builtin_popcount(mask)));
         _mm512_storeu_si512(out + j, _mm512_maskz_expand_epi16(mask, _mm512_maskz_loadu_epi16(count, next)));
@@ -258,18 +273,18 @@ void unpack(const PackedWeight& w, void* dense, int64_t begin, int64_t end) {
 
 }  // namespace
 
-PackedKernels packed_avx512() { return {&layout, &product, &unpack}; }
+void add_packed_avx512(Kernels& kernels) {
+  kernels.packed_layout = &layout;
+  kernels.packed_product = &product;
+  kernels.packed_unpack = &unpack;
+}
 
 }  // namespace wanda::cpu
 
-#include "target_end.h"
-
+#if defined(__clang__)
+#pragma clang attribute pop
 #else
-
-namespace wanda::cpu {
-
-PackedKernels packed_avx512() { return packed_scalar(); }
-
-}  // namespace wanda::cpu
+#pragma GCC pop_options
+#endif
 
 #endif

@@ -1,11 +1,18 @@
-// What the packed kernels share. Included by packed_<isa>.cpp after the target pragma.
+// Packed sparse weights, products with a few rows of x and unpacking: what the sets share, and both in plain
+// C++.
 #pragma once
 
-#include "convert.h"
-#include "packed.h"
+#include "isa.h"
+#include "scalar.h"
 
 namespace wanda::cpu {
 namespace {
+
+enum class PackedFormat : int { kBitmap, kSparse24 };
+
+inline PackedFormat format_of(const PackedWeight& weight) {
+  return weight.starts != nullptr ? PackedFormat::kBitmap : PackedFormat::kSparse24;
+}
 
 // Entry i: the columns of eight that a 2:4 code byte keeps, as bits.
 struct PackedMasks {
@@ -29,24 +36,7 @@ inline int64_t packed_start(const PackedWeight& w, int64_t row) {
   return w.starts != nullptr ? w.starts[row] : row * (w.cols / 2);
 }
 
-template <auto constant>
-struct Constant {
-  static constexpr auto value = constant;
-};
-
-// f(Constant<dtype>{}), and f(Constant<rows of x in a slab>{}).
-template <class F>
-void packed_by_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(Constant<Dtype::kFloat32>{});
-    case Dtype::kBFloat16:
-      return f(Constant<Dtype::kBFloat16>{});
-    case Dtype::kFloat16:
-      return f(Constant<Dtype::kFloat16>{});
-  }
-}
-
+// f(Constant<rows of x in a slab>{}).
 template <class F>
 void packed_by_slab(int64_t batch, F f) {
   switch (batch) {
@@ -60,6 +50,58 @@ void packed_by_slab(int64_t batch, F f) {
       return f(Constant<kPackedSlab>{});
   }
 }
+
+// layout, product, unpack: as in isa.h.
+template <class Vector>
+struct PackedSteps;
+
+template <>
+struct PackedSteps<Scalar> {
+  static PackedLayout layout(const PackedWeight&) { return {8, true}; }
+
+  static void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin,
+                      int64_t end) {
+    const int64_t slab = batch < kPackedSlab ? batch : kPackedSlab;
+    by_dtype(w.dtype, [&](auto constant) {
+      constexpr Dtype dtype = decltype(constant)::value;
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t first = 0; first < batch; first += slab) {
+          float* out = sums + row * batch + first;
+          for (int64_t b = 0; b < slab; ++b) out[b] = 0.0f;
+          each_kept<dtype>(w, row, [&](int64_t column, auto bits) {
+            const float value = to_float<dtype>(bits);
+            const float* at =
+                static_cast<const float*>(x) + first * w.cols + column / 8 * slab * 8 + column % 8;
+            for (int64_t b = 0; b < slab; ++b) out[b] += value * at[b * 8];
+          });
+        }
+      }
+    });
+  }
+
+  static void unpack(const PackedWeight& w, void* dense, int64_t begin, int64_t end) {
+    by_dtype(w.dtype, [&](auto constant) {
+      constexpr Dtype dtype = decltype(constant)::value;
+      for (int64_t row = begin; row < end; ++row) {
+        auto* out = static_cast<typename Element<dtype>::Bits*>(dense) + row * w.cols;
+        for (int64_t j = 0; j < w.cols; ++j) out[j] = 0;
+        each_kept<dtype>(w, row, [&](int64_t column, auto bits) { out[column] = bits; });
+      }
+    });
+  }
+
+ private:
+  // visit(column, bits) of what a row keeps.
+  template <Dtype dtype, class Visit>
+  static void each_kept(const PackedWeight& w, int64_t row, Visit visit) {
+    const auto* next = static_cast<const typename Element<dtype>::Bits*>(w.values) + packed_start(w, row);
+    const PackedFormat format = format_of(w);
+    for (int64_t byte = 0; byte < w.cols / 8; ++byte) {
+      uint32_t mask = packed_mask(format, w.codes[row * (w.cols / 8) + byte]);
+      for (; mask != 0; mask &= mask - 1) visit(byte * 8 + __builtin_ctz(mask), *next++);
+    }
+  }
+};
 
 }  // namespace
 }  // namespace wanda::cpu

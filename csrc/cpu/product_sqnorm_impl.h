@@ -1,5 +1,5 @@
-// Products and their column sums of squares. Included by product_sqnorm_<isa>.cpp after the target pragma;
-// one thread, one sequence.
+// Products and their column sums of squares. Included by isa_<set>.cpp, for whose set compilers
+// vectorise it; one thread, one sequence.
 //
 // Token by token along a tile of columns: make y, store it, add its square to the tile's float32 sums. After
 // kChunk counted tokens the sums go to float64 totals: the order and the rounding of sqnorm_impl.h. Loops
@@ -10,9 +10,7 @@
 // up and sums: 0.87 x (float32) and 1.2 x (bfloat16) the time of a product and a separate sum.
 #pragma once
 
-#include "convert.h"
-#include "product_sqnorm.h"
-#include "sqnorm.h"
+#include "sqnorm_impl.h"  // kChunk
 
 namespace wanda::cpu {
 namespace {
@@ -20,28 +18,27 @@ namespace {
 constexpr int64_t kProductTile = 16384;  // columns
 
 template <Product product, Dtype dtype, bool counts>
-void product_row(const typename Stored<dtype>::Type* __restrict a,
-                 const typename Stored<dtype>::Type* __restrict b, float scale,
-                 typename Stored<dtype>::Type* __restrict y, float* __restrict partial, int64_t cols) {
-  using Value = Stored<dtype>;
+void product_row(const typename Element<dtype>::Bits* __restrict a,
+                 const typename Element<dtype>::Bits* __restrict b, float scale,
+                 typename Element<dtype>::Bits* __restrict y, float* __restrict partial, int64_t cols) {
   for (int64_t j = 0; j < cols; ++j) {
-    const float first = Value::load(a[j]), second = Value::load(b[j]);
-    typename Value::Type made;
+    const float first = to_float<dtype>(a[j]), second = to_float<dtype>(b[j]);
+    typename Element<dtype>::Bits made;
     if constexpr (product == Product::kScaleThenWeight) {
-      made = Value::round(Value::load(Value::round(first * scale)) * second);
+      made = from_float<dtype>(to_float<dtype>(from_float<dtype>(first * scale)) * second);
     } else if constexpr (product == Product::kUnitOffset) {
-      made = Value::round(first * scale * (1.0f + second));
+      made = from_float<dtype>(first * scale * (1.0f + second));
     } else {
-      made = Value::round(first * second);
+      made = from_float<dtype>(first * second);
     }
     y[j] = made;
-    if constexpr (counts) partial[j] += Value::load(made) * Value::load(made);
+    if constexpr (counts) partial[j] += to_float<dtype>(made) * to_float<dtype>(made);
   }
 }
 
 template <Product product, Dtype dtype>
 void product_tile(const ProductSqnormParams& p, int64_t sequence, int64_t column, int64_t cols) {
-  using T = typename Stored<dtype>::Type;
+  using T = typename Element<dtype>::Bits;
   alignas(64) float partial[kProductTile];
   alignas(64) double total[kProductTile];
   for (int64_t j = 0; j < cols; ++j) {
@@ -89,14 +86,8 @@ void product_columns(const ProductSqnormParams& p, int64_t sequence, int64_t beg
 
 template <Product product>
 void product_typed(const ProductSqnormParams& p, int64_t sequence, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return product_columns<product, Dtype::kFloat32>(p, sequence, begin, end);
-    case Dtype::kBFloat16:
-      return product_columns<product, Dtype::kBFloat16>(p, sequence, begin, end);
-    case Dtype::kFloat16:
-      return product_columns<product, Dtype::kFloat16>(p, sequence, begin, end);
-  }
+  by_dtype(p.dtype,
+           [&](auto dtype) { product_columns<product, decltype(dtype)::value>(p, sequence, begin, end); });
 }
 
 inline void product_sqnorm_run(const ProductSqnormParams& p, int64_t sequence, int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
-// Row selection on the CPU: the driver, written once; rows_scalar.cpp, rows_avx2.cpp and rows_avx512.cpp
-// bring the passes.
+// Row selection on the CPU: the driver, written once. The passes are in rows_scalar.h, and in rows_vector.h
+// with rows_avx2.h or rows_avx512.h.
 //
 // Algorithm, for each row:
 // 1. make_keys: key = the top 16 bits of the float32 score without the sign: 128 keys to a factor of two, in
@@ -25,18 +25,16 @@
 // half while counting and one half while writing: without that the first pass waits for memory (bfloat16 on
 // Zen 4: 1.5 instead of 1.1 x memcpy; into L1 is worse than L2). Keys (2 bytes a column) and norms (4) stay
 // in L1 or L2.
-//
-// Include it after target_*_begin.h, <immintrin.h> and the standard headers below. Everything is in an
-// anonymous namespace and uses no standard template, so that code for AVX-512 cannot replace another file's.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <new>
 
-#include "rows.h"
+#include "isa.h"
 #include "rows_predictor.h"
 #include "rows_scores.h"
+#include "scalar.h"
 
 namespace wanda::cpu {
 namespace {
@@ -112,9 +110,18 @@ struct Bracket {
   int64_t count_high = 0;
 };
 
-template <class Isa, Dtype D, bool kMask, bool kSums>
+// The passes of an instruction set: make_keys, count, write, and Lanes, a vector of int32.
+template <class Vector>
+struct RowsSteps;
+
+// For column_at, list_places: registers of two halves give keys of pairs (rows_avx512.h), bfloat16 in order.
+template <class Vector, Dtype D>
+constexpr int kKeyLanes = D == Dtype::kBFloat16 || Vector::kLanes == 1 ? 0 : Vector::kLanes;
+
+template <class Vector, Dtype D, bool kMask, bool kSums>
 class RowSelect {
-  using Raw = typename Element<D>::Raw;
+  using Steps = RowsSteps<Vector>;
+  using Bits = typename Element<D>::Bits;
 
  public:
   explicit RowSelect(const RowsParams& params)
@@ -129,25 +136,25 @@ class RowSelect {
         columns_(padded_ + kBlock),
         values_(padded_ + kBlock) {
     float tail[kBlock];
-    Isa::template arrange_norm<D>(params.norm, norm_.get(), whole_);
+    arrange_norm(params.norm, norm_.get(), whole_);
     if (rest_ > 0) {
       // Columns past the end get NaN scores: below no threshold, so never counted, and finish() never sees
       // them.
       for (int64_t i = 0; i < kBlock; ++i) tail[i] = float_of_bits(0x7fffffffu);
       std::memcpy(tail, params.norm + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(float));
-      Isa::template arrange_norm<D>(tail, norm_.get() + whole_ * kBlock, 1);
+      arrange_norm(tail, norm_.get() + whole_ * kBlock, 1);
       for (int64_t i = rest_; i < kBlock; ++i) tail[i] = 0;
-      Isa::template arrange_norm<D>(tail, norm_rest_, 1);
+      arrange_norm(tail, norm_rest_, 1);
     }
     for (int64_t i = 0; i < params.cols; ++i) negative_ |= params.norm[i] < 0;
   }
 
   void run(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      Raw* w = static_cast<Raw*>(params_.weight) + row * params_.row_stride;
+      Bits* w = static_cast<Bits*>(params_.weight) + row * params_.row_stride;
       mask_ = kMask ? params_.mask + row * params_.cols : nullptr;
       next_ = reinterpret_cast<const char*>(row + 1 < end ? w + params_.row_stride : w);
-      half_ = next_ + whole_ * kBlock * static_cast<int64_t>(sizeof(Raw)) / 2;
+      half_ = next_ + whole_ * kBlock * static_cast<int64_t>(sizeof(Bits)) / 2;
       sums_ = Sums{};
       if (params_.k <= 0 || params_.k >= params_.cols) {
         std::memset(keys_.get(), 0, static_cast<size_t>(padded_) * sizeof(uint16_t));
@@ -165,7 +172,11 @@ class RowSelect {
   }
 
  private:
-  void select(Raw* w) {
+  static void arrange_norm(const float* norm, float* out, int64_t blocks) {
+    for (int64_t i = 0; i < blocks * kBlock; ++i) out[place_in_pair<Vector, D>(i)] = norm[i];
+  }
+
+  void select(Bits* w) {
     const int64_t k = params_.k;
     const float mean = make_keys(w);
     const float guess = predictor_.predict(mean);
@@ -194,16 +205,16 @@ class RowSelect {
   }
 
   // Writes the row's keys and returns a robust location of them.
-  float make_keys(const Raw* w) {
+  float make_keys(const Bits* w) {
     uint16_t* keys = keys_.get();
     const int base = predictor_.base();
     const int span = predictor_.span();
-    int64_t sum = Isa::template make_keys<D>(w, norm_.get(), keys, whole_, base, span);
+    int64_t sum = Steps::template make_keys<D>(w, norm_.get(), keys, whole_, base, span);
     if (rest_ > 0) {
-      alignas(64) Raw stage[kBlock] = {};
-      std::memcpy(stage, w + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(Raw));
-      sum += Isa::template make_keys<D>(stage, norm_.get() + whole_ * kBlock, keys + whole_ * kBlock, 1, base,
-                                        span);
+      alignas(64) Bits stage[kBlock] = {};
+      std::memcpy(stage, w + whole_ * kBlock, static_cast<size_t>(rest_) * sizeof(Bits));
+      sum += Steps::template make_keys<D>(stage, norm_.get() + whole_ * kBlock, keys + whole_ * kBlock, 1,
+                                          base, span);
       sum -= (kBlock - rest_) * span;
     }
     return static_cast<float>(sum) * inverse_cols_;
@@ -247,7 +258,7 @@ class RowSelect {
     counts[0] = bracket.count_low;
     limits[kLimits + 1] = bracket.high;
     counts[kLimits + 1] = bracket.count_high;
-    Isa::template count<D>(keys_.get(), padded_ / kBlock, limits + 1, counts + 1, next_);
+    Steps::template count<D>(keys_.get(), padded_ / kBlock, limits + 1, counts + 1, next_);
     int at = 0;
     for (int i = 1; i <= kLimits; ++i) at += counts[i] <= params_.k;
     bracket.low = limits[at];
@@ -257,29 +268,29 @@ class RowSelect {
   }
 
   // Prunes keys <= below; returns how many columns with below < key <= last it has listed, ascending.
-  int64_t write(Raw* w, int below, int last) {
+  int64_t write(Bits* w, int below, int last) {
     int32_t* columns = columns_.get();
-    int64_t listed = Isa::template write<D, kMask, kSums>(w, mask_, keys_.get(), norm_.get(), whole_, below,
-                                                          last, columns, 0, sums_, half_);
+    int64_t listed = Steps::template write<D, kMask, kSums>(w, mask_, keys_.get(), norm_.get(), whole_, below,
+                                                            last, columns, 0, sums_, half_);
     if (rest_ > 0) {
       const int64_t start = whole_ * kBlock;
-      alignas(64) Raw stage[kBlock] = {};
+      alignas(64) Bits stage[kBlock] = {};
       alignas(64) bool mask_stage[kBlock];
-      std::memcpy(stage, w + start, static_cast<size_t>(rest_) * sizeof(Raw));
-      listed += Isa::template write<D, kMask, kSums>(stage, mask_stage, keys_.get() + start, norm_rest_, 1,
-                                                     below, last, columns + listed,
-                                                     static_cast<int32_t>(start), sums_, half_);
+      std::memcpy(stage, w + start, static_cast<size_t>(rest_) * sizeof(Bits));
+      listed += Steps::template write<D, kMask, kSums>(stage, mask_stage, keys_.get() + start, norm_rest_, 1,
+                                                       below, last, columns + listed,
+                                                       static_cast<int32_t>(start), sums_, half_);
       if constexpr (kMask) {
         std::memcpy(mask_ + start, mask_stage, static_cast<size_t>(rest_));
       } else {
-        std::memcpy(w + start, stage, static_cast<size_t>(rest_) * sizeof(Raw));
+        std::memcpy(w + start, stage, static_cast<size_t>(rest_) * sizeof(Bits));
       }
-      while (listed > 0 && Isa::template column_of<D>(columns[listed - 1]) >= params_.cols) --listed;
+      while (listed > 0 && column_at<kKeyLanes<Vector, D>>(columns[listed - 1]) >= params_.cols) --listed;
     }
     return listed;
   }
 
-  void prune_if(bool pruned, Raw* w, int64_t column) {
+  void prune_if(bool pruned, Bits* w, int64_t column) {
     if constexpr (kSums) {
       const float score = magnitude<D>(w[column]) * params_.norm[column];
       sums_.pruned += pruned ? score * score : 0.0f;
@@ -293,11 +304,11 @@ class RowSelect {
 
   // Prunes the `need` smallest of the listed columns, all those with keys inside the bracket, by their
   // float32 scores.
-  void finish(Raw* w, int64_t listed, int64_t need, const Bracket& bracket) {
+  void finish(Bits* w, int64_t listed, int64_t need, const Bracket& bracket) {
     int32_t* columns = columns_.get();
     uint32_t* values = values_.get();
     for (int64_t i = 0; i < listed; ++i) {
-      columns[i] = Isa::template column_of<D>(columns[i]);
+      columns[i] = column_at<kKeyLanes<Vector, D>>(columns[i]);
       values[i] = order_of(magnitude<D>(w[columns[i]]) * absolute(params_.norm[columns[i]]));
     }
     if (listed <= kRankLimit && bracket.high <= kFirstNan && bracket.high - bracket.low <= 512) {
@@ -313,8 +324,8 @@ class RowSelect {
 
   // 25 bits of score and 6 of position make the candidates distinct: a column's rank is the number of smaller
   // ones.
-  void rank_and_prune(Raw* w, int64_t listed, int64_t need, uint32_t origin) {
-    using Lanes = typename Isa::Lanes;
+  void rank_and_prune(Bits* w, int64_t listed, int64_t need, uint32_t origin) {
+    using Lanes = typename Steps::Lanes;
     constexpr int64_t kCount = sizeof(Lanes) / sizeof(int32_t);
     const int32_t* columns = columns_.get();
     uint32_t* values = values_.get();
@@ -330,7 +341,7 @@ class RowSelect {
 
   // The whole row by float32 scores: for plateaus, where one key holds much of the row, and for negative
   // norms. The threshold is known to lie in [low, high].
-  void dense(Raw* w, uint32_t low, uint32_t high) {
+  void dense(Bits* w, uint32_t low, uint32_t high) {
     const int64_t cols = params_.cols;
     const float* norm = params_.norm;
     uint32_t* values = values_.get();
@@ -366,7 +377,7 @@ class RowSelect {
     }
   }
 
-  void prune_to(Raw* w, const uint32_t* values, int64_t begin, int64_t end, uint32_t last) {
+  void prune_to(Bits* w, const uint32_t* values, int64_t begin, int64_t end, uint32_t last) {
     for (int64_t i = begin; i < end; ++i) {
       if constexpr (kMask) {
         mask_[i] = values[i] <= last;
@@ -382,7 +393,7 @@ class RowSelect {
   const int64_t list_limit_;
   const int64_t padded_;
   const float inverse_cols_;
-  Buffer<float> norm_;  // in the order that Isa wants
+  Buffer<float> norm_;  // in the order of load_pair
   Buffer<uint16_t> keys_;
   Buffer<int32_t> columns_;
   Buffer<uint32_t> values_;
@@ -395,33 +406,27 @@ class RowSelect {
   Predictor predictor_;
 };
 
-template <class Isa, Dtype D>
-void run_rows_of(const RowsParams& params, int64_t begin, int64_t end) {
+template <class Vector, Dtype D>
+void rows_run_of(const RowsParams& params, int64_t begin, int64_t end) {
   if (params.mask != nullptr) {
     if (params.score_sums != nullptr) {
-      RowSelect<Isa, D, true, true>(params).run(begin, end);
+      RowSelect<Vector, D, true, true>(params).run(begin, end);
     } else {
-      RowSelect<Isa, D, true, false>(params).run(begin, end);
+      RowSelect<Vector, D, true, false>(params).run(begin, end);
     }
   } else if (params.score_sums != nullptr) {
-    RowSelect<Isa, D, false, true>(params).run(begin, end);
+    RowSelect<Vector, D, false, true>(params).run(begin, end);
   } else {
-    RowSelect<Isa, D, false, false>(params).run(begin, end);
+    RowSelect<Vector, D, false, false>(params).run(begin, end);
   }
 }
 
-template <class Isa>
-void run_rows(const RowsParams& params, int64_t begin, int64_t end) {
+template <class Vector>
+void rows_run(const RowsParams& params, int64_t begin, int64_t end) {
   if (begin >= end) return;
   const HonourDenormals honour_denormals;
-  switch (params.dtype) {
-    case Dtype::kFloat32:
-      return run_rows_of<Isa, Dtype::kFloat32>(params, begin, end);
-    case Dtype::kBFloat16:
-      return run_rows_of<Isa, Dtype::kBFloat16>(params, begin, end);
-    case Dtype::kFloat16:
-      return run_rows_of<Isa, Dtype::kFloat16>(params, begin, end);
-  }
+  by_dtype(params.dtype,
+           [&](auto dtype) { rows_run_of<Vector, decltype(dtype)::value>(params, begin, end); });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Guesses a row's threshold key from the mean of the row's clamped keys, learning from the rows before.
-// Part of rows_impl.h, which says how to include it.
+// Part of rows_impl.h.
 #pragma once
 
 namespace wanda::cpu {

@@ -1,35 +1,19 @@
 // Scores of single elements and exact order statistics of them: the parts of row selection that need no
-// vectors by hand. Part of rows_impl.h, which says how to include it.
+// vectors by hand. Part of rows_impl.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "convert.h"
-#include "rows.h"
 
 namespace wanda::cpu {
 namespace {
 
 template <Dtype D>
-struct Element {
-  using Raw = uint16_t;
-};
-template <>
-struct Element<Dtype::kFloat32> {
-  using Raw = uint32_t;
-};
-
-// |w| of a raw element.
-template <Dtype D>
-inline float magnitude(typename Element<D>::Raw raw) {
-  if constexpr (D == Dtype::kFloat32) {
-    return float_of_bits(raw & 0x7fffffffu);
-  } else if constexpr (D == Dtype::kBFloat16) {
-    return float_of_bf16(raw & 0x7fffu);
-  } else {
-    return float_of_fp16(raw & 0x7fffu);
-  }
+inline float magnitude(typename Element<D>::Bits bits) {
+  return to_float<D>(
+      static_cast<typename Element<D>::Bits>(bits & (D == Dtype::kFloat32 ? 0x7fffffffu : 0x7fffu)));
 }
 
 // Ascending uint32 order of torch.sort: -0.0 equals +0.0, all NaNs are equal and the largest.

@@ -1,4 +1,4 @@
-// Column sums of squares. Included by sqnorm_<isa>.cpp after the target pragma; one thread, one sequence.
+// Column sums of squares. Included by isa_<set>.cpp; one thread, one sequence.
 //
 // A tile of columns stays in L1 and L2 while the tokens stream by, eight rows a pass: load the float32
 // partials, add the eight squares in token order, store. The same columns of the next eight rows are
@@ -11,43 +11,53 @@
 // on the order of the operands, which compilers may swap. Bytes moved: x is read once.
 #pragma once
 
-#include "convert.h"
-#include "sqnorm.h"
+#include "isa.h"
+#include "scalar.h"
 
 namespace wanda::cpu {
 namespace {
 
+constexpr int64_t kChunk = 4096;      // tokens, see isa.h
 constexpr int64_t kSqnormBatch = 64;  // rows listed at a time
 static_assert(kChunk % kSqnormBatch == 0, "a chunk ends with a batch");
 constexpr int64_t kSqnormPass = 8;     // rows
 constexpr int64_t kSqnormTile = 8192;  // columns
 
-struct SqnormLanesScalar {
-  static constexpr int64_t kUnit = 1;  // columns
+template <class Vector>
+constexpr int64_t kSqnormUnit = Vector::kLanes == 1 ? 1 : 2 * Vector::kLanes;  // columns
 
-  // Adds rows[0] .. rows[count - 1], from column `column` on. rows[count] .. rows[2 * count - 1] come next.
-  template <Dtype dtype, int count, class T>
-  static void add(const T* const* rows, int64_t column, int64_t cols, float* partial) {
+// Adds rows[0] .. rows[count - 1], from column `column` on; column j of the sums is place_in_pair(j) of
+// `partial`. rows[count] .. rows[2 * count - 1] come next.
+template <class Vector, Dtype dtype, int count>
+void sqnorm_add(const typename Element<dtype>::Bits* const* rows, int64_t column, int64_t cols,
+                float* partial) {
+  if constexpr (Vector::kLanes == 1) {
     for (int64_t j = 0; j < cols; ++j) {
       float sum = partial[j];
       for (int r = 0; r < count; ++r) {
-        const float value = Stored<dtype>::load(rows[r][column + j]);
+        const float value = to_float<dtype>(rows[r][column + j]);
         sum += value * value;
       }
       partial[j] = sum;
     }
+  } else {
+    for (int64_t j = 0; j < cols; j += kSqnormUnit<Vector>) {
+      auto a = Vector::load(partial + j), b = Vector::load(partial + j + Vector::kLanes);
+      for (int r = 0; r < count; ++r) {
+        prefetch_l2(rows[r + count] + column + j);
+        const auto value = Vector::template load_pair<dtype>(rows[r] + column + j);
+        a = Vector::add(a, Vector::multiply(value.a, value.a));
+        b = Vector::add(b, Vector::multiply(value.b, value.b));
+      }
+      Vector::store(partial + j, a);
+      Vector::store(partial + j + Vector::kLanes, b);
+    }
   }
+}
 
-  // Where add() keeps column j.
-  template <Dtype dtype>
-  static int64_t position(int64_t j) {
-    return j;
-  }
-};
-
-// `cols` is a multiple of Lanes::kUnit and at most kSqnormTile.
-template <class Lanes, Dtype dtype>
-void sqnorm_tile(const typename Stored<dtype>::Type* x, const bool* token_mask, const SqnormParams& p,
+// `cols` is a multiple of kSqnormUnit and at most kSqnormTile.
+template <class Vector, Dtype dtype>
+void sqnorm_tile(const typename Element<dtype>::Bits* x, const bool* token_mask, const SqnormParams& p,
                  int64_t column, int64_t cols, float* sqnorm) {
   alignas(64) float partial[kSqnormTile];
   alignas(64) double total[kSqnormTile];
@@ -56,7 +66,7 @@ void sqnorm_tile(const typename Stored<dtype>::Type* x, const bool* token_mask, 
     total[j] = 0.0;
   }
   // The rows of this batch and of the pass after it, for the prefetch.
-  const typename Stored<dtype>::Type* rows[kSqnormBatch + kSqnormPass];
+  const typename Element<dtype>::Bits* rows[kSqnormBatch + kSqnormPass];
   int64_t found = 0;
   int64_t token = 0;
   int64_t in_chunk = 0;
@@ -70,9 +80,9 @@ void sqnorm_tile(const typename Stored<dtype>::Type* x, const bool* token_mask, 
     const int64_t counted = found < kSqnormBatch ? found : kSqnormBatch;
     int64_t r = 0;
     for (; r + kSqnormPass <= counted; r += kSqnormPass) {
-      Lanes::template add<dtype, kSqnormPass>(rows + r, column, cols, partial);
+      sqnorm_add<Vector, dtype, kSqnormPass>(rows + r, column, cols, partial);
     }
-    for (; r < counted; ++r) Lanes::template add<dtype, 1>(rows + r, column, cols, partial);
+    for (; r < counted; ++r) sqnorm_add<Vector, dtype, 1>(rows + r, column, cols, partial);
     in_chunk += counted;
     if (in_chunk == kChunk) {
       in_chunk = 0;
@@ -85,38 +95,32 @@ void sqnorm_tile(const typename Stored<dtype>::Type* x, const bool* token_mask, 
     for (int64_t i = 0; i < found; ++i) rows[i] = rows[kSqnormBatch + i];
   }
   for (int64_t j = 0; j < cols; ++j) {
-    const int64_t at = Lanes::template position<dtype>(j);
+    const int64_t at = place_in_pair<Vector, dtype>(j);
     const float sum = sqnorm[column + j] + static_cast<float>(total[at] + static_cast<double>(partial[at]));
     sqnorm[column + j] = sum != sum ? float_of_bits(0x7fc00000u) : sum;
   }
 }
 
-template <class Lanes, Dtype dtype>
+template <class Vector, Dtype dtype>
 void sqnorm_columns(const SqnormParams& p, int64_t sequence, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const typename Stored<dtype>::Type*>(p.x) + sequence * p.sequence_stride;
+  const auto* x = static_cast<const typename Element<dtype>::Bits*>(p.x) + sequence * p.sequence_stride;
   const bool* token_mask = p.token_mask == nullptr ? nullptr : p.token_mask + sequence * p.tokens;
-  float* sqnorm = p.sqnorm + sequence * p.cols;
+  float* sqnorm = p.sqnorm + (p.is_shared ? 0 : sequence * p.cols);
   int64_t column = begin;
-  while (end - column >= Lanes::kUnit) {
-    const int64_t whole = (end - column) / Lanes::kUnit * Lanes::kUnit;
+  while (end - column >= kSqnormUnit<Vector>) {
+    const int64_t whole = (end - column) / kSqnormUnit<Vector> * kSqnormUnit<Vector>;
     const int64_t cols = whole < kSqnormTile ? whole : kSqnormTile;
-    sqnorm_tile<Lanes, dtype>(x, token_mask, p, column, cols, sqnorm);
+    sqnorm_tile<Vector, dtype>(x, token_mask, p, column, cols, sqnorm);
     column += cols;
   }
-  if (column < end) sqnorm_tile<SqnormLanesScalar, dtype>(x, token_mask, p, column, end - column, sqnorm);
+  if (column < end) sqnorm_tile<Scalar, dtype>(x, token_mask, p, column, end - column, sqnorm);
 }
 
-template <class Lanes>
+template <class Vector>
 void sqnorm_run(const SqnormParams& p, int64_t sequence, int64_t begin, int64_t end) {
   const HonourDenormals honour_denormals;
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return sqnorm_columns<Lanes, Dtype::kFloat32>(p, sequence, begin, end);
-    case Dtype::kBFloat16:
-      return sqnorm_columns<Lanes, Dtype::kBFloat16>(p, sequence, begin, end);
-    case Dtype::kFloat16:
-      return sqnorm_columns<Lanes, Dtype::kFloat16>(p, sequence, begin, end);
-  }
+  by_dtype(p.dtype,
+           [&](auto dtype) { sqnorm_columns<Vector, decltype(dtype)::value>(p, sequence, begin, end); });
 }
 
 }  // namespace

@@ -8,13 +8,9 @@
 #pragma once
 
 #include "block.cuh"
-#include "packed.h"
 #include "score.cuh"
 
 namespace wanda::cuda {
-
-constexpr int kPieceCols = 32 * kWarp;
-constexpr int kBitmapWarps = 8;  // at most in a block
 
 template <int kRows>
 struct BitmapShared {

@@ -20,8 +20,6 @@
 
 namespace wanda::cuda {
 
-constexpr int kBitmapLinearRows = 4;
-
 template <int kBatch>
 struct BitmapLinearShared {
   BitmapShared<kBitmapLinearRows> walk;

@@ -15,25 +15,18 @@
 #pragma once
 
 #include "group.cuh"
-#include "nm.h"
 #include "rows_any.cuh"  // write_sums
 
 namespace wanda::cuda {
 
-enum class NmOutput : int { kPrune, kPruneAndSum, kMask };
+template <int kM, Output kOutput>
+constexpr int kNmRows = nm_rows(kM, kOutput);
 
-// Rows that a block works on side by side. A group of 16 or 32 fills a thread's registers by itself.
-template <int kM, NmOutput kOutput>
-constexpr int kNmRows = kM > 8                       ? 1
-                        : kOutput == NmOutput::kMask ? 2
-                                                     : 4;
-
-template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
+template <Dtype kDtype, int kM, int kKept, Output kOutput>
 struct NmUnit {
   using Bits = typename Element<kDtype>::Bits;
   static constexpr int kChunk = Element<kDtype>::kChunk;
-  static constexpr int kWritten = kOutput == NmOutput::kMask ? 16 : kChunk;  // elements behind 16 bytes
-  static constexpr int kWidth = kM > kWritten ? kM : kWritten;
+  static constexpr int kWidth = nm_width(kDtype, kM, kOutput);
   static constexpr int kChunks = kWidth / kChunk;
 
   float4 norms[kWidth / 4];
@@ -61,7 +54,7 @@ struct NmUnit {
     }
     uint32_t flag[kWidth];
     select_groups<kM, kKept>(score, kept, any_sign, flag);
-    if constexpr (kOutput == NmOutput::kPruneAndSum) {
+    if constexpr (kOutput == Output::kPruneAndSum) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         const float square = __fmul_rn(score[i], score[i]);
@@ -69,7 +62,7 @@ struct NmUnit {
         sums.pruned = __fadd_rn(sums.pruned, flag[i] >> 31 ? 0.0f : square);
       }
     }
-    if constexpr (kOutput == NmOutput::kMask) {
+    if constexpr (kOutput == Output::kMask) {
       write_mask(flag, mask);
     } else {
 #pragma unroll
@@ -103,7 +96,7 @@ struct NmUnit {
 };
 
 // Rows blockIdx.x * kRows and the next ones, all of their columns: the order of a row's sums is fixed.
-template <Dtype kDtype, int kM, int kKept, NmOutput kOutput>
+template <Dtype kDtype, int kM, int kKept, Output kOutput>
 __global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams params) {
   using Unit = NmUnit<kDtype, kM, kKept, kOutput>;
   using Bits = typename Unit::Bits;
@@ -128,11 +121,11 @@ __global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams
     for (int r = 0; r < kRows; ++r) {
       if (first_row + r >= params.rows) break;
       bool* const mask =
-          kOutput == NmOutput::kMask ? params.mask + (first_row + r) * params.cols + col : nullptr;
+          kOutput == Output::kMask ? params.mask + (first_row + r) * params.cols + col : nullptr;
       unit.process(chunks[r], weight + r * params.row_stride, mask, static_cast<uint32_t>(params.n), sums[r]);
     }
   }
-  if constexpr (kOutput == NmOutput::kPruneAndSum) {
+  if constexpr (kOutput == Output::kPruneAndSum) {
     WANDA_DYNAMIC_SHARED(memory);
     float (*const slots)[kWarp] = reinterpret_cast<float (*)[kWarp]>(memory);
 #pragma unroll

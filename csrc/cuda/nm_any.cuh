@@ -12,12 +12,9 @@
 #pragma once
 
 #include "group.cuh"
-#include "nm.h"
 #include "rows_any.cuh"  // write_sums
 
 namespace wanda::cuda {
-
-constexpr int kNmAnyThreads = 128;
 
 // `count` elements from `global` on, and their place in shared memory: `buffer`, aligned to 16 bytes, with
 // room for count + kChunk elements.

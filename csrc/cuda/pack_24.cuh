@@ -21,11 +21,8 @@
 #pragma once
 
 #include "group.cuh"
-#include "pack_24.h"
 
 namespace wanda::cuda {
-
-constexpr int kPackThreads = 256;
 
 // This thread's place in the matrix.
 struct PackTile {

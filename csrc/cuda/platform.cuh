@@ -1,9 +1,11 @@
-// What the kernels need of the compiler and of the device, in one place. nvcc takes it from the CUDA toolkit;
-// any other compiler takes `simt.h` from its include path, which runs each CUDA thread as a fiber on the CPU
-// (tests/simt). The kernel headers themselves are the same text for both.
+// What the kernels and their launchers need of the compiler and of the device, in one place. nvcc takes it
+// from the CUDA toolkit; any other compiler takes `simt.h` from its include path, which runs each CUDA thread
+// as a fiber on the CPU (tests/simt). The kernel headers themselves are the same text for both.
 #pragma once
 
 #include <cstdint>
+
+#include "plan.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -106,6 +108,32 @@ WANDA_DEVICE void mma_sparse(float (&sum)[4], const uint32_t (&a)[4], const uint
   }
 }
 
+template <class Kernel, class... Arguments>
+int launch(Kernel* kernel, const Shape& shape, CUstream_st* stream, const Arguments&... arguments) {
+  kernel<<<shape.grid, shape.threads, shape.shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+// How many blocks of that shape the device holds at once. Lets the kernel have that much shared memory.
+template <class Kernel>
+int resident_blocks(Kernel* kernel, const Shape& shape, int64_t& blocks) {
+  int device = 0, processors = 0, on_one = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_one, kernel, static_cast<int>(shape.threads),
+                                                          shape.shared_bytes);
+  }
+  blocks = int64_t{on_one} * processors;
+  return error;
+}
+
 }  // namespace wanda::cuda
 #else
 #include "simt.h"
@@ -113,7 +141,6 @@ WANDA_DEVICE void mma_sparse(float (&sum)[4], const uint32_t (&a)[4], const uint
 
 namespace wanda::cuda {
 
-constexpr int kWarp = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 
 }  // namespace wanda::cuda

@@ -13,7 +13,6 @@
 #pragma once
 
 #include "block.cuh"
-#include "rows.h"
 #include "score.cuh"
 
 namespace wanda::cuda {

@@ -9,17 +9,6 @@
 namespace wanda::cuda {
 
 template <Dtype kDtype>
-struct Element {
-  using Bits = uint16_t;
-  static constexpr int kChunk = 8;  // elements in 16 bytes
-};
-template <>
-struct Element<Dtype::kFloat32> {
-  using Bits = uint32_t;
-  static constexpr int kChunk = 4;
-};
-
-template <Dtype kDtype>
 WANDA_DEVICE float to_float(typename Element<kDtype>::Bits bits) {
   if constexpr (kDtype == Dtype::kFloat32) {
     return __uint_as_float(bits);

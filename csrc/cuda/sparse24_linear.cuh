@@ -19,12 +19,9 @@
 #pragma once
 
 #include "block.cuh"
-#include "packed.h"
 #include "score.cuh"
 
 namespace wanda::cuda {
-
-constexpr int kSparse24Warps = 8;  // at most in a block
 
 constexpr int sparse24_shared_bytes(int row_tiles, int token_tiles, int warps) {
   return warps * row_tiles * 16 * token_tiles * 8 * static_cast<int>(sizeof(float));

@@ -15,15 +15,8 @@
 #pragma once
 
 #include "score.cuh"
-#include "sqnorm.h"
 
 namespace wanda::cuda {
-
-constexpr int kSqnormWarps = 8;
-
-constexpr int sqnorm_shared_bytes(int vector) {
-  return kSqnormWarps * vector * (kWarp + 1) * static_cast<int>(sizeof(float));
-}
 
 template <Dtype kDtype, int kVector>
 WANDA_DEVICE void add_squares(const typename Element<kDtype>::Bits* x, float (&sum)[kVector]) {

@@ -1,5 +1,5 @@
-"""The operators on the CUDA kernels under SIMT, with the choices that the launchers (csrc/cuda/*.cu) make: a backend
-for the tests that every backend has to pass. Each call takes the next of the thread orders.
+"""The operators on the CUDA kernels under SIMT, with the plans of csrc/cuda/plan.h: a backend for the tests that every
+backend has to pass. Each call takes the next of the thread orders.
 """
 
 from __future__ import annotations
@@ -35,22 +35,11 @@ def _plain(weight: Tensor) -> tuple[Tensor, int]:
     return weight, max(weight.stride(0) - weight.shape[1], 0) if weight.shape[0] > 1 else 0
 
 
-def _instructions(quads: int, cols: int) -> int:
-    """warp_instructions() of rows.cu."""
-    return -(-cols // (128 * quads)) * (461 + 64 * quads)
-
-
 def _select_rows(weight: Tensor, norm: Tensor, sparsity: float, output: str) -> tuple[Tensor, Tensor]:
     cols, (rows, gap) = weight.shape[1], _plain(weight)
     if rows.numel() == 0:
         return rows, torch.empty(rows.shape if output == "mask" else (rows.shape[0], 2))
-    k = int(cols * sparsity)
-    whole = 16 if output == "mask" else 16 // weight.itemsize
-    is_aligned = (cols + gap) * weight.itemsize % 16 == 0 and cols % whole == 0
-    path = "any" if cols > 57344 or k == cols else "staged" if is_aligned else "direct"
-    wide = path == "staged" and cols <= 22528 and _instructions(22, cols) < _instructions(16, cols)
-    quads = 4 if cols <= 2048 else 22 if wide else 16
-    return operators.rows(_next_machine(), rows, norm, k, output=output, path=path, gap=gap, quads=quads, threads=256)
+    return operators.rows(_next_machine(), rows, norm, int(cols * sparsity), output=output, gap=gap)
 
 
 def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
@@ -66,11 +55,7 @@ def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
 
 def _select_nm(weight: Tensor, norm: Tensor, n: int, m: int, output: str) -> tuple[Tensor, Tensor]:
     rows, gap = _plain(weight)
-    cols, chunk = weight.shape[1], 16 // weight.itemsize
-    whole = max(m, 16 if output == "mask" else chunk)
-    is_vector = (cols + gap) % chunk == 0 and cols % whole == 0 and m in (2, 4, 8, 16, 32)
-    path = "vector" if is_vector else "any" if m <= 32 else "segments"
-    return operators.nm(_next_machine(), rows, norm, n, m, output=output, path=path, gap=gap)
+    return operators.nm(_next_machine(), rows, norm, n, m, output=output, gap=gap)
 
 
 def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
@@ -104,8 +89,7 @@ def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> 
         x = x.reshape(1 if sqnorm.dim() == 1 else sqnorm.shape[0], -1, x.shape[1])
     if x.numel() == 0:
         return
-    is_vector = x.shape[2] * x.itemsize % 16 == 0
-    sqnorm.copy_(operators.add_sqnorm(_next_machine(), sqnorm, x.contiguous(), token_mask, is_vector=is_vector))
+    sqnorm.copy_(operators.add_sqnorm(_next_machine(), sqnorm, x.contiguous(), token_mask))
 
 
 def unpack_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:

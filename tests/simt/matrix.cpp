@@ -4,6 +4,7 @@
 
 namespace simt {
 
+float half_to_float(uint16_t bits) { return wanda::cpu::float_of_fp16(bits); }
 uint16_t float_to_half(float value) { return wanda::cpu::fp16_of_float(value); }
 uint16_t float_to_bfloat16(float value) { return wanda::cpu::bf16_of_float(value); }
 

@@ -1,11 +1,12 @@
-"""The CUDA kernels under SIMT, one function a launcher: tensors in, tensors out. What a launcher decides from the
-device and from pointers (the kernel, its block shape) is an argument here.
+"""The CUDA kernels under SIMT, one function a launcher: tensors in, tensors out. What runs is csrc/cuda/plan.h's choice
+for DEVICE, unless a test asks for another kernel or block shape.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,26 @@ SqnormParams = _struct(
     ("is_shared", ctypes.c_bool),
     _DTYPE,
 )
+
+
+def _plan(ints: str, *rest: tuple[str, type]) -> type[ctypes.Structure]:
+    return _struct("", "", *((name, ctypes.c_int) for name in ints.split()), *rest)
+
+
 _FLOATS = ("distance", "half_width", "first_half_width", "inverse_cols")
 RowsTuning = _struct("", "", *((name, ctypes.c_float) for name in _FLOATS), ("stages", ctypes.c_int))
+RowsPlan = _plan("path quads threads", ("grid", ctypes.c_int64), ("tuning", RowsTuning))
+NmPlan = _plan("path kept threads", ("grid", ctypes.c_int64))
+LinearPlan = _plan("row_tiles token_tiles threads")
+Device = _plan("processors shared_bytes")
+DEVICE = Device(4, 227 * 1024)
+ROWS_PATHS = ("staged", "direct", "any")
+NM_PATHS = ("vector", "any", "segments")
+
+
+def _planned(machine: Machine, function: str, params: ctypes.Structure, plan: ctypes.Structure) -> Any:
+    getattr(machine.library, function)(ctypes.byref(params), ctypes.byref(DEVICE), ctypes.byref(plan))
+    return plan
 
 
 class _Selection:
@@ -69,39 +88,42 @@ class _Selection:
 
 
 def rows(
-    machine: Machine, weight: Tensor, norm: Tensor, k: int, *, output: str = "prune", path: str = "staged",
+    machine: Machine, weight: Tensor, norm: Tensor, k: int, *, output: str = "prune", path: str | None = None,
     grid: int = 1, stages: int = 1, offset: int = 0, gap: int = 0, distance: float = 0.4, threads: int = 64,
     quads: int = 16,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`path`: "staged" or "direct" (rows_kernel, `quads` a thread), or "any" (rows_any_kernel, `threads`)."""
     selection = _Selection(weight, norm, output, offset, gap)
     params = RowsParams(*selection.arguments, k, DTYPES[weight.dtype])
-    cols = weight.shape[1]
-    if path == "any":
-        machine.run("simt_rows_any", selection.buffers, ctypes.byref(params), ctypes.c_int64(cols), grid, threads)
+    plan = RowsPlan()
+    if path is None:
+        _planned(machine, "simt_plan_rows", params, plan)
     else:
-        width = 2.56 / math.sqrt(cols)
-        tuning = RowsTuning(distance, width, max(width, 0.15), 1 / cols, stages if path == "staged" else 0)
-        machine.run("simt_rows", selection.buffers, ctypes.byref(params), ctypes.byref(tuning), quads, grid)
+        if path == "direct":  # which has 4 or 16
+            quads = min(quads, 16)
+        stages = stages if path == "staged" else 0
+        machine.library.simt_rows_plan(ctypes.byref(params), ROWS_PATHS.index(path), quads, stages, ctypes.byref(plan))
+        plan.grid, plan.tuning.distance = grid, distance
+        if path == "any":
+            plan.threads = threads
+    machine.run("simt_rows", selection.buffers, ctypes.byref(params), ctypes.byref(plan))
     return selection.result()
 
 
 def nm(
-    machine: Machine, weight: Tensor, norm: Tensor, n: int, m: int, *, output: str = "prune", path: str = "vector",
+    machine: Machine, weight: Tensor, norm: Tensor, n: int, m: int, *, output: str = "prune", path: str | None = None,
     grid: int = 1, offset: int = 0, gap: int = 0, threads: int = 64,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`path`: "vector" (nm_kernel), "any" (nm_any_kernel) or "segments" (rows_any_kernel)."""
     selection = _Selection(weight, norm, output, offset, gap)
-    if path == "segments":
-        params = RowsParams(*selection.arguments, m - n, DTYPES[weight.dtype])
-        machine.run("simt_rows_any", selection.buffers, ctypes.byref(params), ctypes.c_int64(m), grid, threads)
-        return selection.result()
     params = NmParams(*selection.arguments, n, m, DTYPES[weight.dtype])
-    if path == "any":
-        machine.run("simt_nm_any", selection.buffers, ctypes.byref(params), grid, threads)
-    else:
-        kept = n if m == 4 or (n, m) == (4, 8) else 0
-        machine.run("simt_nm", selection.buffers, ctypes.byref(params), kept, threads)
+    plan = _planned(machine, "simt_plan_nm", params, NmPlan())
+    if path == "vector":
+        assert NM_PATHS[plan.path] == path
+        plan.threads = threads
+    elif path is not None:
+        plan = NmPlan(NM_PATHS.index(path), 0, threads, grid)
+    machine.run("simt_nm", selection.buffers, ctypes.byref(params), ctypes.byref(plan))
     return selection.result()
 
 
@@ -142,19 +164,21 @@ class _Packed:
         )
 
 
-def unpack(machine: Machine, packed: tuple[Tensor, ...], *, threads: int = 64) -> Tensor:
+def unpack(machine: Machine, packed: tuple[Tensor, ...], *, threads: int | None = None) -> Tensor:
     """`threads` matter to a bitmap only."""
     weight = _Packed(packed)
     dense = Buffer(torch.full((weight.rows, weight.cols), math.nan, dtype=weight.dtype), "dense")
     name = "simt_unpack_bitmap" if len(packed) == 3 else "simt_unpack_sparse24"
+    if threads is None:
+        threads = machine.library.simt_bitmap_threads(ctypes.c_int64(weight.cols))
     arguments = (threads,) if len(packed) == 3 else ()
     machine.run(name, [*weight.buffers, dense], ctypes.byref(weight.struct), ctypes.c_void_p(dense.pointer), *arguments)
     return dense.tensor()
 
 
 def packed_linear(
-    machine: Machine, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, *, threads: int = 64,
-    row_tiles: int = 1,
+    machine: Machine, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, *, threads: int | None = None,
+    row_tiles: int | None = None,
 ) -> Tensor:  # fmt: skip
     """x [tokens, C_in] of at most 8 tokens (bitmap) or 32 (2:4: `row_tiles` of 16 rows a block)."""
     weight = _Packed(packed)
@@ -165,16 +189,17 @@ def packed_linear(
         weight.struct, inputs.pointer, None if bias is None else added.pointer, y.pointer, x.shape[0]
     )
     buffers = [*weight.buffers, inputs, added, y]
-    if len(packed) == 3:
-        machine.run("simt_bitmap_linear", buffers, ctypes.byref(params), threads)
-    else:
-        machine.run("simt_sparse24_linear", buffers, ctypes.byref(params), row_tiles, threads)
+    plan = _planned(machine, "simt_plan_linear", params, LinearPlan())
+    plan.threads, plan.row_tiles = threads or plan.threads, row_tiles or plan.row_tiles
+    name = "simt_bitmap_linear" if len(packed) == 3 else "simt_sparse24_linear"
+    machine.run(name, buffers, ctypes.byref(params), ctypes.byref(plan))
     return y.tensor()
 
 
 def add_sqnorm(
-    machine: Machine, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None, *, is_vector: bool, offset: int = 0
-) -> Tensor:
+    machine: Machine, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None, *, is_vector: bool | None = None,
+    offset: int = 0,
+) -> Tensor:  # fmt: skip
     """What add_sqnorm_ leaves in `sqnorm`, for x [sequences, tokens, C_in]."""
     sequences, tokens, cols = x.shape
     target, inputs = Buffer(sqnorm, "sqnorm"), Buffer(x, "x", writable=False, offset=offset)
@@ -184,5 +209,8 @@ def add_sqnorm(
         target.pointer, inputs.pointer, None if token_mask is None else counts.pointer, workspace.pointer, sequences,
         tokens, cols, tokens * cols, cols, sqnorm.dim() == 1, DTYPES[x.dtype],
     )  # fmt: skip
-    machine.run("simt_sqnorm", [target, inputs, counts, workspace], ctypes.byref(params), int(is_vector))
+    vector = machine.library.simt_sqnorm_vector(ctypes.byref(params))
+    if is_vector is not None:
+        vector = 16 // x.element_size() if is_vector else 1
+    machine.run("simt_sqnorm", [target, inputs, counts, workspace], ctypes.byref(params), vector)
     return target.tensor()

@@ -2,10 +2,6 @@
 #include "simt.h"
 
 #include <signal.h>
-#include <sys/mman.h>
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 #include <cstdlib>
 #include <map>
@@ -14,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "fibers.h"
+
 namespace simt {
 
 Index3 thread_index, block_index;
@@ -21,8 +19,6 @@ Dim3 block_dim, grid_dim;
 
 namespace {
 
-constexpr size_t kStack = 64 * 1024;
-constexpr int kMostThreads = 1024;
 constexpr int kNobody = -1, kSeveral = -2;
 
 enum State { kReady, kAtBarrier, kAtWarp, kDone };
@@ -84,7 +80,6 @@ struct Machine {
   uint32_t block = 0;
   bool stopping = false;
   const std::function<void()>* kernel = nullptr;
-  unsigned char* stacks = nullptr;
   std::vector<unsigned char> shared;
 } m;
 
@@ -95,57 +90,6 @@ std::string where(int site) {
 void report(const std::string& text) {
   if (m.errors.size() < 16) m.errors.push_back("block " + std::to_string(m.block) + ": " + text);
 }
-
-// Fibers: the scheduler and one stack for each thread.
-#if defined(__x86_64__)
-extern "C" void simt_switch(void** from, void* to);
-asm(R"(
-.text
-.globl simt_switch
-.hidden simt_switch
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-void* scheduler_stack;
-void* thread_stack[kMostThreads];
-
-void fiber_main();
-void make_fiber(int thread) {
-  void** top = reinterpret_cast<void**>(m.stacks + (thread + 1) * kStack);
-  *--top = nullptr;  // keeps the ABI's alignment at the entry of fiber_main
-  *--top = reinterpret_cast<void*>(&fiber_main);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  thread_stack[thread] = top;
-}
-void enter_fiber(int thread) { simt_switch(&scheduler_stack, thread_stack[thread]); }
-void leave_fiber(int thread) { simt_switch(&thread_stack[thread], scheduler_stack); }
-#else
-ucontext_t scheduler_context, thread_context[kMostThreads];
-
-void fiber_main();
-void make_fiber(int thread) {
-  getcontext(&thread_context[thread]);
-  thread_context[thread].uc_stack.ss_sp = m.stacks + thread * kStack;
-  thread_context[thread].uc_stack.ss_size = kStack;
-  makecontext(&thread_context[thread], &fiber_main, 0);
-}
-void enter_fiber(int thread) { swapcontext(&scheduler_context, &thread_context[thread]); }
-void leave_fiber(int thread) { swapcontext(&thread_context[thread], &scheduler_context); }
-#endif
 
 void fiber_main() {
   (*m.kernel)();
@@ -312,12 +256,7 @@ int register_site(const char* file, int line, int counter, SiteKind kind) {
 }
 
 void launch(Dim3 grid, uint32_t threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (m.stacks == nullptr) {
-    void* memory = mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) return report("no memory for the fibers' stacks");
-    m.stacks = static_cast<unsigned char*>(memory);
-  }
+  if (!make_stacks()) return report("no memory for the fibers' stacks");
   if (threads == 0 || threads > kMostThreads)
     return report("a block of " + std::to_string(threads) + " threads");
   m.kernel = &kernel;
@@ -436,15 +375,6 @@ void copy_wait(int site, int pending) {
     }
   }
   self.copies = later;
-}
-
-float half_to_float(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = bits >> 10 & 31;
-  const uint32_t fraction = bits & 0x3ff;
-  if (exponent == 31) return unpack<float>(sign | 0x7f800000u | fraction << 13);
-  if (exponent != 0) return unpack<float>(sign | (exponent + 112) << 23 | fraction << 13);
-  const float small = std::ldexp(static_cast<float>(fraction), -24);
-  return sign ? -small : small;
 }
 
 }  // namespace simt

@@ -16,6 +16,10 @@
 #include <functional>
 #include <string>
 
+#include "../../csrc/cuda/plan.h"
+
+struct CUstream_st;
+
 namespace simt {
 
 struct Index3 {
@@ -170,6 +174,17 @@ inline uint32_t atomicAdd(uint32_t* address, uint32_t value) { return simt::atom
 
 namespace wanda::cuda {
 
+template <class Kernel, class... Arguments>
+int launch(Kernel* kernel, const Shape& shape, CUstream_st*, const Arguments&... arguments) {
+  simt::launch({static_cast<uint32_t>(shape.grid), 1, 1}, static_cast<uint32_t>(shape.threads),
+               static_cast<size_t>(shape.shared_bytes), [&] { kernel(arguments...); });
+  return 0;
+}
+template <class Kernel>
+int resident_blocks(Kernel*, const Shape&, int64_t& blocks) {
+  blocks = 1;
+  return 0;
+}
 inline void copy_async_16(void* shared, const void* global) { simt::copy_async(shared, global); }
 inline void copy_async_commit() { simt::copy_commit(); }
 #define copy_async_wait SIMT_COPY_WAIT{SIMT_SITE(kCopyWait)}.wait

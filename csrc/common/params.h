@@ -1,0 +1,107 @@
+// What the kernels take, on the CPU and on CUDA: raw pointers and sizes. Strides and positions are in
+// elements; matrices have unit column stride. csrc/checks.h makes these from tensors.
+#pragma once
+
+#include "dtype.h"
+
+namespace wanda {
+
+// The k smallest |W| * norm of each row.
+struct RowsParams {
+  void* weight;       // [rows, cols]
+  const float* norm;  // [cols]
+  bool* mask;         // nullptr: pruned weights become +0 in place.
+                      // Else [rows, cols] contiguous: receives true = pruned, `weight` is only read.
+  float* score_sums;  // nullptr, or [rows, 2]: sum of the squared scores that are pruned, and of all.
+                      // CUDA: not together with `mask`
+  int64_t rows;
+  int64_t cols;  // >= 1, < 2^31 (CUDA: 2^32)
+  int64_t row_stride;
+  int64_t k;  // how many of each row to prune, 0 <= k <= cols
+  Dtype dtype;
+};
+
+// The m - n smallest |W| * norm of every m columns.
+struct NmParams {
+  void* weight;  // as in RowsParams
+  const float* norm;
+  bool* mask;
+  float* score_sums;
+  int64_t rows;
+  int64_t cols;  // a multiple of m
+  int64_t row_stride;
+  int64_t n;  // kept in each group
+  int64_t m;  // size of a group, 0 < n < m
+  Dtype dtype;
+};
+
+// 2:4 packing: the layout of torch's SparseSemiStructuredTensorCUTLASS for 16-bit types. CUDA: all pointers
+// and rows are 16-byte aligned.
+struct Pack24Params {
+  const uint16_t* weight;  // [rows, cols]
+  const float* norm;       // [cols]: select 2:4 by |W| * norm, then pack. nullptr: `weight` is 2:4 already
+  uint16_t* values;        // [rows, cols / 2]
+  uint16_t* metadata;      // [rows, cols / 16], in torch's reordered layout
+  uint32_t* overfull;      // nullptr, or a counter (CUDA): groups with more than two non-zeros are added
+  int64_t rows;            // of the whole matrix: the reordering depends on it. A multiple of 32
+  int64_t cols;            // a multiple of 64
+  int64_t row_stride;
+  Dtype dtype;  // kBFloat16 or kFloat16
+};
+
+// Where torch's reordering puts metadata column `column` (16 dense columns each) of `row`.
+inline int64_t pack_24_position(int64_t row, int64_t column, int64_t rows) {
+  const int64_t to = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
+  return (column / 2 * rows + to / 2 * 2 + column % 2) * 2 + to % 2;
+}
+
+struct Unpack24Params {
+  const uint16_t* values;    // [rows, cols / 2]
+  const uint16_t* metadata;  // [rows, cols / 16], in torch's reordered layout
+  uint16_t* weight;          // [rows, cols], contiguous
+  int64_t rows;
+  int64_t cols;
+};
+
+// Column sums of squares.
+struct SqnormParams {
+  float* sqnorm;           // [sequences, cols] or [cols] (`is_shared`): each sequence's sum is added
+  const void* x;           // [sequences, tokens, cols]
+  const bool* token_mask;  // nullptr, or [sequences, tokens] contiguous: false = the token does not count
+  float* workspace;        // CUDA: [sequences * chunks of tokens, cols], see sqnorm_chunks
+  int64_t sequences;
+  int64_t tokens;  // per sequence
+  int64_t cols;
+  int64_t sequence_stride;  // of x
+  int64_t token_stride;     // of x
+  bool is_shared;           // all sequences add to one row of sqnorm, in order
+  Dtype dtype;
+};
+
+// A packed weight [rows, cols], cols a multiple of 64. Both formats keep the weights that are not +0 in
+// order, and one code byte for every eight columns:
+//   bitmap    bit i: column i is kept. Row r's values begin at starts[r].
+//   2:4       two of every four columns are kept, their indices in ascending order: bits 0-3 are
+//             index 0 | index 1 << 2 of the first four, bits 4-7 of the others. Row r's values begin at
+//             r * cols / 2.
+struct PackedWeight {
+  const void* values;     // bitmap: kPackedPadding more than there are; 2:4: [rows, cols / 2]
+  const uint8_t* codes;   // [rows, cols / 8]
+  const int32_t* starts;  // bitmap: [rows + 1]; 2:4: nullptr
+  int64_t rows, cols;
+  Dtype dtype;
+};
+
+// y = x W^T + bias on CUDA. `values` of 2:4, `codes` and x are 16-byte aligned.
+struct PackedLinearParams {
+  PackedWeight weight;
+  const void* x;     // [tokens, cols]
+  const void* bias;  // [rows] or nullptr
+  void* y;           // [tokens, rows]
+  int64_t tokens;
+};
+
+// Products of bitmaps may read this many values past the last one: they load whole registers.
+constexpr int64_t kPackedPadding = 32;
+
+}  // namespace wanda

@@ -1,0 +1,26 @@
+// The kernels without an instruction set: exact on every processor. See isa.h.
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "nm_impl.h"
+#include "pack_24_impl.h"
+#include "packed_impl.h"
+#include "product_sqnorm_impl.h"
+#include "rows_scalar.h"
+#include "sqnorm_impl.h"
+
+namespace wanda::cpu {
+
+Kernels scalar_kernels() {
+  return {&rows_run<Scalar>,
+          &nm_run<Scalar>,
+          &pack_24_run<Scalar>,
+          &sqnorm_run<Scalar>,
+          &product_sqnorm_run,
+          &PackedSteps<Scalar>::layout,
+          &PackedSteps<Scalar>::product,
+          &PackedSteps<Scalar>::unpack};
+}
+
+}  // namespace wanda::cpu

@@ -1,0 +1,322 @@
+// The operators on CPU tensors: how the kernels' work is split over threads, what is around it, registration.
+#include <ATen/Parallel.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/silu.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "convert.h"
+#include "isa.h"
+
+namespace wanda::cpu {
+namespace {
+
+// work(begin, end) over rows of `cols` elements. A task below some tens of thousands of elements costs more
+// to hand to a thread than to run.
+template <class Work>
+void over_rows(int64_t rows, int64_t cols, Work work) {
+  if (cols > 0) at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / cols), work);
+}
+
+// work(sequence, first column, last column + 1): by sequences, or by columns where there are few or where all
+// add to one row. Threads part a row at cache lines.
+template <class Work>
+void over_sequences(int64_t sequences, int64_t cols, bool is_shared, Work work) {
+  constexpr int64_t kColumnStep = 64;
+  if (!is_shared && sequences >= at::get_num_threads()) {
+    at::parallel_for(0, sequences, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t sequence = begin; sequence < end; ++sequence) work(sequence, int64_t{0}, cols);
+    });
+    return;
+  }
+  at::parallel_for(0, (cols + kColumnStep - 1) / kColumnStep, 1, [&](int64_t first, int64_t last) {
+    const int64_t end = std::min(last * kColumnStep, cols);
+    for (int64_t sequence = 0; sequence < sequences; ++sequence) work(sequence, first * kColumnStep, end);
+  });
+}
+
+// ---- rows, N:M.
+
+at::Tensor run_rows(const Selection<RowsParams>& selection) {
+  over_rows(selection.params.rows, selection.params.cols,
+            [&](int64_t begin, int64_t end) { kernels().rows(selection.params, begin, end); });
+  return selection.finish();
+}
+
+at::Tensor run_nm(const Selection<NmParams>& selection) {
+  over_rows(selection.params.rows, selection.params.cols,
+            [&](int64_t begin, int64_t end) { kernels().nm(selection.params, begin, end); });
+  return selection.finish();
+}
+
+void prune_rows_(at::Tensor weight, const at::Tensor& norm, double sparsity,
+                 const OptionalTensor& score_sums) {
+  run_rows(check_rows("prune_rows_", weight, norm, sparsity, false, score_sums));
+}
+
+at::Tensor row_mask(const at::Tensor& weight, const at::Tensor& norm, double sparsity) {
+  return run_rows(check_rows("row_mask", weight, norm, sparsity, true));
+}
+
+void prune_nm_(at::Tensor weight, const at::Tensor& norm, int64_t n, int64_t m,
+               const OptionalTensor& score_sums) {
+  run_nm(check_nm("prune_nm_", weight, norm, n, m, false, score_sums));
+}
+
+at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m) {
+  return run_nm(check_nm("nm_mask", weight, norm, n, m, true));
+}
+
+// ---- Column sums of squares.
+
+void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& token_mask) {
+  const SqnormArguments arguments = check_add_sqnorm("add_sqnorm_", sqnorm, x, token_mask);
+  const SqnormParams& params = arguments.params;
+  over_sequences(params.sequences, params.cols, params.is_shared,
+                 [&](auto... range) { kernels().sqnorm(params, range...); });
+}
+
+// ---- What makes the inputs of linear layers, with the column sums of squares of what it makes.
+
+void run(const ProductSqnormParams& params, int64_t sequences) {
+  over_sequences(sequences, params.cols, params.sqnorm_stride == 0,
+                 [&](auto... range) { kernels().product_sqnorm(params, range...); });
+}
+
+// The variance is ATen's, in float32, and the products round where transformers rounds: the same bits.
+at::Tensor rms_norm_sqnorm(const at::Tensor& x, const at::Tensor& weight, double eps, at::Tensor sqnorm,
+                           const OptionalTensor& token_mask, bool unit_offset) {
+  const SqnormShape shape = check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, sqnorm, token_mask);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  const at::Tensor scale =
+      at::rsqrt(at::add(at::mean(at::pow(x.to(at::kFloat), 2), {-1}, true), eps)).contiguous();
+  const at::Tensor inputs = tokens_of(x, shape), weights = weight.contiguous();
+  const at::Tensor mask = token_mask ? token_mask->contiguous() : at::Tensor();
+  run({unit_offset ? Product::kUnitOffset : Product::kScaleThenWeight, dtype_of("rms_norm_sqnorm", "x", x),
+       inputs.const_data_ptr(), inputs.stride(0), inputs.stride(1), weights.const_data_ptr(), 0, 0,
+       scale.const_data_ptr<float>(), y.data_ptr(), sqnorm.mutable_data_ptr<float>(),
+       sqnorm.dim() == 1 ? 0 : shape.cols, mask.defined() ? mask.const_data_ptr<bool>() : nullptr,
+       shape.tokens, shape.cols},
+      shape.sequences);
+  return y;
+}
+
+// The activation is ATen's: the same bits.
+at::Tensor act_mul(const char* op, const at::Tensor& activated, const at::Tensor& up, at::Tensor sqnorm,
+                   const OptionalTensor& token_mask, const SqnormShape& shape) {
+  at::Tensor y = at::empty(up.sizes(), up.options());
+  if (y.numel() == 0) return y;
+  const at::Tensor first = tokens_of(activated, shape), second = tokens_of(up, shape);
+  const at::Tensor mask = token_mask ? token_mask->contiguous() : at::Tensor();
+  run({Product::kMultiply, dtype_of(op, "up", up), first.const_data_ptr(), first.stride(0), first.stride(1),
+       second.const_data_ptr(), second.stride(0), second.stride(1), nullptr, y.data_ptr(),
+       sqnorm.mutable_data_ptr<float>(), sqnorm.dim() == 1 ? 0 : shape.cols,
+       mask.defined() ? mask.const_data_ptr<bool>() : nullptr, shape.tokens, shape.cols},
+      shape.sequences);
+  return y;
+}
+
+at::Tensor silu_mul_sqnorm(const at::Tensor& gate, const at::Tensor& up, at::Tensor sqnorm,
+                           const OptionalTensor& token_mask) {
+  const SqnormShape shape = check_act_mul_sqnorm("silu_mul_sqnorm", gate, up, sqnorm, token_mask);
+  return act_mul("silu_mul_sqnorm", at::silu(gate), up, sqnorm, token_mask, shape);
+}
+
+at::Tensor gelu_tanh_mul_sqnorm(const at::Tensor& gate, const at::Tensor& up, at::Tensor sqnorm,
+                                const OptionalTensor& token_mask) {
+  const SqnormShape shape = check_act_mul_sqnorm("gelu_tanh_mul_sqnorm", gate, up, sqnorm, token_mask);
+  return act_mul("gelu_tanh_mul_sqnorm", at::gelu(gate, "tanh"), up, sqnorm, token_mask, shape);
+}
+
+// ---- 2:4 packing.
+
+std::tuple<at::Tensor, at::Tensor> pack(const char* op, const at::Tensor& weight, const at::Tensor* norm) {
+  check_pack_24(op, weight, norm);
+  const at::Tensor plain = with_plain_rows(weight),
+                   norms = norm != nullptr ? norm->contiguous() : at::Tensor();
+  at::Tensor values, metadata;
+  const Pack24Params params = pack_24_params(plain, norms, values, metadata);
+  std::atomic<int64_t> overfull{0};
+  // Whole blocks of 32 rows: torch's order of the metadata is local to them.
+  over_rows(params.rows / 32, 32 * params.cols,
+            [&](int64_t begin, int64_t end) { overfull += kernels().pack_24(params, 32 * begin, 32 * end); });
+  check_overfull(op, overfull);
+  return {values, metadata};
+}
+
+std::tuple<at::Tensor, at::Tensor> pack_24(const at::Tensor& weight) {
+  return pack("pack_24", weight, nullptr);
+}
+
+std::tuple<at::Tensor, at::Tensor> prune_pack_24(const at::Tensor& weight, const at::Tensor& norm) {
+  return pack("prune_pack_24", weight, &norm);
+}
+
+// Rows [begin, end), any instruction set: not on a hot path. Blocks of 32 rows x 32 columns: their metadata
+// is 128 contiguous bytes.
+void unpack_24_rows(const Unpack24Params& p, int64_t begin, int64_t end) {
+  for (int64_t first = begin; first < end;) {
+    const int64_t block_end = (first / 32 + 1) * 32;
+    const int64_t last = end < block_end ? end : block_end;
+    for (int64_t column = 0; column < p.cols / 16; column += 2) {
+      for (int64_t row = first; row < last; ++row) {
+        for (int64_t c = column; c < column + 2; ++c) {
+          const uint32_t metadata = p.metadata[pack_24_position(row, c, p.rows)];
+          const uint16_t* values = p.values + row * (p.cols / 2) + c * 8;
+          uint16_t* w = p.weight + row * p.cols + c * 16;
+          for (int j = 0; j < 16; ++j) w[j] = 0;
+          for (int i = 0; i < 8; ++i) w[i / 2 * 4 + (metadata >> (2 * i) & 3)] = values[i];
+        }
+      }
+    }
+    first = last;
+  }
+}
+
+at::Tensor unpack_24(const at::Tensor& values, const at::Tensor& metadata) {
+  check_unpack_24("unpack_24", values, metadata);
+  const at::Tensor plain_values = values.contiguous(), plain_metadata = metadata.contiguous();
+  at::Tensor weight;
+  const Unpack24Params params = unpack_24_params(plain_values, plain_metadata, weight);
+  over_rows(params.rows, params.cols,
+            [&](int64_t begin, int64_t end) { unpack_24_rows(params, begin, end); });
+  return weight;
+}
+
+// ---- Packed weights.
+
+constexpr int64_t kPackedBatch = 32;  // rows of x at most
+
+at::Tensor unpack_dense(const PackedWeight& weight, const at::Tensor& values) {
+  at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options());
+  void* out = dense.data_ptr();
+  over_rows(weight.rows, weight.cols,
+            [&](int64_t begin, int64_t end) { kernels().packed_unpack(weight, out, begin, end); });
+  return dense;
+}
+
+// x [tokens, cols] in the layout that the kernel wants, tokens filled up with zeros to `batch`. ATen aligns
+// what it allocates to 64 bytes.
+at::Tensor laid_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Dtype dtype) {
+  const int64_t cols = x.size(1), slab = std::min(batch, kPackedSlab);
+  const at::Tensor buffer =
+      at::empty({batch * cols}, layout.as_float ? x.options().dtype(at::kFloat) : x.options());
+  by_dtype(dtype, [&](auto constant) {
+    constexpr Dtype kDtype = decltype(constant)::value;
+    const auto* tokens = static_cast<const typename Element<kDtype>::Bits*>(x.const_data_ptr());
+    const auto lay = [&](auto* out, auto converted) {
+      const int64_t there = x.size(0), unit = layout.unit;
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t j = 0; j < cols; j += unit) {
+          const auto* from = tokens + b * cols + j;
+          auto* to = out + b / slab * slab * cols + j * slab + b % slab * unit;
+          if (b < there) {
+            for (int64_t i = 0; i < unit; ++i) to[i] = converted(from[i]);
+          } else {
+            std::fill(to, to + unit, 0);
+          }
+        }
+      }
+    };
+    if (layout.as_float) {
+      lay(static_cast<float*>(buffer.data_ptr()), [](auto bits) { return to_float<kDtype>(bits); });
+    } else {
+      lay(static_cast<uint16_t*>(buffer.data_ptr()), [](auto bits) { return bits; });
+    }
+  });
+  return buffer;
+}
+
+template <Dtype dtype>
+void add_bias(const float* sums, const void* bias, int64_t tokens, int64_t rows, int64_t batch, void* y) {
+  using T = typename Element<dtype>::Bits;
+  const T* added = static_cast<const T*>(bias);
+  for (int64_t b = 0; b < tokens; ++b) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const float sum = sums[row * batch + b] + (added != nullptr ? to_float<dtype>(added[row]) : 0.0f);
+      static_cast<T*>(y)[b * rows + row] = from_float<dtype>(sum);
+    }
+  }
+}
+
+// x [tokens, cols], tokens <= kPackedBatch.
+at::Tensor packed_product(const PackedWeight& weight, const at::Tensor& x, const OptionalTensor& bias) {
+  const int64_t tokens = x.size(0);
+  at::Tensor y = at::empty({tokens, weight.rows}, x.options());
+  int64_t batch = 1;
+  while (batch < tokens) batch = batch < kPackedSlab ? 2 * batch : batch + kPackedSlab;
+  const at::Tensor columns = laid_out(x, batch, kernels().packed_layout(weight), weight.dtype);
+  const void* laid = columns.const_data_ptr();
+  std::vector<float> sums(static_cast<size_t>(weight.rows * batch));
+  over_rows(weight.rows, weight.cols, [&](int64_t begin, int64_t end) {
+    kernels().packed_product(weight, laid, batch, sums.data(), begin, end);
+  });
+  const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
+  const void* to_add = added.defined() ? added.const_data_ptr() : nullptr;
+  by_dtype(weight.dtype, [&](auto dtype) {
+    add_bias<decltype(dtype)::value>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
+  });
+  return y;
+}
+
+at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& values, const at::Tensor& x,
+                  const OptionalTensor& bias) {
+  check_packed_linear(op, weight, values, x, bias);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.rows;
+  const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
+  if (tokens.size(0) == 0) return at::empty(shape, x.options());
+  if (tokens.size(0) > kPackedBatch) return at::linear(x, unpack_dense(weight, values), bias);
+  return packed_product(weight, tokens, bias).view(shape);
+}
+
+at::Tensor bitmap_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& bitmap,
+                         const at::Tensor& starts, const OptionalTensor& bias) {
+  return linear("bitmap_linear", check_bitmap("bitmap_linear", values, bitmap, starts), values, x, bias);
+}
+
+at::Tensor sparse24_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& indices,
+                           const OptionalTensor& bias) {
+  return linear("sparse24_linear", check_sparse24("sparse24_linear", values, indices), values, x, bias);
+}
+
+at::Tensor unpack_bitmap(const at::Tensor& values, const at::Tensor& bitmap, const at::Tensor& starts) {
+  return unpack_dense(check_bitmap("unpack_bitmap", values, bitmap, starts), values);
+}
+
+at::Tensor unpack_sparse24(const at::Tensor& values, const at::Tensor& indices) {
+  return unpack_dense(check_sparse24("unpack_sparse24", values, indices), values);
+}
+
+}  // namespace
+}  // namespace wanda::cpu
+
+TORCH_LIBRARY_IMPL(wanda, CPU, m) {
+  m.impl("prune_rows_", &wanda::cpu::prune_rows_);
+  m.impl("row_mask", &wanda::cpu::row_mask);
+  m.impl("prune_nm_", &wanda::cpu::prune_nm_);
+  m.impl("nm_mask", &wanda::cpu::nm_mask);
+  m.impl("add_sqnorm_", &wanda::cpu::add_sqnorm_);
+  m.impl("rms_norm_sqnorm", &wanda::cpu::rms_norm_sqnorm);
+  m.impl("silu_mul_sqnorm", &wanda::cpu::silu_mul_sqnorm);
+  m.impl("gelu_tanh_mul_sqnorm", &wanda::cpu::gelu_tanh_mul_sqnorm);
+  m.impl("pack_24", &wanda::cpu::pack_24);
+  m.impl("prune_pack_24", &wanda::cpu::prune_pack_24);
+  m.impl("unpack_24", &wanda::cpu::unpack_24);
+  m.impl("bitmap_linear", &wanda::cpu::bitmap_linear);
+  m.impl("sparse24_linear", &wanda::cpu::sparse24_linear);
+  m.impl("unpack_bitmap", &wanda::cpu::unpack_bitmap);
+  m.impl("unpack_sparse24", &wanda::cpu::unpack_sparse24);
+}

@@ -1,0 +1,251 @@
+// The operators on CUDA tensors: device, stream, alignment, registration.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAMacros.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "launchers.h"
+
+namespace wanda::cuda {
+namespace {
+
+// What plans ask of the current device, of which a thread asks CUDA once.
+int current_device(Device& device) {
+  thread_local std::array<Device, C10_COMPILE_TIME_MAX_GPUS> known;
+  const int index = c10::cuda::current_device();
+  Device& here = known.at(index);
+  if (here.processors == 0) {
+    cudaError_t error =
+        cudaDeviceGetAttribute(&here.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&here.processors, cudaDevAttrMultiProcessorCount, index);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  device = here;
+  return cudaSuccess;
+}
+
+// run(device, stream) on `tensor`'s device; returns a cudaError_t.
+template <class Run>
+void on_device(const char* op, const at::Tensor& tensor, Run run) {
+  const c10::cuda::CUDAGuard guard(tensor.device());
+  Device device;
+  int error = current_device(device);
+  if (error == 0) error = run(device, c10::cuda::getCurrentCUDAStream());
+  TORCH_CHECK(error == 0, "wanda::", op,
+              ": the launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+// For kernels that have no path for other alignments: such a view is copied.
+at::Tensor aligned(const at::Tensor& tensor) {
+  const at::Tensor plain = tensor.contiguous();
+  return is_aligned(plain.const_data_ptr()) ? plain : plain.clone();
+}
+
+// ---- rows, N:M.
+
+at::Tensor run_rows(const char* op, const Selection<RowsParams>& selection) {
+  const RowsParams& params = selection.params;
+  if (params.rows > 0 && params.cols > 0) {
+    on_device(op, selection.weight, [&](const Device& device, CUstream_st* stream) {
+      return launch_rows(params, plan_rows(params, device), stream);
+    });
+  }
+  return selection.finish();
+}
+
+at::Tensor run_nm(const char* op, const Selection<NmParams>& selection) {
+  const NmParams& params = selection.params;
+  if (params.rows > 0 && params.cols > 0) {
+    on_device(op, selection.weight, [&](const Device& device, CUstream_st* stream) {
+      return launch_nm(params, plan_nm(params, device), stream);
+    });
+  }
+  return selection.finish();
+}
+
+void prune_rows_(at::Tensor weight, const at::Tensor& norm, double sparsity,
+                 const OptionalTensor& score_sums) {
+  run_rows("prune_rows_", check_rows("prune_rows_", weight, norm, sparsity, false, score_sums));
+}
+
+at::Tensor row_mask(const at::Tensor& weight, const at::Tensor& norm, double sparsity) {
+  return run_rows("row_mask", check_rows("row_mask", weight, norm, sparsity, true));
+}
+
+void prune_nm_(at::Tensor weight, const at::Tensor& norm, int64_t n, int64_t m,
+               const OptionalTensor& score_sums) {
+  run_nm("prune_nm_", check_nm("prune_nm_", weight, norm, n, m, false, score_sums));
+}
+
+at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m) {
+  return run_nm("nm_mask", check_nm("nm_mask", weight, norm, n, m, true));
+}
+
+// ---- Column sums of squares.
+
+void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& token_mask) {
+  SqnormArguments arguments = check_add_sqnorm("add_sqnorm_", sqnorm, x, token_mask);
+  SqnormParams& params = arguments.params;
+  if (params.sequences == 0) return;
+  const at::Tensor workspace =
+      at::empty({params.sequences * sqnorm_chunks(params.tokens), params.cols}, sqnorm.options());
+  params.workspace = workspace.mutable_data_ptr<float>();
+  on_device("add_sqnorm_", x, [&](const Device&, CUstream_st* stream) {
+    return launch_sqnorm(params, sqnorm_vector(params), stream);
+  });
+}
+
+// ---- 2:4 packing.
+
+std::tuple<at::Tensor, at::Tensor> pack(const char* op, const at::Tensor& weight, const at::Tensor& norm,
+                                        uint32_t* overfull) {
+  const bool fits =
+      has_plain_rows(weight) && is_aligned(weight.const_data_ptr()) && weight.stride(0) % 8 == 0;
+  const at::Tensor plain = fits ? weight : aligned(weight);
+  at::Tensor values, metadata;
+  Pack24Params params = pack_24_params(plain, norm, values, metadata);
+  params.overfull = overfull;
+  on_device(op, weight, [&](const Device&, CUstream_st* stream) { return launch_pack_24(params, stream); });
+  return {values, metadata};
+}
+
+// Reads the count of groups that do not fit back to the host, the only synchronisation of these operators; a
+// graph that is being captured cannot, and packs without the check.
+std::tuple<at::Tensor, at::Tensor> pack_24(const at::Tensor& weight) {
+  check_pack_24("pack_24", weight, nullptr);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+    return pack("pack_24", weight, {}, nullptr);
+  }
+  const at::Tensor overfull = at::zeros({1}, weight.options().dtype(at::kInt));
+  const auto packed =
+      pack("pack_24", weight, {}, reinterpret_cast<uint32_t*>(overfull.mutable_data_ptr<int>()));
+  check_overfull("pack_24", overfull.item<int>());
+  return packed;
+}
+
+std::tuple<at::Tensor, at::Tensor> prune_pack_24(const at::Tensor& weight, const at::Tensor& norm) {
+  check_pack_24("prune_pack_24", weight, &norm);
+  return pack("prune_pack_24", weight, aligned(norm), nullptr);
+}
+
+at::Tensor unpack_24(const at::Tensor& values, const at::Tensor& metadata) {
+  check_unpack_24("unpack_24", values, metadata);
+  const at::Tensor plain_values = aligned(values), plain_metadata = aligned(metadata);
+  at::Tensor weight;
+  const Unpack24Params params = unpack_24_params(plain_values, plain_metadata, weight);
+  on_device("unpack_24", values,
+            [&](const Device&, CUstream_st* stream) { return launch_unpack_24(params, stream); });
+  return weight;
+}
+
+// ---- Packed weights. What kernels need aligned is copied where it is not.
+
+constexpr int64_t kBitmapLaunches = 2;  // of kBitmapTokens; more tokens go through the unpacked weight
+
+at::Tensor unpack_bitmap(const at::Tensor& values, const at::Tensor& bitmap, const at::Tensor& starts) {
+  PackedWeight weight = check_bitmap("unpack_bitmap", values, bitmap, starts);
+  const at::Tensor words = aligned(bitmap), dense = at::empty({weight.rows, weight.cols}, values.options());
+  weight.codes = words.const_data_ptr<uint8_t>();
+  on_device("unpack_bitmap", values, [&](const Device&, CUstream_st* stream) {
+    return launch_unpack_bitmap(weight, dense.data_ptr(), bitmap_threads(weight.cols), stream);
+  });
+  return dense;
+}
+
+at::Tensor unpack_sparse24(const at::Tensor& values, const at::Tensor& indices) {
+  PackedWeight weight = check_sparse24("unpack_sparse24", values, indices);
+  const at::Tensor plain = aligned(values), dense = at::empty({weight.rows, weight.cols}, values.options());
+  weight.values = plain.const_data_ptr();
+  on_device("unpack_sparse24", values, [&](const Device&, CUstream_st* stream) {
+    return launch_unpack_sparse24(weight, dense.data_ptr(), stream);
+  });
+  return dense;
+}
+
+// launch(params, device, stream) in steps of at most `most` tokens.
+template <class Launch>
+at::Tensor in_steps(const char* op, const PackedWeight& weight, const at::Tensor& x,
+                    const OptionalTensor& bias, int64_t most, Launch launch) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.rows;
+  at::Tensor y = at::empty(shape, x.options());
+  const at::Tensor tokens = aligned(x.reshape({-1, weight.cols}));
+  const at::Tensor added = bias ? bias->contiguous() : at::Tensor(), rows = y.view({-1, weight.rows});
+  for (int64_t first = 0; first < tokens.size(0); first += most) {
+    const PackedLinearParams params{weight, tokens[first].const_data_ptr(),
+                                    added.defined() ? added.const_data_ptr() : nullptr,
+                                    rows[first].data_ptr(), std::min(most, tokens.size(0) - first)};
+    on_device(op, x,
+              [&](const Device& device, CUstream_st* stream) { return launch(params, device, stream); });
+  }
+  return y;
+}
+
+int64_t tokens_in(const at::Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
+
+at::Tensor bitmap_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& bitmap,
+                         const at::Tensor& starts, const OptionalTensor& bias) {
+  PackedWeight weight = check_bitmap("bitmap_linear", values, bitmap, starts);
+  check_packed_linear("bitmap_linear", weight, values, x, bias);
+  if (tokens_in(x) > kBitmapLaunches * kBitmapTokens) {
+    return at::linear(x, unpack_bitmap(values, bitmap, starts), bias);
+  }
+  const at::Tensor words = aligned(bitmap);
+  weight.codes = words.const_data_ptr<uint8_t>();
+  return in_steps("bitmap_linear", weight, x, bias, kBitmapTokens,
+                  [](const PackedLinearParams& params, const Device&, CUstream_st* stream) {
+                    return launch_bitmap_linear(params, plan_bitmap_linear(params.weight, params.tokens),
+                                                stream);
+                  });
+}
+
+// The sparse tensor cores take 16-bit types (float32 there would be tf32, and 1:2).
+at::Tensor sparse24_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& indices,
+                           const OptionalTensor& bias) {
+  PackedWeight weight = check_sparse24("sparse24_linear", values, indices);
+  check_packed_linear("sparse24_linear", weight, values, x, bias);
+  if (tokens_in(x) > kSparse24Tokens || weight.dtype == Dtype::kFloat32) {
+    return at::linear(x, unpack_sparse24(values, indices), bias);
+  }
+  const at::Tensor plain = aligned(values), codes = aligned(indices);
+  weight.values = plain.const_data_ptr();
+  weight.codes = codes.const_data_ptr<uint8_t>();
+  return in_steps("sparse24_linear", weight, x, bias, kSparse24Tokens,
+                  [](const PackedLinearParams& params, const Device& device, CUstream_st* stream) {
+                    return launch_sparse24_linear(
+                        params, plan_sparse24_linear(params.weight, params.tokens, device), stream);
+                  });
+}
+
+}  // namespace
+}  // namespace wanda::cuda
+
+TORCH_LIBRARY_IMPL(wanda, CUDA, m) {
+  m.impl("prune_rows_", &wanda::cuda::prune_rows_);
+  m.impl("row_mask", &wanda::cuda::row_mask);
+  m.impl("prune_nm_", &wanda::cuda::prune_nm_);
+  m.impl("nm_mask", &wanda::cuda::nm_mask);
+  m.impl("add_sqnorm_", &wanda::cuda::add_sqnorm_);
+  m.impl("pack_24", &wanda::cuda::pack_24);
+  m.impl("prune_pack_24", &wanda::cuda::prune_pack_24);
+  m.impl("unpack_24", &wanda::cuda::unpack_24);
+  m.impl("bitmap_linear", &wanda::cuda::bitmap_linear);
+  m.impl("sparse24_linear", &wanda::cuda::sparse24_linear);
+  m.impl("unpack_bitmap", &wanda::cuda::unpack_bitmap);
+  m.impl("unpack_sparse24", &wanda::cuda::unpack_sparse24);
+}
