@@ -6,15 +6,23 @@ from pathlib import PurePath
 
 from xdist.scheduler import LoadScopeScheduling
 
+# Beside a module, whose fixtures are made once so: those that start ranks, which have 30 s to tell of a loss.
+TOGETHER = {"test_distributed": "ranks", "test_ranks": "ranks", "test_soak": "ranks"}
 # The longest, in this order: what begins last should be short. All others follow as they are collected.
-FIRST = ("simt",)
+FIRST = ("test_sass", "test_smollm2", "simt", "ranks", "test_smollm2_methods", "test_gpu_suite")
 
 
 def group_of(test: str) -> str:
-    """A module, whose fixtures are made once so; or, of all modules, the tests that compile the CUDA kernels for the
-    CPU, which takes half a minute a process."""
+    """``simt``: of all modules, what compiles the CUDA kernels for the CPU, which takes half a minute a process."""
     module = PurePath(test.split("::")[0]).stem
-    return "simt" if module == "test_simt" or "cuda-simt" in test else module
+    if module == "test_simt" or "cuda-simt" in test:
+        return "simt"
+    return TOGETHER.get(module, module)
+
+
+def turn_of(test: str) -> int:
+    group = group_of(test)
+    return FIRST.index(group) if group in FIRST else len(FIRST)
 
 
 class Groups(LoadScopeScheduling):
@@ -24,5 +32,5 @@ class Groups(LoadScopeScheduling):
         return group_of(nodeid)
 
     def schedule(self) -> None:
-        self.config.option.loadscopereorder = False
+        self.config.option.loadscopereorder = False  # by how many tests a group has
         super().schedule()
