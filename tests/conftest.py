@@ -32,7 +32,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The tests of the backend "cuda" are tests for a GPU; those are skipped where there is none."""
     skip = pytest.mark.skip(reason="torch sees no CUDA device")
     for item in items:
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             item.add_marker(skip)
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(config, "workerinput"):  # this is a worker of pytest-xdist
         from workers import turn_of
 
         items.sort(key=lambda item: turn_of(item.nodeid))
