@@ -1,14 +1,16 @@
-"""How much memory a piece of work needs at its peak, beyond what is there before it."""
+"""Where tensors lie, and how much memory a piece of work needs at its peak, beyond what is there before it."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_CLEAR, _STATUS, _MAPS = (Path("/proc/self") / name for name in ("clear_refs", "status", "maps"))
 _RESET_PEAK = "5"  # proc(5): the peak resident set begins again at what is resident now
 
 
@@ -32,6 +34,40 @@ def added_peak(work: Callable[[], object], device: torch.device) -> int | None:
     work()
     peak = _status("VmHWM")
     return None if before_or_none is None or peak is None else max(peak - before_or_none, 0)
+
+
+def in_files(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Those that lie in a mapped file, as safetensors loads them: the first write to each page of it is a fault."""
+    files = _mapped_files()
+    cpu = (weight for weight in weights if weight.device.type == "cpu" and weight.is_contiguous())
+    return [weight for weight in cpu if any(begin <= weight.data_ptr() < end for begin, end in files)]
+
+
+def take_from_files(weights: Iterable[Tensor]) -> None:
+    """``weights`` of :func:`in_files` get memory of their own, one after the other; the pages of the file are given
+    back, so that each is resident once."""
+    page = mmap.PAGESIZE
+    for weight in weights:
+        first = -(-weight.data_ptr() // page) * page
+        last = (weight.data_ptr() + weight.numel() * weight.element_size()) // page * page
+        weight.data = weight.data.clone()
+        if first < last:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """The addresses of private mappings of safetensors files; none where the system does not tell."""
+    try:
+        lines = _MAPS.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        addresses, flags, *_ = line.split(maxsplit=2)
+        if line.endswith(".safetensors") and flags.endswith("p"):
+            begin, end = addresses.split("-")
+            found.append((int(begin, 16), int(end, 16)))
+    return found
 
 
 def give_back_freed() -> None:

@@ -58,7 +58,8 @@ def prune(
         processes.refuse_differences(
             spec.to_dict() | {"input_ids": of_tokens(ids), "environment": of_environment(device)}
         )
-    loop = Loop(spec, model, BlockSource(blocks), device, Stopwatch(device), progress, processes)
+    stopwatch = Stopwatch(device)
+    loop = Loop(spec, model, BlockSource(blocks, stopwatch), device, stopwatch, progress, processes)
     loop.run(ids)
     return loop.report()
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from ..memory import in_files, take_from_files
 from .activations import Activations
 from .blocks import Block
 from .report import LayerReport
+from .stopwatch import Stopwatch
 
 
 @dataclass
@@ -23,10 +25,11 @@ class Done:
 
 
 class BlockSource:
-    """Blocks that are in memory all the time: nothing to do. :mod:`wanda_kernels.streaming` brings them from a disk."""
+    """Blocks that are in memory all the time. :mod:`wanda_kernels.streaming` brings them from a disk."""
 
-    def __init__(self, blocks: list[Block]) -> None:
+    def __init__(self, blocks: list[Block], stopwatch: Stopwatch) -> None:
         self.blocks = blocks
+        self._stopwatch = stopwatch
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -38,7 +41,11 @@ class BlockSource:
 
     @contextmanager
     def holding(self, index: int) -> Iterator[None]:
-        """Inside, block ``index`` holds its weights."""
+        """Inside, block ``index`` holds its weights, in memory that can be written."""
+        mapped = in_files(matrix.weight for matrix in self.blocks[index].matrices.values())
+        if mapped:
+            with self._stopwatch.measure("load"):
+                take_from_files(mapped)
         yield
 
     def passed(self, index: int) -> None:

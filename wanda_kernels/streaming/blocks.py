@@ -50,13 +50,12 @@ class StreamedBlocks(BlockSource):
         device: torch.device,
         stopwatch: Stopwatch,
     ) -> None:
-        super().__init__(blocks)
+        super().__init__(blocks, stopwatch)
         self._model = model
         self._checkpoint = checkpoint
         self._writer = writer
         self._commit = commit
         self._device = device
-        self._stopwatch = stopwatch
         self._groups = shared_names(model)
         self._names = [self._names_of(block) for block in blocks]
         self._places = [self._places_of(names) for names in self._names]
