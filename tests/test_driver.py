@@ -8,9 +8,12 @@ import json
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.official import OfficialRun
 from wanda_kernels import prune
+from wanda_kernels.memory import in_files
+from wanda_kernels.pruning.blocks import count_zeros, find_blocks
 from wanda_kernels.pruning.progress import Progress
 
 
@@ -261,3 +264,29 @@ def test_a_layer_that_gets_no_input_is_refused():
     model.model.layers[0].mlp.unused = torch.nn.Linear(64, 64)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.unused received no input during calibration"):
         prune(model, tiny.ids())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 5), (300, 64), (1, 1), (0, 4), (3, 0)], ids=str)
+def test_zeros_of_both_signs_are_counted(dtype, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[weight.abs() < 0.5] = 0
+    weight[weight < -1] = -0.0
+    for view in (weight, weight.t(), weight[:, ::2]):
+        assert count_zeros(view) == int((view == 0).sum())
+
+
+def test_a_mapped_model_is_pruned_in_memory_of_its_own(tmp_path):
+    """The same bits; the file stays as it is, whatever is written; nothing of a block is left in the mapping."""
+    tiny.model(hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    held = copy.deepcopy(model)
+    weights = [matrix.weight for block in find_blocks(model) for matrix in block.matrices.values()]
+    assert len(in_files(weights)) == len(weights)
+    report = prune(model, tiny.ids())
+    assert in_files(weights) == []
+    prune(held, tiny.ids())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), held.parameters(), strict=True))
+    assert report.seconds["load"] > 0
+    assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -6,10 +6,14 @@ from pathlib import PurePath
 
 from xdist.scheduler import LoadScopeScheduling
 
-# Beside a module, whose fixtures are made once so: those that start ranks, which have 30 s to tell of a loss.
-TOGETHER = {"test_distributed": "ranks", "test_ranks": "ranks", "test_soak": "ranks"}
+# Beside a module, whose fixtures are made once so: those that start ranks, which have 30 s to tell of a loss, and those
+# that share a loaded model.
+TOGETHER = {
+    "test_distributed": "ranks", "test_ranks": "ranks", "test_soak": "ranks",
+    "test_smollm2": "smollm2", "test_smollm2_methods": "smollm2",
+}  # fmt: skip
 # The longest, in this order: what begins last should be short. All others follow as they are collected.
-FIRST = ("test_sass", "test_smollm2", "simt", "ranks", "test_smollm2_methods", "test_gpu_suite")
+FIRST = ("smollm2", "test_sass", "simt", "ranks", "test_gpu_suite")
 
 
 def group_of(test: str) -> str:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -264,6 +265,14 @@ def refuse_non_finite(blocks: list[Block]) -> None:
 
 
 def count_zeros(weight: Tensor) -> int:
-    """How many elements are 0. ``count_nonzero`` of the weight itself branches at each element: where half of them are
-    0 it took five times as long (32 ms for 11.5 million bfloat16, where their selection takes 1)."""
-    return int(torch.count_nonzero(weight == 0))
+    """How many elements of a matrix are 0, of either sign.
+
+    On a CPU numpy counts integers that are not 0 and the sign bits that stand alone: 13.8 million bfloat16 take it 3.4
+    ms, ``count_nonzero`` of the weight 40, of ``weight == 0`` 8.7, and their selection 0.9.
+    """
+    if weight.device.type != "cpu":
+        return int(torch.count_nonzero(weight == 0))
+    bits = weight.detach().view(torch.int16 if weight.element_size() == 2 else torch.int32).numpy()
+    sign = np.iinfo(bits.dtype).min
+    other = sum(np.count_nonzero(part) - np.count_nonzero(part == sign) for part in np.array_split(bits, 64))
+    return int(bits.size - other)
