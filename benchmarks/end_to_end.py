@@ -93,7 +93,8 @@ def saved_model(quick: bool) -> str:
     """A folder that goes with the process."""
     folder = tempfile.mkdtemp(prefix="wanda-end-to-end-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    dense_model(quick)[0].save_pretrained(folder)
+    model: Any = dense_model(quick)[0]
+    model.save_pretrained(folder)
     return folder
 
 
