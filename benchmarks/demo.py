@@ -6,20 +6,18 @@ python -m benchmarks.demo --out DIR saves both Wanda models there as Hugging Fac
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 from benchmarks import smollm2
 from benchmarks.circumstances import write_result
-from wanda_kernels import PruningReport, perplexity, prune
-from wanda_kernels.cli.display import PruningDisplay, bar, quiet_libraries, working
-from wanda_kernels.models import save_pretrained
+from wanda_kernels import PruneSpec
+from wanda_kernels.cli.display import note
+from wanda_kernels.cli.session import Session
 
 SAMPLES, LENGTH = 16, 512
 PARTS = ("forward", "statistics", "selection", "saving")
@@ -31,40 +29,28 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def measure(model: nn.Module, windows: Tensor, label: str) -> float:
-    with bar() as shown:
-        task = shown.add_task(f"perplexity of {label}", total=len(windows))
-        return perplexity(model, windows, LENGTH, 2, on_window=lambda done: shown.update(task, completed=done))
-
-
-def prune_shown(model: nn.Module, calibration: Tensor, label: str, options: dict[str, Any]) -> PruningReport:
-    with bar() as shown:
-        shown.console.print(f"[bold]{label}[/bold]")
-        return prune(model, calibration, progress=PruningDisplay(shown), **options)
-
-
 def run(out: Path, screen: Console) -> dict[str, Any]:
-    quiet_libraries()
-    with working(f"loading {smollm2.NAME}"):
-        start = time.perf_counter()
-        dense, tokenizer = smollm2.load()
-        load_seconds = time.perf_counter() - start
-        calibration, evaluation = smollm2.calibration_and_evaluation(tokenizer, SAMPLES, LENGTH)
-    rows: list[dict[str, Any]] = [
-        {"model": "dense", "perplexity": measure(dense, evaluation, "dense"), "sparsity": 0.0, "seconds": {}}
-    ]
-    for label, options in RUNS:
-        model = copy.deepcopy(dense)
-        report = prune_shown(model, calibration, label, options)
+    dense = Session(str(smollm2.model_file()), "float32", "cpu")
+    dense.begin()
+    start = time.perf_counter()
+    _ = dense.model  # loads it
+    load_seconds = time.perf_counter() - start
+    calibration, evaluation = smollm2.calibration_and_evaluation(dense.tokenizer, SAMPLES, LENGTH)
+    value = dense.perplexity(evaluation, batch_size=2)
+    rows: list[dict[str, Any]] = [{"model": "dense", "perplexity": value, "sparsity": 0.0, "seconds": {}}]
+    for label, arguments in RUNS:
+        note(label)
+        session = dense.copy()
+        spec = PruneSpec(**arguments)
+        report = session.prune(calibration, spec)
         seconds = dict(report.seconds)
-        if options["method"] == "wanda":
+        if spec.needs:
             folder = out / f"smollm2-wanda-{(report.pattern or '50').replace(':', '-')}"
-            with working(f"saving to {folder}"):
-                start = time.perf_counter()
-                save_pretrained(folder, model, tokenizer, overwrite=True)
-                seconds["saving"] = time.perf_counter() - start
+            start = time.perf_counter()
+            session.save(folder, overwrite=True)
+            seconds["saving"] = time.perf_counter() - start
             screen.print(f"saved {folder}", highlight=False)
-        value = measure(model, evaluation, label)
+        value = session.perplexity(evaluation, batch_size=2)
         rows.append({"model": label, "perplexity": value, "sparsity": report.achieved_sparsity, "seconds": seconds})
     return {"samples": SAMPLES, "length": LENGTH, "load seconds": load_seconds, "rows": rows}
 

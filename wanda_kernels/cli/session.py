@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,12 @@ class Session:
     def model(self) -> Any:
         with working(f"loading {self.name}"):
             return load_model(self.name, self._dtype, self._device, self._device_map)
+
+    def copy(self) -> Session:
+        """Of the same model as it is now; what is done to one does not change the other."""
+        other = copy.copy(self)
+        other.__dict__["model"] = copy.deepcopy(self.model)
+        return other
 
     def calibration(self, source: str, samples: int | None, length: int | None, seed: int, **how: Any) -> torch.Tensor:
         """[samples, length], int64; ``how``: as for :func:`wanda_kernels.load_calibration`."""

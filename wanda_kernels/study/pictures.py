@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from ..methods import METHODS
 from . import tables
 
 Row = dict[str, Any]
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 # Told apart on white and on near-black, and by most colour-blind people; markers and line styles differ as well.
-COLOURS = {"magnitude": "#8a8a8a", "sparsegpt": "#d9822b", "wanda": "#3d85d8", "ria": "#2f9e6e"}
-MARKERS = {"magnitude": "^", "sparsegpt": "s", "wanda": "o", "ria": "D"}
+STYLES = (
+    ("#8a8a8a", "^"), ("#d9822b", "s"), ("#3d85d8", "o"), ("#2f9e6e", "D"), ("#9b6dc6", "v"), ("#c0504d", "P"),
+)  # fmt: skip
 WIDTH, HEIGHT = 7.2, 3.6
 
 
@@ -58,12 +61,18 @@ def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: floa
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
+def styles() -> dict[str, tuple[str, str]]:
+    """Method -> colour and marker, for all but the paper's ablations, which have a table."""
+    shown = [name for name in tables.order() if not METHODS[name].update]
+    return dict(zip(shown, itertools.cycle(STYLES), strict=False))
+
+
 def bars(data: Row) -> str | None:
     """Perplexity by method and pattern, on a logarithmic axis, with the dense model as a line."""
-    runs = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["method"] in COLOURS]
+    runs = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["method"] in styles()]
     runs = [run for run in runs if _can_be_drawn(run["perplexity"])]
     targets = [target for target in tables.PATTERNS if any(run["target"] == target for run in runs)]
-    methods = [method for method in COLOURS if any(run["method"] == method for run in runs)]
+    methods = [method for method in styles() if any(run["method"] == method for run in runs)]
     if not targets:
         return None
 
@@ -74,7 +83,7 @@ def bars(data: Row) -> str | None:
             shown = [(i, value) for i, value in found if value is not None]
             places = [i + (number - (len(methods) - 1) / 2) * width for i, _ in shown]
             heights = [value for _, value in shown]
-            drawn = axes.bar(places, heights, width * 0.92, color=COLOURS[method], label=method)
+            drawn = axes.bar(places, heights, width * 0.92, color=styles()[method][0], label=method)
             axes.bar_label(drawn, [tables.figure(value) for value in heights], padding=2, fontsize=8, color=_INK)
         _perplexity_axis(axes, data)
         axes.set_xticks(range(len(targets)), targets)
@@ -105,7 +114,7 @@ def _perplexity_axis(axes: Any, data: Row) -> None:
 
 def _curves(data: Row, runs: list[Row], along: str, label: str, name: str, title: str, log_x: bool) -> str | None:
     lines = {}
-    for method in COLOURS:
+    for method in styles():
         of_method = [run for run in runs if run["method"] == method and run[along]]
         points = sorted({(r[along], r["perplexity"]) for r in of_method if _can_be_drawn(r["perplexity"])})
         if len(points) > 1:
@@ -116,7 +125,8 @@ def _curves(data: Row, runs: list[Row], along: str, label: str, name: str, title
     def paint(_figure: Any, axes: Any) -> None:
         for method, points in lines.items():
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=COLOURS[method], marker=MARKERS[method], label=method)
+            colour, marker = styles()[method]
+            axes.plot(x, y, color=colour, marker=marker, label=method)
         _perplexity_axis(axes, data)
         if log_x:
             axes.set_xscale("log", base=2)

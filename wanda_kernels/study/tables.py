@@ -52,9 +52,13 @@ def lookup(runs: list[Row], **wanted: Any) -> float | None:
     return next((run["perplexity"] for run in runs if all(run[k] == v for k, v in wanted.items())), None)
 
 
+def order() -> list[str]:
+    """Of methods: the paper's first."""
+    return [*COMPARED, *(name for name in METHODS if name not in COMPARED)]
+
+
 def _methods(runs: list[Row]) -> list[str]:
-    order = [*COMPARED, *(name for name in METHODS if name not in COMPARED)]
-    return sorted({run["method"] for run in runs}, key=order.index)
+    return sorted({run["method"] for run in runs}, key=order().index)
 
 
 def _targets(runs: list[Row]) -> list[str]:
