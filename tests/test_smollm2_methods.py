@@ -63,9 +63,9 @@ def test_magnitude_is_the_official_one(loaded):
 def inputs_of_layers(model, ids):
     """Layer -> its inputs, [tokens, C_in]."""
     found, handles = {}, []
-    for name, linear in find_blocks(model)[0].matrices.items():
-        hook = functools.partial(lambda name, _module, inputs: found.update({name: inputs[0].flatten(0, -2)}), name)
-        handles.append(linear.register_forward_pre_hook(hook))
+    for name, matrix in find_blocks(model)[0].matrices.items():
+        told = functools.partial(lambda name, x: found.update({name: x.flatten(0, -2)}), name)
+        handles.append(matrix.watch(told))
     with torch.no_grad():
         model(ids)
     for handle in handles:
