@@ -65,10 +65,10 @@ DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print
 
 
 def test_out_of_time_is_a_request_to_end_and_then_the_end(tmp_path, monkeypatch):
-    plan_of(monkeypatch, python("asked", ASKED, 4 / gpu_suite.DRY_SLOWER), python("deaf", DEAF, 0.4))
+    plan_of(monkeypatch, python("asked", ASKED, 9 / gpu_suite.DRY_SLOWER), python("deaf", DEAF, 0.4))
     start = time.monotonic()
     assert gpu_suite.run(tmp_path / "out", 9, dry=True) == 1
-    assert 4 < time.monotonic() - start < 12  # the grace is within the limits
+    assert time.monotonic() - start < 9 + 4 + 5  # the grace is within the limits
     lines = text(tmp_path / "out", "summary.txt").splitlines()
     assert lines[1].startswith("asked             out of time")
     assert lines[1].endswith("came to 7")
