@@ -191,7 +191,7 @@ def _run_stage(stage: Stage, results: Results, dry: bool, left: float) -> tuple[
     results.begin(stage.name)
     child = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=results.log, stderr=subprocess.STDOUT, env=environment,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=_listen,
     )  # fmt: skip
     try:
         code = _wait(child, stage, results, limit - grace)
@@ -228,6 +228,11 @@ def _wait(child: subprocess.Popen[bytes], stage: Stage, results: Results, second
             child.wait(min(UPDATE_SECONDS, seconds - waited))
         results.update(f"{stage.name:<17} running")
     return child.returncode
+
+
+def _listen() -> None:
+    """In a stage's process: what a shell starts in the background ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(child: subprocess.Popen[bytes], stage: Stage, results: Results, grace: float) -> None:
