@@ -1,4 +1,4 @@
-"""``wanda-kernels bench``, and ``python -m benchmarks.bench``: its options and tables."""
+"""``wanda-kernels bench``: its options and tables."""
 
 from __future__ import annotations
 
@@ -131,7 +131,3 @@ def _ms(value: float) -> str:
 def _figure(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
     return "" if value is None else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    app()

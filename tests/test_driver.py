@@ -282,11 +282,16 @@ def test_a_mapped_model_is_pruned_in_memory_of_its_own(tmp_path):
     before = (tmp_path / "model.safetensors").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     held = copy.deepcopy(model)
+    seen = model.model.layers[0].mlp.up_proj.weight.data  # by somebody who has written to it
+    for changed in (model, held):
+        changed.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    written = seen.clone()
     weights = [matrix.weight for block in find_blocks(model) for matrix in block.matrices.values()]
     assert len(in_files(weights)) == len(weights)
     report = prune(model, tiny.ids())
     assert in_files(weights) == []
     prune(held, tiny.ids())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), held.parameters(), strict=True))
+    assert torch.equal(seen, written)
     assert report.seconds["load"] > 0
     assert (tmp_path / "model.safetensors").read_bytes() == before

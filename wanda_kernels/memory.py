@@ -7,10 +7,11 @@ import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_CLEAR, _STATUS, _MAPS = (Path("/proc/self") / name for name in ("clear_refs", "status", "maps"))
+_CLEAR, _STATUS, _MAPS, _PAGES = (Path("/proc/self") / name for name in ("clear_refs", "status", "maps", "pagemap"))
 _RESET_PEAK = "5"  # proc(5): the peak resident set begins again at what is resident now
 
 
@@ -44,15 +45,31 @@ def in_files(weights: Iterable[Tensor]) -> list[Tensor]:
 
 
 def take_from_files(weights: Iterable[Tensor]) -> None:
-    """``weights`` of :func:`in_files` get memory of their own, one after the other; the pages of the file are given
-    back, so that each is resident once."""
+    """``weights`` of :func:`in_files` get memory of their own, one after the other.
+
+    The pages of the file are given back, so that each weight is resident once. Where some were written since, they stay:
+    somebody else may hold a tensor there.
+    """
     page = mmap.PAGESIZE
     for weight in weights:
         first = -(-weight.data_ptr() // page) * page
         last = (weight.data_ptr() + weight.numel() * weight.element_size()) // page * page
         weight.data = weight.data.clone()
-        if first < last:
+        if first < last and _are_as_in_file(first // page, (last - first) // page):
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _are_as_in_file(first: int, count: int) -> bool:
+    """Whether none of so many pages of a private mapping is the process's own; False where it cannot be told."""
+    entry = 8  # bytes, of proc(5)'s pagemap: bit 63 says present, bit 61 of a file
+    try:
+        with _PAGES.open("rb") as file:
+            file.seek(first * entry)
+            flags = np.frombuffer(file.read(count * entry), dtype=np.uint64)
+    except OSError:
+        return False
+    is_own = (flags >> np.uint64(63)) & ~(flags >> np.uint64(61)) & np.uint64(1)
+    return len(flags) == count and not is_own.any()
 
 
 def _mapped_files() -> list[tuple[int, int]]:
