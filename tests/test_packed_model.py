@@ -94,7 +94,7 @@ import sys
 from transformers import AutoModelForCausalLM
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except Exception:
+except RuntimeError:  # of transformers, to which the packed tensors are others than the model's
     import wanda_kernels
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
 else:

@@ -47,8 +47,8 @@ def in_files(weights: Iterable[Tensor]) -> list[Tensor]:
 def take_from_files(weights: Iterable[Tensor]) -> None:
     """``weights`` of :func:`in_files` get memory of their own, one after the other.
 
-    The pages of the file are given back, so that each weight is resident once. Where some were written since, they stay:
-    somebody else may hold a tensor there.
+    The pages of the file are given back, so that each weight is resident once. Where some were written since, they
+    stay: somebody else may hold a tensor there.
     """
     page = mmap.PAGESIZE
     for weight in weights:
