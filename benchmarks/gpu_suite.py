@@ -39,7 +39,8 @@ DRY_SLOWER = 10  # a CPU may be, and be busy
 MINUTES, SHORT_MINUTES = 9.0, 200 / 60
 MODELS = "7B,3-8B,65B"
 SHORT = {  # seconds
-    "build": 85, "kernels": 15, "environment": 10, "smoke": 25, "ceilings": 12, "bench select": 23, "bench sparse": 23,
+    "build": 83, "kernels": 15, "environment": 10, "smoke": 22, "ceilings": 12, "bench select": 23, "bench sparse": 23,
+    "predictions": 6,
 }  # fmt: skip
 METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
@@ -89,13 +90,14 @@ def plan(parts: Path) -> list[Stage]:
         """Of our kernels alone: it would spend its time on the reference's sorts."""
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         command += ["--kernel-name", f"regex={OUR_KERNELS}", *own("smoke"), "--quick"]
-        return Stage(tool, 25, command, tool="compute-sanitizer")
+        return Stage(tool, 23, command, tool="compute-sanitizer")
 
     def bench(suite: str, seconds: float, spare: bool = False) -> Stage:
         shared = [python, "-m", "wanda_kernels", "bench", "--suite", suite, "--out", str(parts)]
         full = [*shared, "--device", "cuda", *([] if suite in ("end-to-end", "scaling") else ["--models", MODELS])]
         return Stage(f"bench {suite}", seconds, full, [*shared, "--device", "cpu", "--quick"], spare=spare)
 
+    beside = [python, "-m", "benchmarks.predict", "--beside", str(parts)]
     llama = [python, "-m", "benchmarks.random_llama"]
     tiny_llama = [*llama, "--device", "cpu", "--quick", "--blocks", "2", "--samples", "2", "--length", "16"]
     tests = [python, "-m", "pytest", "-m", "gpu and not slow", "--tb=short", "--maxfail", "30"]
@@ -117,6 +119,7 @@ def plan(parts: Path) -> list[Stage]:
         Stage("tests", 50, tests, [*tests, "--collect-only"]),
         bench("nm", 20),
         bench("stats", 15),
+        Stage("predictions", 7, beside, beside),
         bench("scaling", 25, spare=True),
         sanitizer("memcheck"),
         sanitizer("racecheck"),

@@ -9,8 +9,9 @@ benchmarks/triton_ptx.py compiles.
 Columns: `compiler` and its version; `registers`, `shared_bytes` (static), `spill_bytes` (stores + loads);
 `global_128`/`global_all`: the global memory instructions that move 16 bytes a lane (LDG, STG, LDGSTS) among all of them
 on the common path, but for FEW; `common`/`rare` split the SASS instructions by source line, see RARE; `elements` a
-thread handles in one pass of the kernel's code, and `per_element` = common / elements. Unrolled code counts as often as
-it stands there, a loop that was not unrolled once. Triton's kernels are loops: no `rare`, no `per_element`.
+thread handles in one pass of the kernel's code, and `per_element` = common / elements; `loop`: of the common ones,
+those of the longest innermost loop with global memory in it. Unrolled code counts as often as it stands there, a loop
+that was not unrolled once. Triton's kernels are loops: no `rare`, no `per_element`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +39,7 @@ RESULT = ROOT / "benchmarks" / "results" / "sass.csv"
 ARCHITECTURES = (80, 90)
 COLUMNS = (
     "kernel", "arch", "compiler", "registers", "shared_bytes", "spill_bytes", "global_128", "global_all", "common",
-    "rare", "elements", "per_element",
+    "rare", "elements", "per_element", "loop",
 )  # fmt: skip
 
 # Functions whose instructions run for few rows or few elements only (norms with a sign bit, brackets that miss,
@@ -58,6 +60,42 @@ FEW = {
     "nm_any.cuh": ("load_ends", "store_ends"),
 }
 GENERAL_PATHS = ("rows_any_kernel",)  # slow by design: nothing in them is rare
+
+
+@dataclass
+class Instruction:
+    """``rare``, ``few``: of a function of RARE, of FEW."""
+
+    text: str
+    rare: bool
+    few: bool
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether it accesses global memory for many elements."""
+        return not self.few and re.match(r"(@!?U?P\d+ )?(LDG|STG)", self.text) is not None
+
+
+@dataclass
+class Code:
+    """A function's instructions, and before which of them its labels stand."""
+
+    lines: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def loop(self) -> int:
+        """The common instructions of the longest innermost loop with bulk accesses; 0: there is none."""
+        spans = []
+        for end, line in enumerate(self.lines):
+            if (match := re.search(r"\bBRA\b.* `\((\.L_\w+)\)", line.text)) and self.labels[match[1]] <= end:
+                spans.append((self.labels[match[1]], end))
+        found = 0
+        for first, last in spans:
+            inside = [line for line in self.lines[first : last + 1] if not line.rare]
+            is_innermost = not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+            if is_innermost and any(line.is_bulk for line in inside):
+                found = max(found, len(inside))
+        return found
 
 
 def _toolkit(name: str) -> str | None:
@@ -159,43 +197,42 @@ def _resources(log: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def _instructions(cubin: Path) -> dict[str, list[tuple[str, bool, bool]]]:
-    """Mangled function -> its SASS instructions, each with whether it is of a RARE and of a FEW function."""
+def _instructions(cubin: Path) -> dict[str, Code]:
+    """Mangled function -> its SASS."""
     text = subprocess.run([str(nvdisasm()), "-gi", "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    functions: dict[str, list[tuple[str, bool, bool]]] = {}
+    functions: dict[str, Code] = {}
     rare, few = _lines_of(RARE), _lines_of(FEW)
-    current: list[tuple[str, bool, bool]] | None = None
+    current: Code | None = None
     where: set[tuple[str, int]] = set()
     is_fresh = True
     for line in text.splitlines():
         if match := re.match(r"^\.text\.(\S+):$", line):
-            current = functions.setdefault(match[1], [])
+            current = functions.setdefault(match[1], Code())
         elif "//## File" in line:
             if is_fresh:  # a new location; the lines after it say where that was inlined
                 where, is_fresh = set(), False
             where |= {(Path(file).name, int(number)) for file, number in re.findall(r'"([^"]+)", line (\d+)', line)}
+        elif current is not None and (match := re.match(r"^(\.L_\w+):", line)):
+            current.labels[match[1]] = len(current.lines)
         elif current is not None and (match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)):
             is_in = [any(number in lines.get(file, ()) for file, number in where) for lines in (rare, few)]
-            current.append((match[1], is_in[0], is_in[1]))
+            current.lines.append(Instruction(match[1], *is_in))
             is_fresh = True
     return functions
 
 
-def _row(
-    name: str, arch: int, compiler: str, resources: tuple[int, int, int], code: list[tuple[str, bool, bool]]
-) -> dict:
-    """One line of the table; `code` as _instructions() gives it."""
-    code = [(re.sub(r"^@!?\w+ ", "", text), rare, few) for text, rare, few in code]
-    code = [line for line in code if not re.match(r"NOP|BRA `\(\.L_x_\d+\)$", line[0])]
-    common = [(text, few) for text, rare, few in code if not rare or name.startswith(GENERAL_PATHS)]
-    bulk = [text for text, few in common if re.match(r"LDG|STG", text) and not few]
+def _row(name: str, arch: int, compiler: str, resources: tuple[int, int, int], code: Code) -> dict:
+    """One line of the table."""
+    lines = [line for line in code.lines if not re.match(r"(@!?U?P\d+ )?(NOP|BRA `\(\.L_x_\d+\)$)", line.text)]
+    common = [line for line in lines if not line.rare or name.startswith(GENERAL_PATHS)]
+    bulk = [line.text for line in common if line.is_bulk]
     elements = _elements(name)
     return {
         "kernel": name, "arch": arch, "compiler": compiler,
         "registers": resources[0], "shared_bytes": resources[1], "spill_bytes": resources[2],
         "global_128": sum(".128" in text for text in bulk), "global_all": len(bulk),
-        "common": len(common), "rare": len(code) - len(common), "elements": elements or "",
-        "per_element": round(len(common) / elements, 1) if elements else "",
+        "common": len(common), "rare": len(lines) - len(common), "elements": elements or "",
+        "per_element": round(len(common) / elements, 1) if elements else "", "loop": code.loop() or "",
     }  # fmt: skip
 
 
@@ -221,8 +258,7 @@ def _measure_triton(arch: int, directory: Path) -> list[dict]:
         command = [str(_in_triton("ptxas")), "-v", f"-arch={target[1]}", str(ptx), "-o", str(cubin)]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         ((name, resources),) = _resources(log).items()
-        code = [(text, False, False) for text, _, _ in _instructions(cubin)[name]]
-        rows.append(_row(ptx.stem, arch, triton_version(), resources, code))
+        rows.append(_row(ptx.stem, arch, triton_version(), resources, _instructions(cubin)[name]))
     return rows
 
 

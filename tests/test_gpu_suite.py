@@ -320,11 +320,11 @@ def test_the_plan():
     stages = gpu_suite.plan(Path("parts"))
     names = [stage.name for stage in stages]
     assert names[7:] == [
-        "llama-7b", "bench end-to-end", "repeats", "tests", "bench nm", "bench stats", "bench scaling", "memcheck",
-        "racecheck", "ncu",
+        "llama-7b", "bench end-to-end", "repeats", "tests", "bench nm", "bench stats", "predictions", "bench scaling",
+        "memcheck", "racecheck", "ncu",
     ]  # fmt: skip
-    assert len(gpu_suite.short_plan(Path("parts"))) == len(gpu_suite.SHORT) == 7
-    assert len(names) + 2 <= 24  # the summary fits one screen
+    assert len(gpu_suite.short_plan(Path("parts"))) == len(gpu_suite.SHORT) == 8
+    assert len(names) + 2 <= 25  # the summary fits one screen
     assert gpu_results.LOG_BYTES * len(names) < gpu_results.FILE_BYTES
     tests = stages[names.index("tests")].command
     assert tests.index("tests/test_gpu.py") < tests.index("tests/test_fused_sqnorm.py")
@@ -374,7 +374,7 @@ def test_dry_run_of_a_clone_that_is_not_installed(tmp_path):
     done = subprocess.run([interpreter, "-m", "benchmarks.gpu_suite", "--dry", "--out", out], **shared)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{text(out, 'log.txt')[-5000:]}"
     summary = text(out, "summary.txt").splitlines()
-    assert len(summary) <= 24
+    assert len(summary) <= 25
     assert summary[-1] == "all passed"
     assert "the PyTorch reference: wanda_kernels._C is not built" in summary[2]
     assert not any(" skipped " in line for line in summary)

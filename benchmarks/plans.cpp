@@ -1,0 +1,96 @@
+// csrc/cuda/plan.h for predict.py: what is launched for a shape, as plain numbers.
+#include "../csrc/cuda/plan.h"
+
+using namespace wanda;
+using namespace wanda::cuda;
+
+namespace {
+
+// An aligned pointer that nobody follows.
+template <class T>
+T* somewhere() {
+  return reinterpret_cast<T*>(uintptr_t{4096});
+}
+
+PackedWeight weight_of(int64_t rows, int64_t cols) {
+  return {somewhere<void>(), somewhere<uint8_t>(), nullptr, rows, cols, Dtype::kBFloat16};
+}
+
+}  // namespace
+
+extern "C" {
+
+// path (0: staged), quads, threads, stages, shared bytes.
+void plan_of_rows(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, int64_t processors, int64_t shared,
+                  int64_t* out) {
+  const RowsParams params{somewhere<void>(),
+                          somewhere<float>(),
+                          nullptr,
+                          sums != 0 ? somewhere<float>() : nullptr,
+                          rows,
+                          cols,
+                          cols,
+                          cols / 2,
+                          static_cast<Dtype>(dtype)};
+  const RowsPlan plan = plan_rows(params, {static_cast<int>(processors), static_cast<int>(shared)});
+  out[0] = static_cast<int64_t>(plan.path);
+  out[1] = plan.quads;
+  out[2] = plan.threads;
+  out[3] = plan.tuning.stages;
+  out[4] = rows_shared_bytes(plan, params.dtype);
+}
+
+// threads, grid.
+void plan_of_nm(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, int64_t processors, int64_t shared,
+                int64_t* out) {
+  const NmParams params{somewhere<void>(),
+                        somewhere<float>(),
+                        nullptr,
+                        sums != 0 ? somewhere<float>() : nullptr,
+                        rows,
+                        cols,
+                        cols,
+                        2,
+                        4,
+                        static_cast<Dtype>(dtype)};
+  const NmPlan plan = plan_nm(params, {static_cast<int>(processors), static_cast<int>(shared)});
+  out[0] = plan.threads;
+  out[1] = plan.grid;
+}
+
+// threads, grid.
+void plan_of_pack_24(int64_t rows, int64_t cols, int64_t* out) {
+  out[0] = kPackThreads;
+  out[1] = pack_24_grid(rows, cols);
+}
+
+// threads, grid.
+void plan_of_bitmap(int64_t rows, int64_t cols, int64_t tokens, int64_t, int64_t* out) {
+  out[0] = plan_bitmap_linear(weight_of(rows, cols), tokens).threads;
+  out[1] = divide_up(rows, kBitmapLinearRows);
+}
+
+// threads, grid, rows and tokens of a block.
+void plan_of_sparse24(int64_t rows, int64_t cols, int64_t tokens, int64_t processors, int64_t* out) {
+  const LinearPlan plan =
+      plan_sparse24_linear(weight_of(rows, cols), tokens, {static_cast<int>(processors), 0});
+  out[0] = plan.threads;
+  out[1] = divide_up(rows, 16 * plan.row_tiles);
+  out[2] = 16 * plan.row_tiles;
+  out[3] = 8 * plan.token_tiles;
+}
+
+// threads, grid, shared bytes; threads and grid of the second kernel.
+void plan_of_sqnorm(int64_t tokens, int64_t cols, int64_t* out) {
+  const SqnormParams params{
+      somewhere<float>(), somewhere<void>(), nullptr, nullptr, 1, tokens, cols, tokens * cols, cols, true,
+      Dtype::kBFloat16};
+  const Shape shape = sqnorm_shape(params, sqnorm_vector(params)), total = sqnorm_total_shape(params);
+  out[0] = shape.threads;
+  out[1] = shape.grid;
+  out[2] = shape.shared_bytes;
+  out[3] = total.threads;
+  out[4] = total.grid;
+}
+
+}  // extern "C"

@@ -1,0 +1,85 @@
+"""The predictions: that the model still says what it was set to say, and what is printed beside a measurement."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import predict, records
+from benchmarks.predict import CARDS, Work
+
+H100 = CARDS["H100"]
+AUDIT = json.loads(Path(__file__).with_name("audit.json").read_text())
+
+
+@pytest.mark.parametrize("entry", AUDIT, ids=lambda entry: f"{entry['work']['kernel']} {entry['work']['size']}")
+def test_says_of_the_first_kernels_what_the_audit_said(entry):
+    """audit.json: an H100 and the kernels as they were when the constants were set; and a range, from reading them."""
+    low, high = entry["predicted"]
+    found = predict.predict(Work(**entry["work"]), H100).share
+    assert low - 0.07 <= found <= high + 0.07
+
+
+def test_more_in_flight_fewer_instructions_and_more_blocks_are_never_slower():
+    plain = Work("a", (4096, 4096), "bfloat16", 64, 128, 1024, 8, 4096, 3000, 750, 1e-6, 4096)
+    seconds = predict.predict(plain, H100).seconds
+    for better in ({"ahead": 1}, {"slots": 1000}, {"registers": 40}, {"waits": 0.0}, {"serial": 100}, {"load": 2048}):
+        assert predict.predict(Work(**{**plain.__dict__, **better}), H100).seconds <= seconds, better
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "blocks"),
+    [(64, 256, 0, 4), (65, 256, 0, 3), (32, 1024, 0, 2), (16, 32, 0, 32), (16, 128, 50 << 10, 4), (255, 512, 0, 1)],
+)
+def test_blocks_of_a_processor(registers, threads, shared, blocks):
+    """As CUDA's occupancy calculator has it: 65,536 registers, 2,048 threads, 32 blocks, 228 KB and 1 KB a block."""
+    assert predict.resident(registers, threads, shared, H100) == blocks
+
+
+def test_the_file_is_what_the_command_writes():
+    with predict.PREDICTIONS.open(newline="") as file:
+        written = list(csv.DictReader(file))
+    made = [predict.cells(predict.predict(work, card)) for card in CARDS.values() for work in predict.suite(card)]
+    assert written == [{name: str(value) for name, value in line.items()} for line in made], (
+        "python -m benchmarks.predict"
+    )
+
+
+def line(**changes) -> records.Row:
+    return {
+        "suite": "select", "operator": "prune_rows_", "shape": "4096 x 4096", "dtype": "bfloat16",
+        "implementation": "wanda_kernels", "copy_ratio": 1.25, "device": "NVIDIA H100 80GB HBM3",
+    } | changes  # fmt: skip
+
+
+def test_beside_measurements(tmp_path, capsys):
+    product = {"suite": "sparse", "operator": "bitmap_linear", "tokens": 1}
+    lines = [
+        line(),
+        line(implementation="topk", copy_ratio=30.0),
+        line(operator="row_mask"),
+        line(**product, copy_ratio=1.1),
+        line(**product, implementation="torch linear", ratio=1.37, ratio_to="wanda_kernels"),
+        line(operator="kthvalue", device="AMD EPYC"),
+    ]
+    with records.writer(tmp_path / "select.csv") as write:
+        for each in lines:
+            write(each)
+    assert predict.beside(tmp_path) == 0
+    told = capsys.readouterr().out
+    assert told.count("predicted 0") + told.count("predicted 1") == 2
+    assert "measured 0.80 of copy speed" in told
+    assert "measured 1.37 x dense" in told
+    figures = next(text for text in told.splitlines() if text.startswith("figures: "))
+    assert [each["measured"] for each in json.loads(figures.removeprefix("figures: "))["predictions"]] == [0.8, 1.37]
+    assert "2 predictions" in told.splitlines()[-1]
+
+
+def test_beside_nothing_that_is_known(tmp_path, capsys):
+    with records.writer(tmp_path / "select.csv") as write:
+        write(line(device="NVIDIA L4"))
+    assert predict.beside(tmp_path) == 0
+    assert "none of a card that is known: A100, H100, H200" in capsys.readouterr().out
