@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend  # noqa: F401  (registers the operators)
-from .._checks import check_norm, check_pattern, check_score_sums, check_weight
+from .._checks import check_nm
 
 
 def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
@@ -42,15 +42,10 @@ def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
 
 @torch.library.register_fake("wanda::prune_nm_")
 def _(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
-    check_weight("prune_nm_", weight)
-    check_norm("prune_nm_", norm, weight)
-    check_pattern("prune_nm_", weight, n, m)
-    check_score_sums("prune_nm_", score_sums, weight)
+    check_nm("prune_nm_", weight, norm, n, m, score_sums)
 
 
 @torch.library.register_fake("wanda::nm_mask")
 def _(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
-    check_weight("nm_mask", weight)
-    check_norm("nm_mask", norm, weight)
-    check_pattern("nm_mask", weight, n, m)
+    check_nm("nm_mask", weight, norm, n, m)
     return weight.new_empty(weight.shape, dtype=torch.bool)

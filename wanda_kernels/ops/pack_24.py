@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend  # noqa: F401  (registers the operators)
-from .._checks import check_norm, check_packable, check_packed
+from .._checks import check_packable, check_packed
 
 
 def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +56,7 @@ def _(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("wanda::prune_pack_24")
 def _(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    check_packable("prune_pack_24", weight)
-    check_norm("prune_pack_24", norm, weight)
+    check_packable("prune_pack_24", weight, norm)
     return _empty_packed(weight)
 
 

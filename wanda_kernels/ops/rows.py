@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend  # noqa: F401  (registers the operators)
-from .._checks import check_norm, check_score_sums, check_sparsity, check_weight
+from .._checks import check_rows
 
 
 def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
@@ -42,15 +42,10 @@ def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
 
 @torch.library.register_fake("wanda::prune_rows_")
 def _(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
-    check_weight("prune_rows_", weight)
-    check_norm("prune_rows_", norm, weight)
-    check_sparsity("prune_rows_", sparsity)
-    check_score_sums("prune_rows_", score_sums, weight)
+    check_rows("prune_rows_", weight, norm, sparsity, score_sums)
 
 
 @torch.library.register_fake("wanda::row_mask")
 def _(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
-    check_weight("row_mask", weight)
-    check_norm("row_mask", norm, weight)
-    check_sparsity("row_mask", sparsity)
+    check_rows("row_mask", weight, norm, sparsity)
     return weight.new_empty(weight.shape, dtype=torch.bool)
