@@ -69,8 +69,8 @@ def styles() -> dict[str, tuple[str, str]]:
 
 def bars(data: Row) -> str | None:
     """Perplexity by method and pattern, on a logarithmic axis, with the dense model as a line."""
-    runs = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["method"] in styles()]
-    runs = [run for run in runs if _can_be_drawn(run["perplexity"])]
+    plain = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["method"] in styles()]
+    runs = [run for run in plain if _can_be_drawn(run["perplexity"])]
     targets = [target for target in tables.PATTERNS if any(run["target"] == target for run in runs)]
     methods = [method for method in styles() if any(run["method"] == method for run in runs)]
     if not targets:
@@ -145,8 +145,7 @@ def sparsity_curves(data: Row) -> str | None:
 
 
 def calibration_curves(data: Row) -> str | None:
-    seed = min((run["seed"] for run in data["runs"]), default=0)
-    runs = [r for r in data["runs"] if tables.is_plain(r) and r["sparsity"] == 0.5 and r["seed"] == seed]
+    runs = [run for run in tables.first_seed(data["runs"]) if tables.is_plain(run) and run["sparsity"] == 0.5]
     title = "Perplexity by number of calibration samples"
     return _curves(data, runs, "samples", "calibration samples (log)", "calibration", title, True)
 
