@@ -73,13 +73,8 @@ class Results:
 
     def __init__(self, folder: Path, settings: dict[str, Any], circumstances: dict[str, Any]) -> None:
         self._path = folder / "results.json"
-        before = refuse_other_study(folder, settings) or {
-            "settings": settings,
-            "circumstances": [],
-            "dense": None,
-            "runs": {},
-        }
-        self.data: dict[str, Any] = before | {"settings": settings}
+        new: dict[str, Any] = {"settings": settings, "circumstances": [], "dense": None, "runs": {}}
+        self.data = (refuse_other_study(folder, settings) or new) | {"settings": settings}
         if circumstances not in self.data["circumstances"][-1:]:
             self.data["circumstances"].append(circumstances)
 
