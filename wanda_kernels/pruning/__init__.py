@@ -9,8 +9,7 @@ accumulates each distinct input once.
 from ..methods import METHODS, Pattern
 from ..methods.owl import Owl
 from .driver import prune
-from .progress import Progress
-from .report import LayerReport, PruningReport
+from .report import LayerReport, Progress, PruningReport
 from .spec import PruneSpec
 
 __all__ = ["METHODS", "LayerReport", "Owl", "Pattern", "Progress", "PruneSpec", "PruningReport", "prune"]

@@ -11,8 +11,7 @@ from ..distributed import Processes
 from ..identity import of_environment, of_tokens
 from .blocks import Block, find_blocks, refuse_non_finite, refuse_other_computations
 from .loop import Loop
-from .progress import Progress
-from .report import PruningReport
+from .report import Progress, PruningReport
 from .source import BlockSource
 from .spec import PruneSpec, SpecArguments
 from .stopwatch import Stopwatch

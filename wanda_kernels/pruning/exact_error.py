@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import linear as product
 
 from .blocks import Block, Matrix
-from .progress import Progress
 from .recording import Call, run_block
+from .report import Progress
 
 
 def exact_errors(

@@ -16,15 +16,13 @@ from ..distributed import Processes
 from ..identity import of_weights
 from ..methods import LayerInputs, Needs, Outcome
 from ..methods.owl import outlier_ratio
-from ..models.modes import evaluating
-from .activations import Activations
+from ..models import evaluating
 from .blocks import Block, Matrix, count_zeros
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe, plans_from_list, plans_to_list
-from .progress import Progress
 from .recording import Call, Recording, record_calls, run_block
-from .report import LayerReport, PruningReport, relative_error
-from .source import BlockSource, Done
+from .report import LayerReport, Progress, PruningReport, relative_error
+from .source import Activations, BlockSource, Done
 from .spec import PruneSpec
 from .statistics import BlockStatistics
 from .stopwatch import Stopwatch

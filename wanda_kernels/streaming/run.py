@@ -20,12 +20,11 @@ from ..models.save import check_bytes, check_output
 from ..pruning.blocks import Block, find_blocks
 from ..pruning.driver import check_blocks, check_input_ids
 from ..pruning.loop import Loop, default_batch_size
-from ..pruning.progress import Progress
-from ..pruning.report import PruningReport
+from ..pruning.report import Progress, PruningReport
 from ..pruning.source import Done
 from ..pruning.spec import PruneSpec, SpecArguments
 from ..pruning.stopwatch import Stopwatch
-from .activations import SavedActivations, SpilledActivations, Stored, TwoFiles
+from .activations import FiledActivations, SavedActivations, SpilledActivations, Stored, TwoFiles
 from .blocks import Commit, StreamedBlocks
 from .skeleton import build
 from .state import done_of, identity, refuse_other_run
@@ -186,9 +185,7 @@ class _Job:
         begun = tuple(f"{block.name}." for block in blocks)
         writer.check_written(name for name in self.checkpoint.entries if name.startswith(begun))
 
-    def _activations(
-        self, ids: Tensor, files: TwoFiles, source: StreamedBlocks
-    ) -> SavedActivations | SpilledActivations:
+    def _activations(self, ids: Tensor, files: TwoFiles, source: StreamedBlocks) -> FiledActivations:
         width = self.skeleton.config.get_text_config().hidden_size
         ranks = 1 if self.processes is None else self.processes.size
         if ids.numel() * width * self.skeleton.dtype.itemsize // ranks > self.activation_memory:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..memory import added_peak
 from ..pruning import prune
 from ..pruning.blocks import find_blocks
-from ..pruning.progress import Progress
-from ..pruning.report import PruningReport
+from ..pruning.report import Progress, PruningReport
 from ..text import perplexity
 from .plan import Run
 
