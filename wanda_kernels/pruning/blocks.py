@@ -134,7 +134,7 @@ def _is_known(module: nn.Module, key: str) -> bool:
     return key in module._non_persistent_buffers_set
 
 
-def _what_it_computes(linear: nn.Linear) -> str | None:
+def what_it_computes(linear: nn.Linear) -> str | None:
     """Why a layer may compute something else than ``x @ weight.T + bias``; None where it does not."""
     known = f"{type(linear).__module__}.{type(linear).__qualname__}" in _COMPUTE_AS_LINEAR and linear.bias is None
     if type(linear).forward is not nn.Linear.forward and not known:
@@ -146,7 +146,7 @@ def _what_it_computes(linear: nn.Linear) -> str | None:
 
 def why_not_plain(linear: nn.Linear) -> str | None:
     """Why a layer must not be replaced by one that computes ``x @ weight.T + bias`` and no more; None if it may."""
-    other = _what_it_computes(linear)
+    other = what_it_computes(linear)
     if other is not None:
         return other
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
@@ -158,16 +158,6 @@ def why_not_plain(linear: nn.Linear) -> str | None:
         *linear._modules,
     ]
     return f"it holds {more[0]} beside its weight" if more else None
-
-
-def refuse_other_computations(blocks: list[Block]) -> None:
-    """Raises ValueError where a layer's weight may be used otherwise than its input's norms say: its mask would be
-    wrong."""
-    for block in blocks:
-        for name, matrix in block.matrices.items():
-            reason = _what_it_computes(matrix.module)
-            if reason is not None:
-                raise ValueError(f"{block.name}.{name} cannot be pruned: {reason}")
 
 
 def _refuse_overlaps(model: nn.Module, blocks: list[Block]) -> None:

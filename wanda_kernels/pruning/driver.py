@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..identity import of_environment, of_tokens
-from .blocks import Block, find_blocks, refuse_non_finite, refuse_other_computations
+from .blocks import Block, find_blocks, refuse_non_finite, what_it_computes
 from .loop import Loop
 from .report import Progress, PruningReport
 from .source import BlockSource
@@ -64,11 +64,14 @@ def prune(
 
 
 def check_blocks(blocks: list[Block], spec: PruneSpec) -> None:
-    """Raises ValueError for blocks that cannot be pruned as ``spec`` says. Their weights may be without data."""
+    """Raises ValueError for blocks that cannot be pruned as ``spec`` says, or where a layer's weight may be used
+    otherwise than its input's norms say: its mask would be wrong. Their weights may be without data."""
     for block in blocks:
         for name, matrix in block.matrices.items():
             spec.check_weight(f"{block.name}.{name}", matrix.weight)
-    refuse_other_computations(blocks)
+            reason = what_it_computes(matrix.module)
+            if reason is not None:
+                raise ValueError(f"{block.name}.{name} cannot be pruned: {reason}")
 
 
 def check_input_ids(model: nn.Module, input_ids: Tensor | None, spec: PruneSpec) -> Tensor | None:
