@@ -44,13 +44,14 @@ def of_tokens(input_ids: Tensor | None) -> dict[str, Any] | None:
 def of_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Tensor -> dtype, shape and a checksum of all its elements, without those on the meta device, which have none."""
     return {
-        name: f"{tensor.dtype} {list(tensor.shape)} {_checksum(tensor)}"
+        name: f"{tensor.dtype} {list(tensor.shape)} {checksum(tensor)}"
         for name, tensor in tensors
         if not tensor.is_meta
     }
 
 
-def _checksum(tensor: Tensor) -> str:
+@torch.no_grad()
+def checksum(tensor: Tensor) -> str:
     """Sums, modulo 2^64, of the elements' bits as integers, plain and times their place: at the speed of memory, on any
     device."""
     bits = tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..pruning.blocks import count_zeros, find_blocks
 
@@ -69,8 +69,3 @@ def hold_masks(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldMasks:
     if not any(id(linear.weight) in trained for linear in linears.values()):
         raise ValueError("the optimizer trains none of the model's pruned weights")
     return HeldMasks(linears, optimizer)
-
-
-def mask_of(weight: Tensor) -> Tensor:
-    """[C_out, C_in], bool: True where the weight is kept."""
-    return weight.detach() != 0

@@ -25,8 +25,6 @@ DTYPES: dict[str, Any] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
 _BAD_QUANTISED = "could not be read by its quantization_config (incomplete or damaged?)"
 _BAD_CONFIG = "cannot be made from its config.json"
 
@@ -90,23 +88,19 @@ def _words(error: Exception) -> str:
 
 def _explain(model: str, error: Exception, what: str = "could not be read (incomplete or damaged?)") -> Exception:
     """One sentence for what goes wrong while reading a model; the cause stays attached."""
+    import transformers
+
     text = _words(error)
     if "trust_remote_code" in text:
         return ValueError(
             f"model {model} needs code of its own (auto_map), and a model's code is never run here: transformers "
-            f"{_transformers_version()} has no class for it"
+            f"{transformers.__version__} has no class for it"
         )
     if not Path(model).expanduser().exists():
         return FileNotFoundError(
             f"model {model} is no local path and could not be had from the Hugging Face hub: {text[:300]}"
         )
     return ValueError(f"model {model} {what}: {text[:300]}")
-
-
-def _transformers_version() -> str:
-    import transformers
-
-    return transformers.__version__
 
 
 def load_config(model: str) -> Any:
