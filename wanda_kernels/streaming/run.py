@@ -108,7 +108,6 @@ def stream_prune(
             def commit(done: dict[str, Any]) -> None:
                 work.commit({"begun_with": begun_with, "blocks": len(blocks)} | done)
 
-            assert work.files is not None
             writer = CheckpointWriter(work.folder, checkpoint)
             report = job.work_through(state, work.files, writer, commit if alone else None)
             _add_small_files(work.folder, checkpoint, tokenizer, report)
@@ -226,14 +225,13 @@ def _work_folder(
     out: Path, job: _Job, resume: bool, begun_with: dict[str, Any], offload: str | Path | None
 ) -> Iterator[tuple[WorkFolder, dict[str, Any] | None]]:
     """The folder and the state to go on from. What is worth going on with stays there after an error."""
-    work = WorkFolder(out)
+    work = WorkFolder(out, offload)
     try:
-        files = work.choose_files(offload)
-        state = work.state() if resume else None
+        state = read_state(out) if resume else None
         if state is not None:
             refuse_other_run(state["begun_with"], begun_with, out)
             try:
-                job.check_state(state, CheckpointWriter(work.folder, job.checkpoint), files)
+                job.check_state(state, CheckpointWriter(work.folder, job.checkpoint), work.files)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"the unfinished run to {out} cannot be gone on with: {error}; pass overwrite=True "
@@ -260,7 +258,7 @@ def _work_folder(
 def _leave(work: WorkFolder) -> None:
     """What is there stays where there is something to go on with, or to look at."""
     try:
-        is_empty = work.state() is None
+        is_empty = read_state(work.out) is None
     except (ValueError, OSError):  # damaged: told where it is read to be gone on with
         is_empty = False
     work.remove() if is_empty else work.release()

@@ -32,24 +32,20 @@ class WorkFolder:
 
     Args:
         out: the output folder.
+        offload: where activations go; here if None.
 
     Raises:
         RuntimeError: another process works on it.
         OSError: it is a link, or another user's.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, offload: str | Path | None = None) -> None:
         self.out = out
         self.path = path_for(out)
         self.folder = self.path / "folder"
-        self.files: TwoFiles | None = None
+        self.files = TwoFiles.beside(self.path, offload)
         out.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-
-    def choose_files(self, offload: str | Path | None) -> TwoFiles:
-        """Where activations go: to ``offload``, or here."""
-        self.files = TwoFiles.beside(self.path, offload)
-        return self.files
 
     def _take_lock(self) -> int:
         while True:
@@ -74,9 +70,6 @@ class WorkFolder:
                 pass
             os.close(fd)  # a run that ended just now took the folder away between the opening and the locking
 
-    def state(self) -> dict[str, Any] | None:
-        return read_state(self.out)
-
     def commit(self, state: dict[str, Any]) -> None:
         """Replace ``state.json`` at once: a run that dies at any moment leaves the old or the new one."""
         temporary = self.path / "state.new"
@@ -91,9 +84,8 @@ class WorkFolder:
     def begin(self) -> None:
         """An empty ``folder``, and nothing of an earlier run."""
         (self.path / "state.json").unlink(missing_ok=True)
-        for files in (self.files, TwoFiles.beside(self.path, None)):
-            if files is not None:
-                files.remove()
+        self.files.remove()
+        TwoFiles.beside(self.path, None).remove()
         if self.folder.is_symlink() or self.folder.is_file():
             self.folder.unlink()
         elif self.folder.exists():
@@ -113,8 +105,7 @@ class WorkFolder:
         self.remove()
 
     def remove(self) -> None:
-        if self.files is not None:
-            self.files.remove()
+        self.files.remove()
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
