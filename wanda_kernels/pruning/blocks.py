@@ -117,21 +117,17 @@ def _refuse_computed_weights(name: str, module: nn.Module) -> None:
             "module inside it"
         )
     quantised = type(module).__module__.startswith(_QUANTISED)
-    codes = [key for key, buffer in module._buffers.items() if _is_codes(buffer) and not _is_known(module, key)]
+    saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+    codes = [  # what is not saved holds no weights: masks, positions
+        key
+        for key, buffer in saved.items()
+        if buffer is not None and buffer.dim() >= 2 and not (buffer.is_floating_point() or buffer.dtype == torch.bool)
+    ]
     if quantised or codes:
         raise ValueError(
             f"{name} ({type(module).__name__}) holds quantised weights{f' ({codes[0]})' if codes else ''}: they have "
             "to be dequantised first"
         )
-
-
-def _is_codes(buffer: Tensor | None) -> bool:
-    return buffer is not None and buffer.dim() >= 2 and not buffer.is_floating_point() and buffer.dtype != torch.bool
-
-
-def _is_known(module: nn.Module, key: str) -> bool:
-    """What is not saved holds no weights: masks, positions."""
-    return key in module._non_persistent_buffers_set
 
 
 def what_it_computes(linear: nn.Linear) -> str | None:

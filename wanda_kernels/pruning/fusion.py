@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
@@ -137,15 +137,13 @@ def observe(block: Block, hidden: Tensor, call: Call, fuse: bool = True) -> Plan
         ValueError: where a linear layer received no input.
     """
     seen = _Observation()
-    handles = [m.module.register_forward_hook(seen.linear(name)) for name, m in block.matrices.items()]
-    for name, module in block.module.named_modules():
-        if fuse and (_is_rms_norm(module) or _is_mlp(module)):
-            handles.append(module.register_forward_hook(seen.module(name), with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for name, matrix in block.matrices.items():
+            hooks.enter_context(matrix.module.register_forward_hook(seen.linear(name)))
+        for name, module in block.module.named_modules():
+            if fuse and (_is_rms_norm(module) or _is_mlp(module)):
+                hooks.enter_context(module.register_forward_hook(seen.module(name), with_kwargs=True))
         run_block(block, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
     silent = block.matrices.keys() - set(seen.order)
     if silent:
         raise ValueError(
@@ -207,11 +205,9 @@ def _is_mlp(module: nn.Module) -> bool:
 def _match(block: Block, name: str, seen: _Observation) -> FusedNorm | FusedProduct | None:
     if len(seen.modules[name]) != 1:
         return None
-    module = block.module.get_submodule(name)
-    x, output = seen.modules[name][0]
-    if _is_rms_norm(module):
-        return _match_norm(name, module, x, output, seen)
-    return _match_product(name, x, output, seen)
+    module, (x, output) = block.module.get_submodule(name), seen.modules[name][0]
+    is_norm = _is_rms_norm(module)
+    return _match_norm(name, module, x, output, seen) if is_norm else _match_product(name, x, output, seen)
 
 
 def _match_norm(name: str, module: nn.Module, x: Tensor, output: Tensor, seen: _Observation) -> FusedNorm | None:

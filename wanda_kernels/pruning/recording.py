@@ -144,17 +144,12 @@ def _record(
                 f"by block ({type(error).__name__}: {error})"
             ) from error
     if order != list(range(len(blocks))):
+        shown = ", ".join(map(str, order[:12])) + (f", ... {len(order)} in all" if len(order) > 12 else "")
         raise ValueError(
             f"{type(model).__name__} does not call each of its {len(blocks)} blocks exactly once, in order (it calls "
-            f"{_ordinals(order)}): it cannot be pruned block by block"
+            f"{shown or 'none'}): it cannot be pruned block by block"
         )
     return first[0], calls
-
-
-def _ordinals(order: Sequence[int]) -> str:
-    """Which blocks were called, the first few of them."""
-    shown = ", ".join(map(str, order[:12]))
-    return f"{shown}, ... {len(order)} in all" if len(order) > 12 else shown or "none"
 
 
 @contextmanager

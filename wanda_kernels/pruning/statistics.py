@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,15 +56,6 @@ class BlockStatistics:
         """How the sums behind a layer's norm were added up: by a fused operator, or ``standalone``."""
         return self._plan.path(self.source[layer])
 
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        handles = [matrix.watch(functools.partial(self._add, name)) for name, matrix in self._block.matrices.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def run(self, hidden: Tensor, call: Call, first_sample: int, whole: bool) -> Tensor | None:
         """Run the block on one batch and add its inputs up.
 
@@ -75,22 +65,21 @@ class BlockStatistics:
         self._called = []
         output: Tensor | None = None
         self._may_stop = not whole
-        with self._hooks(), self._plan.installed(self._block, self._sequence_rows, self._hold):
+        with ExitStack() as hooks, self._plan.installed(self._block, self._sequence_rows, self._hold):
+            for name, matrix in self._block.matrices.items():
+                hooks.enter_context(matrix.watch(functools.partial(self._add, name)))
             try:
                 output = run_block(self._block, hidden, call)
             except _LastInputSeenError:
                 pass
             finally:
                 self._held.clear()
-        self._check_order()
-        return output if whole else None
-
-    def _check_order(self) -> None:
         if tuple(self._called) != self._plan.order:
             raise ValueError(
                 f"{self._block.name} calls its linear layers in an order that changes from batch to batch: it "
                 "cannot be pruned block by block"
             )
+        return output if whole else None
 
     def _hold(self, source: str, x: Tensor) -> None:
         self._held.append((source, x, _version(x)))
