@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .identity import differences
+from .identity import differences, in_words
 from .models.load import choose_device
 
 TIMEOUT_S = 1800.0  # of an exchange: how long the fastest process waits for the slowest
@@ -39,7 +39,6 @@ NOT_HERE = "stopped, because {} did not come in time (WANDA_KERNELS_START_S: sec
 GONE = "stopped, because the process that the others meet at is gone (killed?)"
 PATIENCE_S = 3.0  # in which a process whose connection broke learns why
 POLL_S = 0.5
-SHOWN = 3  # differences in an error
 
 
 class LostError(Exception):
@@ -143,14 +142,11 @@ class Processes:
         for rank, theirs in enumerate(all_of_them):
             found = differences(all_of_them[0], theirs)
             if found:
-                shown = "; ".join(
-                    f"{name}: rank 0 has {_short(a)}, rank {rank} {_short(b)}" for name, a, b in found[:SHOWN]
-                )
-                more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+                said = in_words([f"{name}: rank 0 has {_short(a)}, rank {rank} {_short(b)}" for name, a, b in found])
                 self._is_leaving = True  # each says it itself, and is not told by the others
                 with self._told():
                     self._wait_for([f"{key}/read/{other}" for other in range(self.size)], PATIENCE_S)
-                raise ValueError(f"all processes must be given the same, but {shown}{more}")
+                raise ValueError(f"all processes must be given the same, but {said}")
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

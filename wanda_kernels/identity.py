@@ -17,6 +17,7 @@ from ._version import __version__
 from .models.checkpoint import bytes_of
 
 CHUNK = 1 << 20
+SHOWN = 3  # differences in an error
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -71,6 +72,11 @@ def of_file(path: Path) -> str:
         while part := file.read(CHUNK):
             digest.update(part)
     return digest.hexdigest()[:32]
+
+
+def in_words(found: list[str]) -> str:
+    """The first few of what differs, and how many more there are."""
+    return "; ".join(found[:SHOWN]) + (f", and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

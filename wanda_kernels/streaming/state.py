@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..identity import differences, of_environment, of_tokens
+from ..identity import differences, in_words, of_environment, of_tokens
 from ..models.checkpoint import Checkpoint
 from ..pruning.report import LayerReport
 from ..pruning.source import Done
-
-SHOWN = 3  # differences in an error
 
 
 def identity(
@@ -34,9 +32,8 @@ def refuse_other_run(then: dict[str, Any], now: dict[str, Any], out: Path) -> No
     """Raises ValueError where a state is another run's, and says in what it differs."""
     found = [f"{name} was {before}, now it is {after}" for name, before, after in differences(then, now)]
     if found:
-        more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise ValueError(
-            f"the unfinished run to {out} was another one: {'; '.join(found[:SHOWN])}{more}. Give what it began with, "
+            f"the unfinished run to {out} was another one: {in_words(found)}. Give what it began with, "
             "or overwrite=True without resume=True to start anew"
         )
 

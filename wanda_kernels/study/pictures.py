@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import math
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from .._words import need
 from ..methods import METHODS
 from . import tables
 
@@ -25,8 +25,7 @@ WIDTH, HEIGHT = 7.2, 3.6
 
 def check_library() -> None:
     """Raises ImportError without matplotlib: call it before the long work."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the pictures of a study need matplotlib: pip install 'wanda_kernels[plot]'")
+    need("matplotlib", "plot", "the pictures of a study need matplotlib")
 
 
 def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: float = HEIGHT) -> str:

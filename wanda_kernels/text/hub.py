@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Iterator
 from typing import Any
+
+from .._words import need
 
 SHUFFLE_BUFFER = 10_000  # documents held at once while a stream is shuffled
 INSTEAD = "without network, give a file: .txt, .jsonl or .safetensors to calibrate on, .txt to evaluate on"
@@ -49,8 +50,7 @@ def _load(datasets: Any, *what: Any, **how: Any) -> Any:
 
 
 def _library(name: str) -> Any:
-    if importlib.util.find_spec("datasets") is None:
-        raise ImportError(f"{name} needs the datasets package: pip install 'wanda_kernels[data]'")
+    need("datasets", "data", f"{name} needs the datasets package")
     import datasets
 
     return datasets
