@@ -1,9 +1,4 @@
-"""Which implementation serves the ``wanda::`` operators, and why.
-
-CPU tensors run the C++ kernels of ``wanda_kernels._C``, CUDA tensors its CUDA kernels and, for fused statistics, the
-Triton kernels of ``wanda_kernels.triton``. Where the extension is not built, or built without CUDA, the PyTorch
-reference serves them (statistics: Triton, where it is installed); ``wanda-kernels info`` says so.
-"""
+"""Which implementation serves the ``wanda::`` operators, and why (docs/design.md); ``wanda-kernels info`` says so."""
 
 from __future__ import annotations
 
