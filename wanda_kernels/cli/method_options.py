@@ -64,13 +64,9 @@ def takes_method_options(command: Callable[..., None]) -> Callable[..., None]:
 def _parameter(name: str, one: dataclasses.Field[Any]) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     kind: Any = type(one.default) if one.default is not None else str
-    default: Any = None
+    default = False if one.default is False else None
     declared = f"{flag}/--no-{name.replace('_', '-')}" if one.default is True else flag
-    if one.default is False:
-        default = False
-    elif kind is bool:
-        kind = bool | None
-    else:
+    if default is None:
         kind = kind | None
     option = typer.Option(
         declared, rich_help_panel=PANEL, help=one.metadata["help"], metavar=one.metadata.get("metavar"),
