@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .stopwatch import Stopwatch
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
+@dataclass
 class Loop:
     """One pruning run.
 
@@ -43,29 +45,19 @@ class Loop:
         done: by a run that this one goes on with.
     """
 
-    def __init__(
-        self,
-        spec: PruneSpec,
-        model: nn.Module,
-        source: BlockSource,
-        device: torch.device,
-        stopwatch: Stopwatch,
-        progress: Progress | None = None,
-        processes: Processes | None = None,
-        done: Done | None = None,
-    ) -> None:
-        self.spec = spec
-        self.model = model
-        self.source = source
-        self.device = device
-        self.stopwatch = stopwatch
-        self.progress = progress or Progress()
-        self.processes = processes
-        self.rank, self.ranks = (0, 1) if processes is None else (processes.rank, processes.size)
-        self.done = done or Done()
+    spec: PruneSpec
+    model: nn.Module
+    source: BlockSource
+    device: torch.device
+    stopwatch: Stopwatch
+    progress: Progress
+    processes: Processes | None = None
+    done: Done = field(default_factory=Done)
+
+    def __post_init__(self) -> None:
+        self.rank, self.ranks = (0, 1) if self.processes is None else (self.processes.rank, self.processes.size)
         self.shape = (0, 0)  # of the calibration sequences
-        self.batches = [range(0)]  # of each process
-        self.samples = [range(0)]
+        self.batches = self.samples = [range(0)]  # of each process
         self.plans: dict[tuple, Plan] = {}  # by the kind of block
 
     def run(self, input_ids: Tensor | None, hidden: Activations | None = None) -> None:

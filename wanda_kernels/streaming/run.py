@@ -17,7 +17,7 @@ from ..distributed import Processes
 from ..models.checkpoint import Checkpoint, CheckpointWriter
 from ..models.load import choose_device
 from ..models.save import check_bytes, check_output
-from ..pruning.blocks import Block, find_blocks
+from ..pruning.blocks import Block, find_blocks, matrices_of
 from ..pruning.driver import check_blocks, check_input_ids
 from ..pruning.loop import Loop, default_batch_size
 from ..pruning.report import Progress, PruningReport
@@ -97,7 +97,7 @@ def stream_prune(
     ids = check_input_ids(skeleton, input_ids, spec)
     if ids is not None and spec.batch_size is None:  # what a run begins with decides
         spec = spec.with_batch_size(default_batch_size(place, ids.shape[1]))
-    job = _Job(spec, skeleton, blocks, checkpoint, ids, place, activation_memory, processes, progress)
+    job = _Job(spec, skeleton, blocks, checkpoint, ids, place, activation_memory, processes, progress or Progress())
     begun_with = identity(spec.to_dict(), ids, checkpoint, place)
     if processes is not None:
         processes.refuse_differences(begun_with)
@@ -133,7 +133,7 @@ class _Job:
     device: torch.device
     activation_memory: int
     processes: Processes | None
-    progress: Progress | None
+    progress: Progress
 
     def work_through(
         self, state: dict[str, Any] | None, files: TwoFiles, writer: CheckpointWriter | None, commit: Commit | None
@@ -167,9 +167,7 @@ class _Job:
             raise ValueError(f"it is of {state['blocks']} blocks, the model has {len(self.blocks)}")
         done, stored = _go_on_from(state)
         blocks = self.blocks[: done.blocks]
-        layers = [
-            (f"{block.name}.{name}", tuple(m.weight.shape)) for block in blocks for name, m in block.matrices.items()
-        ]
+        layers = [(name, tuple(matrix.weight.shape)) for name, matrix in matrices_of(blocks).items()]
         if [(layer.name, layer.shape) for layer in done.layers] != layers:
             raise ValueError(f"it reports on {len(done.layers)} layers, {len(layers)} are done, or on others")
         if (None if done.sparsities is None else len(done.sparsities)) != (len(self.blocks) if self.spec.owl else None):
