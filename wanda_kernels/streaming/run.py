@@ -27,8 +27,7 @@ from ..pruning.stopwatch import Stopwatch
 from .activations import FiledActivations, SavedActivations, SpilledActivations, Stored, TwoFiles
 from .blocks import Commit, StreamedBlocks
 from .skeleton import build
-from .state import done_of, identity, refuse_other_run
-from .workfolder import WorkFolder, path_for, read_state
+from .workfolder import WorkFolder, done_of, identity, path_for, read_state, refuse_other_run
 
 ACTIVATION_MEMORY = 4 * 2**30
 COPIED = ("config.json", "generation_config.json")
