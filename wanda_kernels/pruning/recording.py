@@ -78,7 +78,7 @@ def record_calls(
     for number, input_ids in enumerate(batches):
         try:
             hidden, calls = _record(model, blocks, input_ids, returns_tuple)
-        except ValueError:
+        except ValueError as error:
             if number:
                 raise
             # Some models take the first of what a block returns, with [0], and some take all of it.
@@ -86,8 +86,7 @@ def record_calls(
             try:
                 hidden, calls = _record(model, blocks, input_ids, returns_tuple)
             except ValueError:
-                returns_tuple = False
-                hidden, calls = _record(model, blocks, input_ids, returns_tuple)  # its error is the better one
+                raise error from error.__cause__  # the better one
         keep_first(hidden)
         for block_calls, call in zip(recording.calls, calls, strict=True):
             block_calls.append(call)

@@ -85,15 +85,14 @@ class BlockStatistics:
         self._held.append((source, x, _version(x)))
         if self._hessians is not None:
             with self._stopwatch.measure("statistics"):
-                self._add_hessian(self._hessians, source, x)
-
-    def _add_hessian(self, hessians: dict[str, Tensor], source: str, x: Tensor) -> None:
-        """Running mean over sequences of 2 x^T x, one at a time: the batch size does not change a bit."""
-        if source not in hessians:
-            hessians[source] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-        for seen, one in enumerate(x.reshape(self._rows.stop - self._rows.start, -1, x.shape[-1]), self._rows.start):
-            tokens = one.float()
-            hessians[source].addmm_(tokens.t(), tokens, beta=seen / (seen + 1), alpha=2 / (seen + 1))
+                # Running mean over sequences of 2 x^T x, one at a time: the batch size does not change a bit.
+                first, cols = self._rows.start, x.shape[-1]
+                if source not in self._hessians:
+                    self._hessians[source] = torch.zeros(cols, cols, dtype=torch.float32, device=x.device)
+                for seen, one in enumerate(x.reshape(self._rows.stop - first, -1, cols), first):
+                    tokens = one.float()
+                    beta, alpha = seen / (seen + 1), 2 / (seen + 1)
+                    self._hessians[source].addmm_(tokens.t(), tokens, beta=beta, alpha=alpha)
 
     def _add(self, name: str, x: Tensor) -> None:
         self._called.append(name)

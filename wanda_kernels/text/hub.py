@@ -20,13 +20,9 @@ def load(name: str, split: str) -> Any:
         ImportError: without the ``datasets`` package.
         OSError: where the data set cannot be had.
     """
-    datasets = _library(name)
-    try:
-        if name == "c4":
-            return _load(datasets, "allenai/c4", data_files={split: C4_TRAIN}, split=split)
-        return _load(datasets, "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-    except Exception as error:
-        raise _unavailable(name, error) from error
+    if name == "c4":
+        return _load(name, "allenai/c4", data_files={split: C4_TRAIN}, split=split)
+    return _load(name, "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
 
 
 def stream(name: str, configuration: str | None, split: str, seed: int) -> Iterator[Any]:
@@ -34,26 +30,24 @@ def stream(name: str, configuration: str | None, split: str, seed: int) -> Itera
 
     Raises: as :func:`load`.
     """
-    datasets = _library(name)
+    rows = _load(name, name, configuration, split=split, streaming=True)
     try:
-        rows = _load(datasets, name, configuration, split=split, streaming=True)
         yield from rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     except Exception as error:
         raise _unavailable(name, error) from error
 
 
-def _load(datasets: Any, *what: Any, **how: Any) -> Any:
+def _load(name: str, *what: Any, **how: Any) -> Any:
     """Without a data set's own code: version 4 dropped it, earlier ones may be set to run it by the environment."""
-    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:
-        how["trust_remote_code"] = False
-    return datasets.load_dataset(*what, **how)
-
-
-def _library(name: str) -> Any:
     need("datasets", "data", f"{name} needs the datasets package")
     import datasets
 
-    return datasets
+    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:
+        how["trust_remote_code"] = False
+    try:
+        return datasets.load_dataset(*what, **how)
+    except Exception as error:
+        raise _unavailable(name, error) from error
 
 
 def _unavailable(name: str, error: Exception) -> OSError:
