@@ -67,11 +67,8 @@ def checksum(tensor: Tensor) -> str:
 
 def of_file(path: Path) -> str:
     """Hash of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(CHUNK):
-            digest.update(part)
-    return digest.hexdigest()[:32]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def in_words(found: list[str]) -> str:
