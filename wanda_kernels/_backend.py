@@ -25,6 +25,15 @@ def schemas() -> dict[str, str]:
     return {schema.split("(")[0]: schema for schema in re.findall(r'^SCHEMA\("(.*)"\)$', text, re.MULTILINE)}
 
 
+def fake(op: str, check: Callable[..., object], empty: Callable[..., Any] = lambda *_: None) -> None:
+    """Registers an operator's fake implementation: its ``check`` of the arguments, then an ``empty`` output."""
+
+    @torch.library.register_fake(f"{NAMESPACE}::{op}")
+    def _(*arguments: Any) -> Any:
+        check(op, *arguments)
+        return empty(*arguments)
+
+
 def _load_extension() -> tuple[ModuleType | None, str]:
     """The compiled module and why it is on or off."""
     if os.environ.get(_REFERENCE_ONLY) == "1":

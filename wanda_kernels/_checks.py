@@ -1,6 +1,6 @@
 """Argument checks of the PyTorch reference and of the fake implementations; csrc/checks.h says the same in C++.
 
-An error names the operator, the argument, what is required and what came.
+Each takes an operator's name and arguments. An error names the operator, the argument, what is required and what came.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def check_packed(op: str, values: Tensor, metadata: Tensor) -> None:
     _check_shape(op, "metadata", metadata, values.shape[0], values.shape[1] // 8)
 
 
-def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None) -> tuple[int, int, int]:
+def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> tuple[int, int, int]:
     """Returns (sequences, tokens, C_in): x may be flattened, the sequences then come from sqnorm."""
     _check_dtype(op, "sqnorm", sqnorm, (torch.float32,))
     _check_dtype(op, "x", x, FLOATS)
@@ -138,13 +138,15 @@ def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None) 
     return sequences, tokens, cols
 
 
-def check_rms_norm_sqnorm(op: str, x: Tensor, weight: Tensor, sqnorm: Tensor, token_mask: Tensor | None) -> None:
+def check_rms_norm_sqnorm(
+    op: str, x: Tensor, weight: Tensor, eps: float, sqnorm: Tensor, token_mask: Tensor | None = None, *_: bool
+) -> None:
     check_sqnorm(op, sqnorm, x, token_mask)
     _check_like(op, "weight", weight, "x", x)
     _check_shape(op, "weight", weight, sqnorm.shape[-1])
 
 
-def check_act_mul_sqnorm(op: str, gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None) -> None:
+def check_act_mul_sqnorm(op: str, gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None = None) -> None:
     check_sqnorm(op, sqnorm, gate, token_mask)
     _check_like(op, "up", up, "gate", gate)
     if up.shape != gate.shape:
@@ -176,7 +178,19 @@ def check_sparse24(op: str, values: Tensor, indices: Tensor) -> None:
     _check_shape(op, "values", values, indices.shape[0], indices.shape[1] * 4)
 
 
-def check_packed_linear(op: str, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
+def check_bitmap_linear(
+    op: str, x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None
+) -> None:
+    check_bitmap(op, values, bitmap, starts)
+    _check_product(op, x, values, bitmap, bias)
+
+
+def check_sparse24_linear(op: str, x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> None:
+    check_sparse24(op, values, indices)
+    _check_product(op, x, values, indices, bias)
+
+
+def _check_product(op: str, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
     rows, cols = codes.shape[0], codes.shape[1] * 8
     _check_like(op, "x", x, "values", values)
     if x.dim() == 0 or x.shape[-1] != cols:

@@ -115,14 +115,12 @@ def unpack_sparse24(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
-    _checks.check_bitmap("bitmap_linear", values, bitmap, starts)
-    _checks.check_packed_linear("bitmap_linear", x, values, bitmap, bias)
+    _checks.check_bitmap_linear("bitmap_linear", x, values, bitmap, starts, bias)
     return linear(x, unpack_bitmap(values, bitmap, starts), bias)
 
 
 def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
-    _checks.check_sparse24("sparse24_linear", values, indices)
-    _checks.check_packed_linear("sparse24_linear", x, values, indices, bias)
+    _checks.check_sparse24_linear("sparse24_linear", x, values, indices, bias)
     return linear(x, unpack_sparse24(values, indices), bias)
 
 
@@ -160,7 +158,7 @@ def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> 
 def rms_norm_sqnorm(
     x: Tensor, weight: Tensor, eps: float, sqnorm: Tensor, token_mask: Tensor | None = None, unit_offset: bool = False
 ) -> Tensor:
-    _checks.check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, sqnorm, token_mask)
+    _checks.check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, eps, sqnorm, token_mask)
     values = x.float()
     scaled = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
     y = (scaled * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * scaled.to(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
+from .._backend import fake
 from .._checks import check_nm
 
 
@@ -40,12 +40,5 @@ def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
     return torch.ops.wanda.nm_mask(weight, norm, n, m)
 
 
-@torch.library.register_fake("wanda::prune_nm_")
-def _(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
-    check_nm("prune_nm_", weight, norm, n, m, score_sums)
-
-
-@torch.library.register_fake("wanda::nm_mask")
-def _(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
-    check_nm("nm_mask", weight, norm, n, m)
-    return weight.new_empty(weight.shape, dtype=torch.bool)
+fake("prune_nm_", check_nm)
+fake("nm_mask", check_nm, lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.bool))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
+from .._backend import fake
 from .._checks import check_rows
 
 
@@ -40,12 +40,5 @@ def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
     return torch.ops.wanda.row_mask(weight, norm, sparsity)
 
 
-@torch.library.register_fake("wanda::prune_rows_")
-def _(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
-    check_rows("prune_rows_", weight, norm, sparsity, score_sums)
-
-
-@torch.library.register_fake("wanda::row_mask")
-def _(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
-    check_rows("row_mask", weight, norm, sparsity)
-    return weight.new_empty(weight.shape, dtype=torch.bool)
+fake("prune_rows_", check_rows)
+fake("row_mask", check_rows, lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.bool))
