@@ -25,7 +25,7 @@ from transformers.models.opt import modeling_opt  # noqa: F401
 from wanda_kernels import prune
 from wanda_kernels.cli.app import main
 from wanda_kernels.distributed import Processes
-from wanda_kernels.pruning.progress import Progress
+from wanda_kernels.pruning.report import Progress
 from wanda_kernels.streaming import stream_prune
 
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from benchmarks.official import OfficialRun
 from wanda_kernels import prune
 from wanda_kernels.memory import in_files
 from wanda_kernels.pruning.blocks import count_zeros, find_blocks
-from wanda_kernels.pruning.progress import Progress
+from wanda_kernels.pruning.report import Progress
 
 
 def masks(model) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
 
 from wanda_kernels import ops, reference
 from wanda_kernels.packed import pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
-from wanda_kernels.packed.bands import banded_linear, rows_of_band
 from wanda_kernels.packed.format import PADDING, choose_format, is_24, packed_bytes
+from wanda_kernels.packed.linear import banded_linear, rows_of_band
 
 BACKENDS = backends.names()
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

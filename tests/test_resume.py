@@ -18,7 +18,7 @@ import tiny
 from safetensors.torch import load_file, save_file
 from test_streaming import one_thread, save_sharded  # noqa: F401  (a fixture)
 
-from wanda_kernels.pruning.progress import Progress
+from wanda_kernels.pruning.report import Progress
 from wanda_kernels.streaming import stream_prune
 from wanda_kernels.streaming.run import describe
 from wanda_kernels.streaming.workfolder import WorkFolder

@@ -19,7 +19,7 @@ from wanda_kernels.models.checkpoint import write_at
 from wanda_kernels.streaming import stream_prune, workfolder
 from wanda_kernels.streaming.activations import TwoFiles
 from wanda_kernels.streaming.run import describe
-from wanda_kernels.streaming.state import done_of
+from wanda_kernels.streaming.workfolder import done_of
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,4 @@
-"""Which implementation serves the ``wanda::`` operators, and why.
-
-CPU tensors run the C++ kernels of ``wanda_kernels._C``, CUDA tensors its CUDA kernels and, for fused statistics, the
-Triton kernels of ``wanda_kernels.triton``. Where the extension is not built, or built without CUDA, the PyTorch
-reference serves them (statistics: Triton, where it is installed); ``wanda-kernels info`` says so.
-"""
+"""Which implementation serves the ``wanda::`` operators, and why (docs/design.md); ``wanda-kernels info`` says so."""
 
 from __future__ import annotations
 
@@ -28,6 +23,15 @@ def schemas() -> dict[str, str]:
     """Operator name -> schema, from the one list of them (``schemas.def``)."""
     text = resources.files("wanda_kernels").joinpath("schemas.def").read_text()
     return {schema.split("(")[0]: schema for schema in re.findall(r'^SCHEMA\("(.*)"\)$', text, re.MULTILINE)}
+
+
+def fake(op: str, check: Callable[..., object], empty: Callable[..., Any] = lambda *_: None) -> None:
+    """Registers an operator's fake implementation: its ``check`` of the arguments, then an ``empty`` output."""
+
+    @torch.library.register_fake(f"{NAMESPACE}::{op}")
+    def _(*arguments: Any) -> Any:
+        check(op, *arguments)
+        return empty(*arguments)
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:

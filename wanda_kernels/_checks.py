@@ -1,6 +1,6 @@
 """Argument checks of the PyTorch reference and of the fake implementations; csrc/checks.h says the same in C++.
 
-An error names the operator, the argument, what is required and what came.
+Each takes an operator's name and arguments. An error names the operator, the argument, what is required and what came.
 """
 
 from __future__ import annotations
@@ -12,87 +12,102 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PACKABLE = (torch.bfloat16, torch.float16)
 
 
-def _same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def _check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], note: str = "") -> None:
+    if tensor.dtype not in allowed:
+        required = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        required = " or ".join(required.rsplit(", ", 1))
+        raise TypeError(f"wanda::{op}: {name} must be {required}{note}, got {tensor.dtype}")
+
+
+def _check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"wanda::{op}: {name} is on {tensor.device}, {other_name} is on {other.device}")
 
 
-def check_weight(op: str, weight: Tensor) -> None:
+def _check_beside(op: str, name: str, tensor: Tensor, dtype: torch.dtype, other_name: str, other: Tensor) -> None:
+    """Of ``dtype``, where ``other`` is."""
+    _check_dtype(op, name, tensor, (dtype,))
+    _check_device(op, name, tensor, other_name, other)
+
+
+def _check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Of the dtype and on the device of ``other``."""
+    if tensor.dtype != other.dtype:
+        verb = "are" if other_name == "values" else "is"
+        raise TypeError(f"wanda::{op}: {name} must be {other.dtype}, as {other_name} {verb}, got {tensor.dtype}")
+    _check_device(op, name, tensor, other_name, other)
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, *shape: int, contiguous: bool = False) -> None:
+    if tuple(tensor.shape) != shape or (contiguous and not tensor.is_contiguous()):
+        required = f"{'contiguous ' if contiguous else ''}{list(shape)}"
+        raise ValueError(f"wanda::{op}: {name} must be {required}, got {list(tensor.shape)}")
+
+
+def _check_weight(op: str, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"wanda::{op}: weight must have 2 dimensions [C_out, C_in], got {weight.dim()}")
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"wanda::{op}: weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    _check_dtype(op, "weight", weight, FLOATS)
 
 
-def check_norm(op: str, norm: Tensor, weight: Tensor) -> None:
-    if norm.dtype != torch.float32:
-        raise TypeError(f"wanda::{op}: norm must be float32, got {norm.dtype}")
-    _same_device(op, "norm", norm, "weight", weight)
+def _check_norm(op: str, norm: Tensor, weight: Tensor) -> None:
+    _check_beside(op, "norm", norm, torch.float32, "weight", weight)
     if norm.dim() != 1:
         raise ValueError(f"wanda::{op}: norm must have 1 dimension [C_in], got {norm.dim()}")
     if norm.shape[0] != weight.shape[1]:
         raise ValueError(f"wanda::{op}: norm has {norm.shape[0]} elements, weight has {weight.shape[1]} columns")
 
 
-def check_score_sums(op: str, score_sums: Tensor | None, weight: Tensor) -> None:
-    if score_sums is None:
-        return
-    if score_sums.dtype != torch.float32:
-        raise TypeError(f"wanda::{op}: score_sums must be float32, got {score_sums.dtype}")
-    _same_device(op, "score_sums", score_sums, "weight", weight)
-    if tuple(score_sums.shape) != (weight.shape[0], 2) or not score_sums.is_contiguous():
-        raise ValueError(
-            f"wanda::{op}: score_sums must be contiguous [{weight.shape[0]}, 2], got {list(score_sums.shape)}"
-        )
+def _check_score_sums(op: str, score_sums: Tensor | None, weight: Tensor) -> None:
+    if score_sums is not None:
+        _check_beside(op, "score_sums", score_sums, torch.float32, "weight", weight)
+        _check_shape(op, "score_sums", score_sums, weight.shape[0], 2, contiguous=True)
 
 
-def check_sparsity(op: str, sparsity: float) -> None:
+def check_rows(op: str, weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
+    _check_weight(op, weight)
+    _check_norm(op, norm, weight)
     if not 0 <= sparsity < 1:
         raise ValueError(f"wanda::{op}: sparsity must be in [0, 1), got {sparsity}")
+    _check_score_sums(op, score_sums, weight)
 
 
-def check_pattern(op: str, weight: Tensor, n: int, m: int) -> None:
+def check_nm(op: str, weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
+    _check_weight(op, weight)
+    _check_norm(op, norm, weight)
     if not 0 < n < m:
         raise ValueError(f"wanda::{op}: a pattern n:m needs 0 < n < m, got {n}:{m}")
     if weight.shape[1] % m:
         raise ValueError(f"wanda::{op}: weight has {weight.shape[1]} columns, not a multiple of m = {m}")
+    _check_score_sums(op, score_sums, weight)
 
 
-def check_packable(op: str, weight: Tensor) -> None:
-    check_weight(op, weight)
-    if weight.dtype not in PACKABLE:
-        raise TypeError(
-            f"wanda::{op}: weight must be bfloat16 or float16 (torch packs float32 as 1:2), got {weight.dtype}"
-        )
+def check_packable(op: str, weight: Tensor, norm: Tensor | None = None) -> None:
+    _check_weight(op, weight)
+    _check_dtype(op, "weight", weight, PACKABLE, " (torch packs float32 as 1:2)")
     if weight.shape[0] % 32 or weight.shape[1] % 64 or weight.numel() == 0:
         raise ValueError(
             f"wanda::{op}: weight must have a multiple of 32 rows and of 64 columns, got {list(weight.shape)}"
         )
+    if norm is not None:
+        _check_norm(op, norm, weight)
 
 
 def check_packed(op: str, values: Tensor, metadata: Tensor) -> None:
-    if values.dtype not in PACKABLE:
-        raise TypeError(f"wanda::{op}: values must be bfloat16 or float16, got {values.dtype}")
-    if metadata.dtype != torch.int16:
-        raise TypeError(f"wanda::{op}: metadata must be int16, got {metadata.dtype}")
-    _same_device(op, "metadata", metadata, "values", values)
+    _check_dtype(op, "values", values, PACKABLE)
+    _check_beside(op, "metadata", metadata, torch.int16, "values", values)
     if values.dim() != 2 or values.shape[0] % 32 or values.shape[1] % 32 or values.numel() == 0:
         raise ValueError(
             f"wanda::{op}: values must be [C_out, C_in / 2] with multiples of 32, got {list(values.shape)}"
         )
-    if tuple(metadata.shape) != (values.shape[0], values.shape[1] // 8):
-        raise ValueError(
-            f"wanda::{op}: metadata must be [{values.shape[0]}, {values.shape[1] // 8}], got {list(metadata.shape)}"
-        )
+    _check_shape(op, "metadata", metadata, values.shape[0], values.shape[1] // 8)
 
 
-def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None) -> tuple[int, int, int]:
+def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> tuple[int, int, int]:
     """Returns (sequences, tokens, C_in): x may be flattened, the sequences then come from sqnorm."""
-    if sqnorm.dtype != torch.float32:
-        raise TypeError(f"wanda::{op}: sqnorm must be float32, got {sqnorm.dtype}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"wanda::{op}: x must be float32, bfloat16 or float16, got {x.dtype}")
-    _same_device(op, "sqnorm", sqnorm, "x", x)
+    _check_dtype(op, "sqnorm", sqnorm, (torch.float32,))
+    _check_dtype(op, "x", x, FLOATS)
+    _check_device(op, "sqnorm", sqnorm, "x", x)
     if sqnorm.dim() not in (1, 2) or not sqnorm.is_contiguous():
         raise ValueError(
             f"wanda::{op}: sqnorm must be contiguous [C_in] or [sequences, C_in], got {list(sqnorm.shape)}"
@@ -114,9 +129,7 @@ def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None) 
             )
         tokens = x.shape[0] // sequences if sequences else 0
     if token_mask is not None:
-        if token_mask.dtype != torch.bool:
-            raise TypeError(f"wanda::{op}: token_mask must be bool, got {token_mask.dtype}")
-        _same_device(op, "token_mask", token_mask, "x", x)
+        _check_beside(op, "token_mask", token_mask, torch.bool, "x", x)
         fits = token_mask.dim() == 1 or (token_mask.dim() == 2 and token_mask.shape[0] == sequences)
         if not fits or token_mask.numel() != sequences * tokens:
             raise ValueError(
@@ -125,30 +138,24 @@ def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None) 
     return sequences, tokens, cols
 
 
-def check_rms_norm_sqnorm(op: str, x: Tensor, weight: Tensor, sqnorm: Tensor, token_mask: Tensor | None) -> None:
-    _, _, cols = check_sqnorm(op, sqnorm, x, token_mask)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"wanda::{op}: weight must be {x.dtype}, as x is, got {weight.dtype}")
-    _same_device(op, "weight", weight, "x", x)
-    if tuple(weight.shape) != (cols,):
-        raise ValueError(f"wanda::{op}: weight must be [{cols}], got {list(weight.shape)}")
+def check_rms_norm_sqnorm(
+    op: str, x: Tensor, weight: Tensor, eps: float, sqnorm: Tensor, token_mask: Tensor | None = None, *_: bool
+) -> None:
+    check_sqnorm(op, sqnorm, x, token_mask)
+    _check_like(op, "weight", weight, "x", x)
+    _check_shape(op, "weight", weight, sqnorm.shape[-1])
 
 
-def check_act_mul_sqnorm(op: str, gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None) -> None:
+def check_act_mul_sqnorm(op: str, gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None = None) -> None:
     check_sqnorm(op, sqnorm, gate, token_mask)
-    if up.dtype != gate.dtype:
-        raise TypeError(f"wanda::{op}: up must be {gate.dtype}, as gate is, got {up.dtype}")
-    _same_device(op, "up", up, "gate", gate)
+    _check_like(op, "up", up, "gate", gate)
     if up.shape != gate.shape:
         raise ValueError(f"wanda::{op}: up must be {list(gate.shape)}, as gate is, got {list(up.shape)}")
 
 
 def _check_packed_values(op: str, values: Tensor, codes: Tensor, name: str) -> None:
-    if values.dtype not in FLOATS:
-        raise TypeError(f"wanda::{op}: values must be float32, bfloat16 or float16, got {values.dtype}")
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"wanda::{op}: {name} must be uint8, got {codes.dtype}")
-    _same_device(op, name, codes, "values", values)
+    _check_dtype(op, "values", values, FLOATS)
+    _check_beside(op, name, codes, torch.uint8, "values", values)
     if codes.dim() != 2 or codes.shape[1] % 8 or codes.numel() == 0 or not codes.is_contiguous():
         raise ValueError(
             f"wanda::{op}: {name} must be contiguous [C_out, C_in / 8] with C_in a multiple of 64, got "
@@ -160,33 +167,34 @@ def _check_packed_values(op: str, values: Tensor, codes: Tensor, name: str) -> N
 
 def check_bitmap(op: str, values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
     _check_packed_values(op, values, bitmap, "bitmap")
-    if starts.dtype != torch.int32:
-        raise TypeError(f"wanda::{op}: starts must be int32, got {starts.dtype}")
-    _same_device(op, "starts", starts, "values", values)
-    if tuple(starts.shape) != (bitmap.shape[0] + 1,) or not starts.is_contiguous():
-        raise ValueError(f"wanda::{op}: starts must be contiguous [{bitmap.shape[0] + 1}], got {list(starts.shape)}")
+    _check_beside(op, "starts", starts, torch.int32, "values", values)
+    _check_shape(op, "starts", starts, bitmap.shape[0] + 1, contiguous=True)
     if values.dim() != 1 or values.shape[0] < 32:
         raise ValueError(f"wanda::{op}: values must be [kept + 32], got {list(values.shape)}")
 
 
 def check_sparse24(op: str, values: Tensor, indices: Tensor) -> None:
     _check_packed_values(op, values, indices, "indices")
-    if tuple(values.shape) != (indices.shape[0], indices.shape[1] * 4):
-        raise ValueError(
-            f"wanda::{op}: values must be [{indices.shape[0]}, {indices.shape[1] * 4}], got {list(values.shape)}"
-        )
+    _check_shape(op, "values", values, indices.shape[0], indices.shape[1] * 4)
 
 
-def check_packed_linear(op: str, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
+def check_bitmap_linear(
+    op: str, x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None
+) -> None:
+    check_bitmap(op, values, bitmap, starts)
+    _check_product(op, x, values, bitmap, bias)
+
+
+def check_sparse24_linear(op: str, x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> None:
+    check_sparse24(op, values, indices)
+    _check_product(op, x, values, indices, bias)
+
+
+def _check_product(op: str, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
     rows, cols = codes.shape[0], codes.shape[1] * 8
-    if x.dtype != values.dtype:
-        raise TypeError(f"wanda::{op}: x must be {values.dtype}, as values are, got {x.dtype}")
-    _same_device(op, "x", x, "values", values)
+    _check_like(op, "x", x, "values", values)
     if x.dim() == 0 or x.shape[-1] != cols:
         raise ValueError(f"wanda::{op}: x must be [.., {cols}], got {list(x.shape)}")
     if bias is not None:
-        if bias.dtype != values.dtype:
-            raise TypeError(f"wanda::{op}: bias must be {values.dtype}, as values are, got {bias.dtype}")
-        _same_device(op, "bias", bias, "values", values)
-        if tuple(bias.shape) != (rows,):
-            raise ValueError(f"wanda::{op}: bias must be [{rows}], got {list(bias.shape)}")
+        _check_like(op, "bias", bias, "values", values)
+        _check_shape(op, "bias", bias, rows)

@@ -1,8 +1,9 @@
-"""Figures and files in words that say what is meant: percentages that do not round to lies, JSON that every reader
-takes."""
+"""Figures, files and needs in words that say what is meant: percentages that do not round to lies, JSON that every
+reader takes, which package is lacking."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from typing import Any
@@ -36,3 +37,9 @@ def _strict(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _strict(value) for key, value in data.items()}
     return [_strict(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def need(package: str, extra: str, why: str) -> None:
+    """Raises ImportError, saying ``why``, where ``package`` of this package's ``extra`` is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{why}: pip install 'wanda_kernels[{extra}]'")

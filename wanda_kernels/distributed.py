@@ -16,6 +16,7 @@ import ctypes
 import datetime
 import itertools
 import json
+import math
 import os
 import socket
 import threading
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .identity import differences
+from .identity import differences, in_words
 from .models.load import choose_device
 
 TIMEOUT_S = 1800.0  # of an exchange: how long the fastest process waits for the slowest
@@ -38,7 +39,6 @@ NOT_HERE = "stopped, because {} did not come in time (WANDA_KERNELS_START_S: sec
 GONE = "stopped, because the process that the others meet at is gone (killed?)"
 PATIENCE_S = 3.0  # in which a process whose connection broke learns why
 POLL_S = 0.5
-SHOWN = 3  # differences in an error
 
 
 class LostError(Exception):
@@ -94,14 +94,11 @@ class Processes:
     def _meet(self, seconds: float) -> None:
         """Until all are here."""
         keys = [f"{HERE}/{rank}" for rank in range(self.size)]
-        end = time.monotonic() + seconds
         with self._told():
             self._store.set(keys[self.rank], "")
-            while not self._store.check(keys):
-                if time.monotonic() > end:
-                    missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
-                    raise RuntimeError(NOT_HERE.format(f"rank {', '.join(missing)}"))
-                time.sleep(0.05)
+            if not self._wait_for(keys, seconds):
+                missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+                raise RuntimeError(NOT_HERE.format(f"rank {', '.join(missing)}"))
 
     def _make_group(self, backend: str, connect: datetime.timedelta, exchange: datetime.timedelta) -> None:
         """``connect``, ``exchange``: how long either may take."""
@@ -145,14 +142,11 @@ class Processes:
         for rank, theirs in enumerate(all_of_them):
             found = differences(all_of_them[0], theirs)
             if found:
-                shown = "; ".join(
-                    f"{name}: rank 0 has {_short(a)}, rank {rank} {_short(b)}" for name, a, b in found[:SHOWN]
-                )
-                more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+                said = in_words([f"{name}: rank 0 has {_short(a)}, rank {rank} {_short(b)}" for name, a, b in found])
                 self._is_leaving = True  # each says it itself, and is not told by the others
                 with self._told():
                     self._wait_for([f"{key}/read/{other}" for other in range(self.size)], PATIENCE_S)
-                raise ValueError(f"all processes must be given the same, but {shown}{more}")
+                raise ValueError(f"all processes must be given the same, but {said}")
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -163,14 +157,10 @@ class Processes:
             raise RuntimeError(self.lost or GONE) from error
 
     def _read(self, key: str) -> Any:
-        end = time.monotonic() + self._timeout_s
-        while not self._store.check([key]):
-            self._refuse_lost()
-            if time.monotonic() > end:
-                raise RuntimeError(
-                    f"stopped, because another process did not say within {self._timeout_s:.0f} s what it runs"
-                )
-            time.sleep(0.02)
+        if not self._wait_for([key], self._timeout_s, self._refuse_lost):
+            raise RuntimeError(
+                f"stopped, because another process did not say within {self._timeout_s:.0f} s what it runs"
+            )
         return json.loads(self._store.get(key))
 
     def exchange_rows_(self, tensor: Tensor, rows: list[range]) -> None:
@@ -228,13 +218,9 @@ class Processes:
 
     def _failure(self, patience_s: float) -> str | None:
         """What a process said that failed."""
-        end = time.monotonic() + patience_s
         try:
-            while not self._store.check([FAILURE]):
-                if time.monotonic() > end:
-                    return None
-                time.sleep(0.1)
-            return f"stopped, because {self._store.get(FAILURE).decode()}"
+            there = self._wait_for([FAILURE], patience_s)
+            return f"stopped, because {self._store.get(FAILURE).decode()}" if there else None
         except RuntimeError:
             return GONE
 
@@ -287,9 +273,7 @@ class Processes:
         """
         with self._told():
             self._store.set(f"{DONE}/{self.rank}", "")
-            while not self._store.check([f"{DONE}/0"]):
-                self._refuse_lost()
-                time.sleep(0.02)
+            self._wait_for([f"{DONE}/0"], math.inf, self._refuse_lost)
         self._is_leaving = True
         with contextlib.suppress(RuntimeError):  # the one that listens may have ended already
             if self.size > 1:
@@ -315,11 +299,15 @@ class Processes:
             if self.is_first:
                 self._wait_for([f"{LEFT}/{rank}" for rank in range(self.size)], seconds)
 
-    def _wait_for(self, keys: list[str], seconds: float) -> None:
-        """Until the store has all of them, or the time is over."""
+    def _wait_for(self, keys: list[str], seconds: float, look: Callable[[], None] = lambda: None) -> bool:
+        """Until the store has all of them, or the time is over: whether it has. ``look``: called meanwhile."""
         end = time.monotonic() + seconds
-        while not self._store.check(keys) and time.monotonic() < end:
+        while not self._store.check(keys):
+            look()
+            if time.monotonic() > end:
+                return False
             time.sleep(0.02)
+        return True
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,7 @@ from ._version import __version__
 from .models.checkpoint import bytes_of
 
 CHUNK = 1 << 20
+SHOWN = 3  # differences in an error
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,13 +45,14 @@ def of_tokens(input_ids: Tensor | None) -> dict[str, Any] | None:
 def of_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Tensor -> dtype, shape and a checksum of all its elements, without those on the meta device, which have none."""
     return {
-        name: f"{tensor.dtype} {list(tensor.shape)} {_checksum(tensor)}"
+        name: f"{tensor.dtype} {list(tensor.shape)} {checksum(tensor)}"
         for name, tensor in tensors
         if not tensor.is_meta
     }
 
 
-def _checksum(tensor: Tensor) -> str:
+@torch.no_grad()
+def checksum(tensor: Tensor) -> str:
     """Sums, modulo 2^64, of the elements' bits as integers, plain and times their place: at the speed of memory, on any
     device."""
     bits = tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
@@ -65,11 +67,13 @@ def _checksum(tensor: Tensor) -> str:
 
 def of_file(path: Path) -> str:
     """Hash of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(CHUNK):
-            digest.update(part)
-    return digest.hexdigest()[:32]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def in_words(found: list[str]) -> str:
+    """The first few of what differs, and how many more there are."""
+    return "; ".join(found[:SHOWN]) + (f", and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

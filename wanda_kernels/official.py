@@ -12,7 +12,6 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -56,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
     """Load, prune, evaluate, log, save: in the official order."""
     from .cli.session import Session
     from .models.save import check_output, check_writable
+    from .text.tasks import PAPER_TASKS, TaskEvaluation
 
     with usage():
         ranks.refuse("the official command")
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         check_writable(options.save)
     if options.save_model is not None:
         check_output(options.save_model, overwrite=True, source=options.model)
-    zero_shot = _zero_shot_tasks() if options.eval_zero_shot else None
+    zero_shot = TaskEvaluation(PAPER_TASKS) if options.eval_zero_shot else None
     session.begin()
     length = options.length or min(getattr(session.config, "max_position_embeddings", LONGEST), LONGEST)
     session.check(spec, options.save_model, length=length)
@@ -104,12 +104,6 @@ def _spec(options: argparse.Namespace) -> PruneSpec:
         raise ValueError(f"--sparsity_ratio must be 0.5 for {pattern}, got {options.sparsity_ratio:g}")
     sparsity = None if pattern else options.sparsity_ratio
     return PruneSpec(sparsity=sparsity, pattern=pattern, method=options.prune_method, variant=options.use_variant)
-
-
-def _zero_shot_tasks() -> Any:
-    from .text.tasks import PAPER_TASKS, TaskEvaluation
-
-    return TaskEvaluation(PAPER_TASKS)
 
 
 def sparsity_by_layer(model: torch.nn.Module) -> float:

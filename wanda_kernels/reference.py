@@ -10,21 +10,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from ._checks import (
-    check_act_mul_sqnorm,
-    check_bitmap,
-    check_norm,
-    check_packable,
-    check_packed,
-    check_packed_linear,
-    check_pattern,
-    check_rms_norm_sqnorm,
-    check_score_sums,
-    check_sparse24,
-    check_sparsity,
-    check_sqnorm,
-    check_weight,
-)  # fmt: skip
+from . import _checks
 
 __all__ = [
     "add_sqnorm_", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_", "prune_pack_24",
@@ -48,57 +34,45 @@ def write_score_sums(score: Tensor, mask: Tensor, score_sums: Tensor) -> None:
     score_sums[:, 1] = squares.sum(dim=1)
 
 
-def _row_mask(op: str, weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
-    check_weight(op, weight)
-    check_norm(op, norm, weight)
-    check_sparsity(op, sparsity)
+def _prune_(weight: Tensor, norm: Tensor, mask: Tensor, score_sums: Tensor | None) -> None:
+    if score_sums is not None:
+        write_score_sums(scores(weight, norm), mask, score_sums)
+    weight.masked_fill_(mask, 0)
+
+
+def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
+    _checks.check_rows("row_mask", weight, norm, sparsity)
     score = scores(weight, norm)
     k = int(weight.shape[1] * sparsity)
     pruned = torch.sort(score, dim=1, stable=True).indices[:, :k]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, pruned, True)
 
 
-def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
-    return _row_mask("row_mask", weight, norm, sparsity)
-
-
 def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
-    mask = _row_mask("prune_rows_", weight, norm, sparsity)
-    if score_sums is not None:
-        check_score_sums("prune_rows_", score_sums, weight)
-        write_score_sums(scores(weight, norm), mask, score_sums)
-    weight.masked_fill_(mask, 0)
+    _checks.check_rows("prune_rows_", weight, norm, sparsity, score_sums)
+    _prune_(weight, norm, row_mask(weight, norm, sparsity), score_sums)
 
 
 # N:M selection (section 3.1: N of every M consecutive inputs are kept).
 
 
-def _nm_mask(op: str, weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
-    check_weight(op, weight)
-    check_norm(op, norm, weight)
-    check_pattern(op, weight, n, m)
+def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
+    _checks.check_nm("nm_mask", weight, norm, n, m)
     groups = scores(weight, norm).reshape(weight.shape[0], weight.shape[1] // m, m)
     pruned = torch.sort(groups, dim=2, stable=True).indices[..., : m - n]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, pruned, True).view(weight.shape)
 
 
-def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
-    return _nm_mask("nm_mask", weight, norm, n, m)
-
-
 def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
-    mask = _nm_mask("prune_nm_", weight, norm, n, m)
-    if score_sums is not None:
-        check_score_sums("prune_nm_", score_sums, weight)
-        write_score_sums(scores(weight, norm), mask, score_sums)
-    weight.masked_fill_(mask, 0)
+    _checks.check_nm("prune_nm_", weight, norm, n, m, score_sums)
+    _prune_(weight, norm, nm_mask(weight, norm, n, m), score_sums)
 
 
 # 2:4 packing: torch's own conversions to and from its CUTLASS layout.
 
 
 def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
-    check_packable("pack_24", weight)
+    _checks.check_packable("pack_24", weight)
     overfull = int((weight.reshape(-1, 4).ne(0).sum(dim=1) > 2).sum())
     if overfull:
         raise ValueError(
@@ -108,14 +82,13 @@ def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prune_pack_24(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    check_packable("prune_pack_24", weight)
-    check_norm("prune_pack_24", norm, weight)
+    _checks.check_packable("prune_pack_24", weight, norm)
     pruned = weight.masked_fill(nm_mask(weight, norm, 2, 4), 0)
     return sparse_semi_structured_from_dense_cutlass(pruned.contiguous())
 
 
 def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
-    check_packed("unpack_24", values, metadata)
+    _checks.check_packed("unpack_24", values, metadata)
     return sparse_semi_structured_to_dense_cutlass(values.contiguous(), metadata.contiguous())
 
 
@@ -123,7 +96,7 @@ def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
 
 
 def unpack_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
-    check_bitmap("unpack_bitmap", values, bitmap, starts)
+    _checks.check_bitmap("unpack_bitmap", values, bitmap, starts)
     kept = (bitmap[:, :, None] >> torch.arange(8, device=bitmap.device)) & 1
     kept = kept.bool().flatten(1)
     weight = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
@@ -133,7 +106,7 @@ def unpack_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
 
 
 def unpack_sparse24(values: Tensor, indices: Tensor) -> Tensor:
-    check_sparse24("unpack_sparse24", values, indices)
+    _checks.check_sparse24("unpack_sparse24", values, indices)
     inside = (indices[:, :, None] >> torch.arange(0, 8, 2, device=indices.device)) & 3  # column in its group of four
     groups = inside.view(indices.shape[0], -1, 2).long()
     bits = values.view(torch.int32 if values.element_size() == 4 else torch.int16)  # moved as integers: NaN stays
@@ -142,14 +115,12 @@ def unpack_sparse24(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_bitmap("bitmap_linear", values, bitmap, starts)
-    check_packed_linear("bitmap_linear", x, values, bitmap, bias)
+    _checks.check_bitmap_linear("bitmap_linear", x, values, bitmap, starts, bias)
     return linear(x, unpack_bitmap(values, bitmap, starts), bias)
 
 
 def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_sparse24("sparse24_linear", values, indices)
-    check_packed_linear("sparse24_linear", x, values, indices, bias)
+    _checks.check_sparse24_linear("sparse24_linear", x, values, indices, bias)
     return linear(x, unpack_sparse24(values, indices), bias)
 
 
@@ -172,7 +143,7 @@ def _sum_of_squares(tokens: Tensor) -> Tensor:
 
 
 def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
-    sequences, tokens, cols = check_sqnorm("add_sqnorm_", sqnorm, x, token_mask)
+    sequences, tokens, cols = _checks.check_sqnorm("add_sqnorm_", sqnorm, x, token_mask)
     x = x.reshape(sequences, tokens, cols)
     counted = None if token_mask is None else token_mask.reshape(sequences, tokens)
     for sequence in range(sequences):
@@ -187,7 +158,7 @@ def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> 
 def rms_norm_sqnorm(
     x: Tensor, weight: Tensor, eps: float, sqnorm: Tensor, token_mask: Tensor | None = None, unit_offset: bool = False
 ) -> Tensor:
-    check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, sqnorm, token_mask)
+    _checks.check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, eps, sqnorm, token_mask)
     values = x.float()
     scaled = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
     y = (scaled * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * scaled.to(x.dtype)
@@ -199,14 +170,14 @@ def rms_norm_sqnorm(
 
 
 def silu_mul_sqnorm(gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    check_act_mul_sqnorm("silu_mul_sqnorm", gate, up, sqnorm, token_mask)
+    _checks.check_act_mul_sqnorm("silu_mul_sqnorm", gate, up, sqnorm, token_mask)
     y = silu(gate) * up
     add_sqnorm_(sqnorm, y, token_mask)
     return y
 
 
 def gelu_tanh_mul_sqnorm(gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    check_act_mul_sqnorm("gelu_tanh_mul_sqnorm", gate, up, sqnorm, token_mask)
+    _checks.check_act_mul_sqnorm("gelu_tanh_mul_sqnorm", gate, up, sqnorm, token_mask)
     y = gelu(gate, approximate="tanh") * up
     add_sqnorm_(sqnorm, y, token_mask)
     return y

@@ -16,13 +16,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 def bench_command(context: typer.Context) -> int:
     """Measure the kernels and whole runs, each checked first, against their peers, side by side."""
-    _find_benchmarks()
-    bench: Any = importlib.import_module("benchmarks.bench")
-    return bench.app(args=context.args, prog_name="wanda-kernels bench", standalone_mode=False) or 0
-
-
-def _find_benchmarks() -> None:
-    """``benchmarks`` is beside the package in a checkout, and not installed."""
+    # beside the package in a checkout, and not installed
     start = Path(__file__).resolve().parents[2] / "benchmarks" / "__init__.py"
     if not start.is_file():
         raise FileNotFoundError(
@@ -38,3 +32,5 @@ def _find_benchmarks() -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules["benchmarks"] = module
         spec.loader.exec_module(module)
+    bench: Any = importlib.import_module("benchmarks.bench")
+    return bench.app(args=context.args, prog_name="wanda-kernels bench", standalone_mode=False) or 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,53 +25,54 @@ def compress_command(
     debug: Debug = False,
 ) -> None:
     """Pack a pruned model's weights: 9/16 of their size in 16-bit types at 50 % and 2:4."""
-    from ..models import load_model, load_tokenizer, save_pretrained
     from ..models.load import empty_model, load_config
-    from ..models.save import check_output
     from ..packed import compress
     from ..packed.format import check_format
     from ..packed.model import refuse_unpackable
     from ..pruning.blocks import find_blocks
-    from .display import quiet_libraries, say, tell_reference_on_cpu, working
+    from .display import say, working
 
     with usage():
         check_format(format)
-    check_output(out, overwrite, model)
-    quiet_libraries()
-    tell_reference_on_cpu()
+    _begin(model, out, overwrite)
     with working(f"checking {model}"):
         refuse_unpackable(find_blocks(empty_model(load_config(model)), meta=True))
-    with working(f"loading {model}"):
-        tokenizer, loaded = load_tokenizer(model), load_model(model, "auto", "cpu")
-    with working("packing"):
-        report = compress(loaded, format)
-    with working(f"saving to {out}"):
-        save_pretrained(out, loaded, tokenizer, extra=_report_of(model), overwrite=overwrite)
+    report = _convert(model, out, overwrite, "packing", lambda loaded: compress(loaded, format))
     say(f"{report}\nsaved to {out}; load it after `import wanda_kernels`")
 
 
 def decompress_command(model: Source, out: Out, overwrite: Overwrite = False, debug: Debug = False) -> None:
     """Unpack a packed model: a plain Hugging Face folder with the same weights."""
-    from ..models import load_model, load_tokenizer, save_pretrained
-    from ..models.save import check_output
     from ..packed import decompress
-    from .display import quiet_libraries, say, tell_reference_on_cpu, working
+    from .display import say
 
-    check_output(out, overwrite, model)
-    quiet_libraries()
-    tell_reference_on_cpu()
-    with working(f"loading {model}"):
-        tokenizer, loaded = load_tokenizer(model), load_model(model, "auto", "cpu")
-    with working("unpacking"):
-        decompress(loaded)
-    with working(f"saving to {out}"):
-        save_pretrained(out, loaded, tokenizer, extra=_report_of(model), overwrite=overwrite)
+    _begin(model, out, overwrite)
+    _convert(model, out, overwrite, "unpacking", decompress)
     say(f"saved to {out}")
 
 
-def _report_of(model: str) -> dict[str, str]:
-    """What pruning said of the model goes with it."""
-    from ..models.save import REPORT
+def _begin(model: str, out: Path, overwrite: bool) -> None:
+    from ..models.load import choose_device
+    from ..models.save import check_output
+    from .display import quiet_libraries, tell_reference
 
-    path = Path(model).expanduser() / REPORT
-    return {REPORT: path.read_text(encoding="utf-8")} if path.is_file() else {}
+    check_output(out, overwrite, model)
+    quiet_libraries()
+    tell_reference(choose_device("cpu"))
+
+
+def _convert(model: str, out: Path, overwrite: bool, what: str, convert: Callable[[Any], Any]) -> Any:
+    """From folder to folder; what pruning said of the model goes with it. Returns what ``convert`` does."""
+    from ..models import load_model, load_tokenizer, save_pretrained
+    from ..models.save import REPORT
+    from .display import working
+
+    with working(f"loading {model}"):
+        tokenizer, loaded = load_tokenizer(model), load_model(model, "auto", "cpu")
+    with working(what):
+        result = convert(loaded)
+    report = Path(model).expanduser() / REPORT
+    extra = {REPORT: report.read_text(encoding="utf-8")} if report.is_file() else {}
+    with working(f"saving to {out}"):
+        save_pretrained(out, loaded, tokenizer, extra=extra, overwrite=overwrite)
+    return result

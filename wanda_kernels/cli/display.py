@@ -8,14 +8,13 @@ from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
 from .. import _backend
 from .._words import percent
-from ..pruning.progress import Progress
-from ..pruning.report import LayerReport, sparsity_of
+from ..pruning.report import LayerReport, Progress, sparsity_of
 from . import interrupt
 
 # Text comes from users, files and models: it is never markup, an emoji's name or something to colour.
@@ -82,45 +81,35 @@ def tell_reference(device: torch.device) -> None:
         note(f"note: running on the PyTorch reference: {status}")
 
 
-def tell_reference_on_cpu() -> None:
-    tell_reference(torch.device("cpu"))
-
-
 class _OneBar(Progress):
-    def __init__(self, shown: Bar, task: TaskID) -> None:
-        self._bar, self._task = shown, task
+    """``shown`` has a bar for the run."""
+
+    def __init__(self, shown: Bar, what: str) -> None:
+        self._bar, self.task = shown, shown.add_task(what, total=None)
 
     def start(self, steps: int) -> None:
-        self._bar.update(self._task, total=steps, completed=0)
+        self._bar.update(self.task, total=steps, completed=0)
 
     def advance(self) -> None:
         interrupt.check()
-        self._bar.advance(self._task)
+        self._bar.advance(self.task)
 
 
 @contextmanager
 def pruning_bar(shown: Bar, what: str) -> Iterator[Progress]:
     """A bar for one of many pruning runs, without lines per block; it goes away afterwards."""
-    task = shown.add_task(what, total=None)
+    progress = _OneBar(shown, what)
     try:
-        yield _OneBar(shown, task)
+        yield progress
     finally:
-        shown.remove_task(task)
+        shown.remove_task(progress.task)
 
 
-class PruningDisplay(Progress):
-    """Draws the driver's progress on ``shown``."""
+class PruningDisplay(_OneBar):
+    """Draws the driver's progress on ``shown``, with a line per block."""
 
     def __init__(self, shown: Bar) -> None:
-        self._bar = shown
-        self._task = shown.add_task("pruning", total=None)
-
-    def start(self, steps: int) -> None:
-        self._bar.update(self._task, total=steps)
-
-    def advance(self) -> None:
-        interrupt.check()
-        self._bar.advance(self._task)
+        super().__init__(shown, "pruning")
 
     def block(self, name: str, layers: list[LayerReport]) -> None:
         weights = sum(layer.numel for layer in layers)

@@ -31,12 +31,11 @@ OwlOutlier = Annotated[
 
 def owl_of(use: bool, limit: float | None, outlier: float | None) -> Owl | None:
     """Raises ValueError where OWL is told something and not asked for."""
-    if not use:
-        for name, value in (("--owl-limit", limit), ("--owl-outlier", outlier)):
-            if value is not None:
-                raise ValueError(f"{name} {value:g} needs --owl")
-        return None
-    return Owl(Owl.limit if limit is None else limit, Owl.outlier if outlier is None else outlier)
+    given = {name: value for name, value in (("limit", limit), ("outlier", outlier)) if value is not None}
+    if given and not use:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"--owl-{name} {value:g} needs --owl")
+    return Owl(**given) if use else None
 
 
 def takes_method_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -64,13 +63,9 @@ def takes_method_options(command: Callable[..., None]) -> Callable[..., None]:
 def _parameter(name: str, one: dataclasses.Field[Any]) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     kind: Any = type(one.default) if one.default is not None else str
-    default: Any = None
+    default = False if one.default is False else None
     declared = f"{flag}/--no-{name.replace('_', '-')}" if one.default is True else flag
-    if one.default is False:
-        default = False
-    elif kind is bool:
-        kind = bool | None
-    else:
+    if default is None:
         kind = kind | None
     option = typer.Option(
         declared, rich_help_panel=PANEL, help=one.metadata["help"], metavar=one.metadata.get("metavar"),

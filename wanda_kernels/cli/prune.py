@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import method_options as methods
-from . import ranks, streaming
+from . import ranks
 from .options import BatchSize, Debug, Device, Dtype, Model, check_length, usage
+
+if TYPE_CHECKING:
+    from ..pruning import PruningReport
+    from .session import Session
 
 
 @methods.takes_method_options
@@ -118,9 +122,9 @@ def prune_command(
             owl=methods.owl_of(owl, owl_limit, owl_outlier), **method_options,
         )  # fmt: skip
         session = Session(model, dtype, device, device_map)
-        streaming.check_options(model, stream, resume, offload, compress, device_map)
+        _check_streaming(model, stream, resume, offload, compress, device_map)
     if stream:
-        streaming.check_leftovers(out, resume, overwrite, model)
+        _check_leftovers(out, resume, overwrite, model)
     check_output(out, overwrite, model)
     drawing = {"pack": pack, "column": column, "split": split}
     processes = None
@@ -142,8 +146,10 @@ def prune_command(
     if input_ids is not None:
         check_length(input_ids.shape[1], session.config)
     if stream:
-        where = {"device": device, "dtype": dtype, "offload": offload, "activation_memory": activation_memory}
-        report = streaming.prune(session, out, input_ids, spec, where, processes, resume, overwrite)
+        report = _stream(
+            session, out, input_ids=input_ids, spec=spec, dtype=dtype, device=device, offload=offload,
+            activation_memory=int(activation_memory * 2**30), resume=resume, overwrite=overwrite, processes=processes,
+        )  # fmt: skip
     else:
         check_space(out, loaded)
         report = session.prune(input_ids, spec, processes)
@@ -160,3 +166,47 @@ def prune_command(
     if packing is not None:
         say(f"packed {packing}")
     say(f"saved to {out}")
+
+
+def _check_streaming(
+    model: str, stream: bool, resume: bool, offload: Path | None, compress: bool, device_map: str | None
+) -> None:
+    """Raises ValueError for options that do not go together."""
+    if device_map not in (None, "auto"):
+        raise ValueError(f"--device-map must be auto, got '{device_map}'")
+    if device_map is not None and (stream or ranks.launched()):
+        raise ValueError(f"--device-map does not go with {'--stream' if stream else 'several processes'}")
+    if stream and not Path(model).expanduser().is_dir():
+        raise ValueError(f"--stream needs a local folder with safetensors files, {model} is none")
+    if stream and compress:
+        raise ValueError("--compress does not go with --stream: run `wanda-kernels compress` on the result")
+    for name, given in (("--resume", resume), ("--offload", offload is not None)):
+        if given and not stream:
+            raise ValueError(f"{name} needs --stream")
+
+
+def _check_leftovers(out: Path, resume: bool, overwrite: bool, model: str) -> None:
+    """Raises FileExistsError where an unfinished run is there, and nothing says what to do with it. Tells where there
+    is none to go on with."""
+    from ..streaming.run import check_leftovers, describe
+    from .display import note
+
+    check_leftovers(out, resume, overwrite, model)
+    if resume and describe(out) is None:
+        note(f"no unfinished run to {out}: beginning with the first block")
+
+
+def _stream(session: Session, out: Path, **how: Any) -> PruningReport:
+    """A streamed run with a bar; ``how``: as for :func:`wanda_kernels.stream_prune`."""
+    from ..streaming import stream_prune
+    from ..streaming.run import describe
+    from .display import PruningDisplay, bar, note
+
+    try:
+        with bar() as shown:
+            return stream_prune(session.name, out, tokenizer=session.tokenizer, progress=PruningDisplay(shown), **how)
+    except BaseException:
+        left = describe(out)
+        if left is not None:
+            note(f"{left}: --resume goes on with it")
+        raise

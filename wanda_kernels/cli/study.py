@@ -77,7 +77,7 @@ def study_command(
     from ..study.pictures import check_library
     from ..study.plan import SCALES
     from ..study.results import FILES, check_folder, refuse_other_study
-    from .display import bar, console, pruning_bar
+    from .display import bar, note, pruning_bar
     from .session import Session
 
     with usage():
@@ -127,10 +127,8 @@ def study_command(
     results = Results(out, settings, _circumstances(loaded))
     missing = [run for run in plan if run not in results]
     done = len(plan) - len(missing)
-    # names of files are no markup, and are not folded
-    tell = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if done:
-        tell(f"{done} of {len(plan)} runs are in {out} already")
+        note(f"{done} of {len(plan)} runs are in {out} already")
     try:
         with bar() as shown:
             whole = shown.add_task("study", total=len(plan), completed=done)
@@ -139,18 +137,18 @@ def study_command(
             if results.data["dense"] is None:
                 dense = runner.dense()
                 results.set_dense(dense)
-                tell(f"dense: perplexity {dense['perplexity']:.2f}")
+                note(f"dense: perplexity {dense['perplexity']:.2f}")
             for run in missing:
                 with pruning_bar(shown, run.key) as progress:
                     outcome = runner.run(run, progress)
                 results.add(run, outcome)
                 done += 1
                 shown.update(whole, completed=done)
-                tell(f"{run.key}: perplexity {outcome['perplexity']:.2f}, {outcome['seconds']:.1f} s")
+                note(f"{run.key}: perplexity {outcome['perplexity']:.2f}, {outcome['seconds']:.1f} s")
         data = results.data | {"runs": results.runs}
         write_report(out / "report.html", data, published(loaded.config) if calibration == "c4" else None)
     except KeyboardInterrupt:
-        tell(f"interrupted; {done} of {len(plan)} runs are in {out}: the same command goes on")
+        note(f"interrupted; {done} of {len(plan)} runs are in {out}: the same command goes on")
         sys.exit(interrupt.exit_code())
     print(f"{len(results.runs)} runs: {out / 'report.html'}, results.json, results.csv")
 

@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear, LoraModel
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
 
-from .masks import mask_of
+from ..identity import checksum
 
 PEFT_TYPE: Any = "WANDA_MASKED_LORA (import wanda_kernels.finetune)"
 
@@ -75,15 +75,15 @@ class MaskedLoraLinear(Linear):
     mask: Tensor
 
     def __init__(self, base_layer: nn.Linear, *args: Any, **options: Any) -> None:
-        mask = mask_of(base_layer.weight)
+        mask = base_layer.weight.detach() != 0
         super().__init__(base_layer, *args, **options)
         self.register_buffer("mask", mask, persistent=False)
 
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
         """Adds an adapter. That it leaves the weight alone is also checked, whatever a version of peft may do."""
-        before = _checksum(self.weight)
+        before = checksum(self.weight)
         super().update_layer(adapter_name, *args, **options)
-        if _checksum(self.weight) != before:
+        if checksum(self.weight) != before:
             raise RuntimeError(f"initialising adapter '{adapter_name}' changed the pruned weight: load the model anew")
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -122,7 +122,7 @@ class MaskedLoraModel(LoraModel):
     def _create_new_module(
         lora_config: LoraConfig, adapter_name: str, target: nn.Module, **options: Any
     ) -> MaskedLoraLinear:
-        if type(target) is not nn.Linear or bool(mask_of(target.weight).all()):
+        if type(target) is not nn.Linear or bool((target.weight != 0).all()):
             raise ValueError(
                 f"layer {options.get('target_name')} is no linear layer with zeros: a masked adapter belongs to the "
                 "pruned model that it was trained on"
@@ -165,13 +165,6 @@ def mask_digest(weight: Tensor) -> str:
     """How many of a weight's elements are zero, and the sum of their places: enough to tell masks apart."""
     places = (weight.detach().reshape(-1) == 0).nonzero()
     return f"{places.numel()}-{int(places.sum())}"
-
-
-@torch.no_grad()
-def _checksum(weight: Tensor) -> int:
-    """Exact: the sum of the elements' bits as integers."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return int(weight.detach().view(bits).sum(dtype=torch.int64))
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MaskedLoraConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._words import need
 from .masks import pruned_linears
+
+_PEFT = "LoRA needs the peft package"
 
 
 def masked_lora(
@@ -44,7 +46,7 @@ def masked_lora(
 
     Source: Wanda (arXiv 2306.11695), section 5, LoRA fine-tuning; the mask on the adapter is this package's.
     """
-    _need_peft()
+    need("peft", "finetune", _PEFT)
     import peft
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -91,7 +93,7 @@ def load_masked_lora(model: nn.Module, folder: str | Path, *, trainable: bool = 
         ImportError: without peft.
         ValueError: no masked adapter, one that does not fit the model, a model as :func:`masked_lora` refuses it.
     """
-    _need_peft()
+    need("peft", "finetune", _PEFT)
     import peft
 
     from .adapter import MaskedLoraConfig
@@ -115,7 +117,7 @@ def merge(model: Any) -> nn.Module:
     Raises:
         ValueError: for any other, whose adapter would fill the zeros.
     """
-    _need_peft()
+    need("peft", "finetune", _PEFT)
     from .adapter import MaskedLoraModel
 
     if not isinstance(getattr(model, "base_model", None), MaskedLoraModel):
@@ -123,8 +125,3 @@ def merge(model: Any) -> nn.Module:
             f"merge needs what masked_lora returned, got a {type(model).__name__} without a masked adapter"
         )
     return model.merge_and_unload()
-
-
-def _need_peft() -> None:
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("LoRA needs the peft package: pip install 'wanda_kernels[finetune]'")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..pruning.blocks import count_zeros, find_blocks
+from ..pruning.blocks import count_zeros, find_blocks, matrices_of
 
 
 def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -21,12 +21,8 @@ def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
         raise ValueError("the model is compiled: give the one that torch.compile was given, and compile afterwards")
     if any(hasattr(module, "base_layer") and hasattr(module, "active_adapters") for module in model.modules()):
         raise ValueError("the model has adapters already (peft): merge them first (merge_and_unload) or unload them")
-    found = {
-        f"{block.name}.{name}": matrix.module
-        for block in find_blocks(model)
-        for name, matrix in block.matrices.items()
-        if count_zeros(matrix.weight)
-    }
+    matrices = matrices_of(find_blocks(model))
+    found = {name: matrix.module for name, matrix in matrices.items() if count_zeros(matrix.weight)}
     if not found:
         raise ValueError("no linear layer of the model holds zeros: prune it first")
     return found
@@ -69,8 +65,3 @@ def hold_masks(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldMasks:
     if not any(id(linear.weight) in trained for linear in linears.values()):
         raise ValueError("the optimizer trains none of the model's pruned weights")
     return HeldMasks(linears, optimizer)
-
-
-def mask_of(weight: Tensor) -> Tensor:
-    """[C_out, C_in], bool: True where the weight is kept."""
-    return weight.detach() != 0

@@ -148,7 +148,10 @@ class Checkpoint:
             for name in files:
                 self._add(name)
         elif (folder / SINGLE).is_file():
-            self._refuse_both()
+            if (folder / INDEX).is_file() and set(self._weight_map().values()) != {SINGLE}:  # one would be dropped
+                raise ValueError(
+                    f"{folder} holds {SINGLE} and also {INDEX} of other files: take away the one that does not count"
+                )
             self._add(SINGLE)
         elif (folder / INDEX).is_file():
             self.index = INDEX
@@ -167,13 +170,6 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{path} is no index of a checkpoint: its weight_map must name a file for each tensor")
         return weight_map
-
-    def _refuse_both(self) -> None:
-        """Of two checkpoints in one folder, one would be dropped without a word."""
-        if (self.folder / INDEX).is_file() and set(self._weight_map().values()) != {SINGLE}:
-            raise ValueError(
-                f"{self.folder} holds {SINGLE} and also {INDEX} of other files: take away the one that does not count"
-            )
 
     def _add_shards(self) -> None:
         path = self.folder / INDEX

@@ -7,7 +7,6 @@ saved. Code that comes with a model is never run.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._words import need
 from .checkpoint import INDEX, SINGLE, Checkpoint, json_object
 from .fits import check_config, check_fits, check_size, listed
 
@@ -25,8 +25,6 @@ DTYPES: dict[str, Any] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
 _BAD_QUANTISED = "could not be read by its quantization_config (incomplete or damaged?)"
 _BAD_CONFIG = "cannot be made from its config.json"
 
@@ -50,8 +48,7 @@ def _source(model: str) -> tuple[str, dict[str, str]]:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"model file {model} does not exist")
-        if importlib.util.find_spec("gguf") is None:
-            raise ImportError("reading a .gguf file needs the gguf package: pip install 'wanda_kernels[gguf]'")
+        need("gguf", "gguf", "reading a .gguf file needs the gguf package")
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{model} is not a GGUF file: it does not begin with 'GGUF'")
@@ -90,23 +87,19 @@ def _words(error: Exception) -> str:
 
 def _explain(model: str, error: Exception, what: str = "could not be read (incomplete or damaged?)") -> Exception:
     """One sentence for what goes wrong while reading a model; the cause stays attached."""
+    import transformers
+
     text = _words(error)
     if "trust_remote_code" in text:
         return ValueError(
             f"model {model} needs code of its own (auto_map), and a model's code is never run here: transformers "
-            f"{_transformers_version()} has no class for it"
+            f"{transformers.__version__} has no class for it"
         )
     if not Path(model).expanduser().exists():
         return FileNotFoundError(
             f"model {model} is no local path and could not be had from the Hugging Face hub: {text[:300]}"
         )
     return ValueError(f"model {model} {what}: {text[:300]}")
-
-
-def _transformers_version() -> str:
-    import transformers
-
-    return transformers.__version__
 
 
 def load_config(model: str) -> Any:
@@ -191,8 +184,8 @@ def check_choices(dtype: str, device: str, device_map: str | None = None) -> tor
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
     target = choose_device(device)
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise ImportError("device_map needs the accelerate package: pip install 'wanda_kernels[stream]'")
+    if device_map is not None:
+        need("accelerate", "stream", "device_map needs the accelerate package")
     return target
 
 

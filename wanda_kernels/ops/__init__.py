@@ -22,19 +22,7 @@ from .rows import prune_rows_, row_mask
 from .sqnorm import add_sqnorm_
 
 __all__ = [
-    "add_sqnorm_",
-    "bitmap_linear",
-    "gelu_tanh_mul_sqnorm",
-    "nm_mask",
-    "pack_24",
-    "prune_nm_",
-    "prune_pack_24",
-    "prune_rows_",
-    "rms_norm_sqnorm",
-    "row_mask",
-    "silu_mul_sqnorm",
-    "sparse24_linear",
-    "unpack_24",
-    "unpack_bitmap",
+    "add_sqnorm_", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_", "prune_pack_24",
+    "prune_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_linear", "unpack_24", "unpack_bitmap",
     "unpack_sparse24",
-]
+]  # fmt: skip

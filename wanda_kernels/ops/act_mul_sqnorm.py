@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
+from .._backend import fake
 from .._checks import check_act_mul_sqnorm
 
 
@@ -39,12 +39,5 @@ def gelu_tanh_mul_sqnorm(gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: T
     return torch.ops.wanda.gelu_tanh_mul_sqnorm(gate, up, sqnorm, token_mask)
 
 
-def _fake(name: str) -> None:
-    @torch.library.register_fake(f"wanda::{name}")
-    def _(gate: Tensor, up: Tensor, sqnorm: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        check_act_mul_sqnorm(name, gate, up, sqnorm, token_mask)
-        return gate.new_empty(gate.shape)
-
-
-_fake("silu_mul_sqnorm")
-_fake("gelu_tanh_mul_sqnorm")
+for _op in ("silu_mul_sqnorm", "gelu_tanh_mul_sqnorm"):
+    fake(_op, check_act_mul_sqnorm, lambda gate, *_: gate.new_empty(gate.shape))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
-from .._checks import check_norm, check_pattern, check_score_sums, check_weight
+from .._backend import fake
+from .._checks import check_nm
 
 
 def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
@@ -40,17 +40,5 @@ def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
     return torch.ops.wanda.nm_mask(weight, norm, n, m)
 
 
-@torch.library.register_fake("wanda::prune_nm_")
-def _(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
-    check_weight("prune_nm_", weight)
-    check_norm("prune_nm_", norm, weight)
-    check_pattern("prune_nm_", weight, n, m)
-    check_score_sums("prune_nm_", score_sums, weight)
-
-
-@torch.library.register_fake("wanda::nm_mask")
-def _(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
-    check_weight("nm_mask", weight)
-    check_norm("nm_mask", norm, weight)
-    check_pattern("nm_mask", weight, n, m)
-    return weight.new_empty(weight.shape, dtype=torch.bool)
+fake("prune_nm_", check_nm)
+fake("nm_mask", check_nm, lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.bool))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
-from .._checks import check_norm, check_packable, check_packed
+from .._backend import fake
+from .._checks import check_packable, check_packed
 
 
 def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,25 +43,11 @@ def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
     return torch.ops.wanda.unpack_24(values, metadata)
 
 
-def _empty_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_packed(weight: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     return weight.new_empty(rows, cols // 2), weight.new_empty(rows, cols // 16, dtype=torch.int16)
 
 
-@torch.library.register_fake("wanda::pack_24")
-def _(weight: Tensor) -> tuple[Tensor, Tensor]:
-    check_packable("pack_24", weight)
-    return _empty_packed(weight)
-
-
-@torch.library.register_fake("wanda::prune_pack_24")
-def _(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    check_packable("prune_pack_24", weight)
-    check_norm("prune_pack_24", norm, weight)
-    return _empty_packed(weight)
-
-
-@torch.library.register_fake("wanda::unpack_24")
-def _(values: Tensor, metadata: Tensor) -> Tensor:
-    check_packed("unpack_24", values, metadata)
-    return values.new_empty(values.shape[0], values.shape[1] * 2)
+fake("pack_24", check_packable, _empty_packed)
+fake("prune_pack_24", check_packable, _empty_packed)
+fake("unpack_24", check_packed, lambda values, _: values.new_empty(values.shape[0], values.shape[1] * 2))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
-from .._checks import check_bitmap, check_packed_linear, check_sparse24
+from .._backend import fake
+from .._checks import check_bitmap, check_bitmap_linear, check_sparse24, check_sparse24_linear
 
 
 def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,27 +59,15 @@ def unpack_sparse24(values: Tensor, indices: Tensor) -> Tensor:
     return torch.ops.wanda.unpack_sparse24(values, indices)
 
 
-@torch.library.register_fake("wanda::bitmap_linear")
-def _(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_bitmap("bitmap_linear", values, bitmap, starts)
-    check_packed_linear("bitmap_linear", x, values, bitmap, bias)
-    return x.new_empty((*x.shape[:-1], bitmap.shape[0]))
+def _empty_product(x: Tensor, _values: Tensor, codes: Tensor, *_: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@torch.library.register_fake("wanda::sparse24_linear")
-def _(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_sparse24("sparse24_linear", values, indices)
-    check_packed_linear("sparse24_linear", x, values, indices, bias)
-    return x.new_empty((*x.shape[:-1], indices.shape[0]))
+def _empty_weight(values: Tensor, codes: Tensor, *_: Tensor) -> Tensor:
+    return values.new_empty((codes.shape[0], codes.shape[1] * 8))
 
 
-@torch.library.register_fake("wanda::unpack_bitmap")
-def _(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
-    check_bitmap("unpack_bitmap", values, bitmap, starts)
-    return values.new_empty((bitmap.shape[0], bitmap.shape[1] * 8))
-
-
-@torch.library.register_fake("wanda::unpack_sparse24")
-def _(values: Tensor, indices: Tensor) -> Tensor:
-    check_sparse24("unpack_sparse24", values, indices)
-    return values.new_empty((indices.shape[0], indices.shape[1] * 8))
+fake("bitmap_linear", check_bitmap_linear, _empty_product)
+fake("sparse24_linear", check_sparse24_linear, _empty_product)
+fake("unpack_bitmap", check_bitmap, _empty_weight)
+fake("unpack_sparse24", check_sparse24, _empty_weight)

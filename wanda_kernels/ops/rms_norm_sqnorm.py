@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
+from .._backend import fake
 from .._checks import check_rms_norm_sqnorm
 
 
@@ -39,9 +39,4 @@ def rms_norm_sqnorm(
     return torch.ops.wanda.rms_norm_sqnorm(x, weight, eps, sqnorm, token_mask, unit_offset)
 
 
-@torch.library.register_fake("wanda::rms_norm_sqnorm")
-def _(
-    x: Tensor, weight: Tensor, eps: float, sqnorm: Tensor, token_mask: Tensor | None = None, unit_offset: bool = False
-) -> Tensor:
-    check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, sqnorm, token_mask)
-    return x.new_empty(x.shape)
+fake("rms_norm_sqnorm", check_rms_norm_sqnorm, lambda x, *_: x.new_empty(x.shape))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
-from .._checks import check_norm, check_score_sums, check_sparsity, check_weight
+from .._backend import fake
+from .._checks import check_rows
 
 
 def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
@@ -40,17 +40,5 @@ def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
     return torch.ops.wanda.row_mask(weight, norm, sparsity)
 
 
-@torch.library.register_fake("wanda::prune_rows_")
-def _(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
-    check_weight("prune_rows_", weight)
-    check_norm("prune_rows_", norm, weight)
-    check_sparsity("prune_rows_", sparsity)
-    check_score_sums("prune_rows_", score_sums, weight)
-
-
-@torch.library.register_fake("wanda::row_mask")
-def _(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
-    check_weight("row_mask", weight)
-    check_norm("row_mask", norm, weight)
-    check_sparsity("row_mask", sparsity)
-    return weight.new_empty(weight.shape, dtype=torch.bool)
+fake("prune_rows_", check_rows)
+fake("row_mask", check_rows, lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.bool))

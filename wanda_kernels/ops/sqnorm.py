@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend  # noqa: F401  (registers the operators)
+from .._backend import fake
 from .._checks import check_sqnorm
 
 
@@ -30,6 +30,4 @@ def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> 
     torch.ops.wanda.add_sqnorm_(sqnorm, x, token_mask)
 
 
-@torch.library.register_fake("wanda::add_sqnorm_")
-def _(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
-    check_sqnorm("add_sqnorm_", sqnorm, x, token_mask)
+fake("add_sqnorm_", check_sqnorm)

@@ -9,14 +9,6 @@ from .linear import PackedLinear
 from .model import PackedReport, compress, decompress, keep_prefill_copies
 
 __all__ = [
-    "FORMATS",
-    "PackedLinear",
-    "PackedReport",
-    "compress",
-    "decompress",
-    "keep_prefill_copies",
-    "pack_bitmap",
-    "pack_sparse24",
-    "validate_bitmap",
-    "validate_sparse24",
-]
+    "FORMATS", "PackedLinear", "PackedReport", "compress", "decompress", "keep_prefill_copies", "pack_bitmap",
+    "pack_sparse24", "validate_bitmap", "validate_sparse24",
+]  # fmt: skip

@@ -63,7 +63,7 @@ def pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
     """Raises ValueError unless the counts fit: kernels read what they say without looking again."""
-    _check_types(values, bitmap=bitmap)
+    _check_types(values, "bitmap", bitmap)
     if starts.dtype != torch.int32:
         raise ValueError(f"its row starts must be int32, they are {starts.dtype}")
     counts = _population(bitmap)
@@ -77,7 +77,7 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
 
 def validate_sparse24(values: Tensor, indices: Tensor) -> None:
     """Raises ValueError unless each group's indices ascend."""
-    _check_types(values, indices=indices)
+    _check_types(values, "indices", indices)
     codes = torch.stack([indices & 15, indices >> 4], dim=-1)
     if bool(((codes & 3) >= (codes >> 2)).any()):
         raise ValueError("a group's two indices do not ascend")
@@ -136,10 +136,9 @@ def _population(bitmap: Tensor) -> Tensor:
     return table[bitmap.int()].sum(dim=1, dtype=torch.int64)
 
 
-def _check_types(values: Tensor, **codes: Tensor) -> None:
-    for name, tensor in codes.items():
-        if tensor.dtype != torch.uint8 or tensor.dim() != 2:
-            raise ValueError(f"its {name} must be uint8 in two dimensions, got {tensor.dtype} {list(tensor.shape)}")
+def _check_types(values: Tensor, name: str, codes: Tensor) -> None:
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise ValueError(f"its {name} must be uint8 in two dimensions, got {codes.dtype} {list(codes.shape)}")
     if values.dtype not in FLOATS:
         raise ValueError(f"its values must be float32, bfloat16 or float16, they are {values.dtype}")
 

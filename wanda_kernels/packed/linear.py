@@ -12,13 +12,22 @@ from torch.sparse import to_sparse_semi_structured
 
 from ..ops import bitmap_linear, sparse24_linear, unpack_bitmap, unpack_sparse24
 from . import dispatch
-from .bands import banded_linear
 from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
+
+# 11008 x 4096, time as a multiple of the dense product's, by the size of a band. Small bands lose in the product, whose
+# fixed costs come once a band and thread; large ones in page faults, since the allocator gives them back.
+#                                          1 MiB   2 MiB   4 MiB   8 MiB   16 MiB   48 MiB
+# Zen 4, bfloat16, 1 thread,   64 tokens    1.14    1.10    1.07    1.08     1.16
+# Zen 4, bfloat16, 2 threads,  64 tokens    1.30    1.18    1.13    1.10     1.11
+# Zen 4, bfloat16, 2 threads, 256 tokens                    1.07    1.07     1.08     1.55
+# Zen 3, float32,  1 thread,  256 tokens    1.22    1.10    1.05
+BAND_BYTES = 4 << 20  # of a thread
+MOST_BYTES = 16 << 20  # of all: the allocator keeps no larger ones
 
 
 class PackedLinear(nn.Module):
     """``nn.Linear`` on a packed weight. One copy of the weight is resident; what it is unpacked into, on the CPU
-    a band of rows at a time (bands.py), is freed again.
+    a band of rows at a time (:func:`banded_linear`), is freed again.
 
     State dict: ``weight`` (the values: another shape than a dense weight's, so that nothing takes one for the other),
     and ``weight_bitmap`` [C_out, C_in / 8] and ``weight_starts`` [C_out + 1], or ``weight_indices`` [C_out, C_in / 8].
@@ -95,7 +104,7 @@ class PackedLinear(nn.Module):
 
     def unpacked(self) -> Tensor:
         self.validate()
-        return unpack_bitmap(*self.packed()) if self.form == "bitmap" else unpack_sparse24(*self.packed())
+        return _unpack(self.packed())
 
     def validate(self) -> None:
         """Raises ValueError where the packed tensors contradict each other. Once, after they were loaded."""
@@ -178,8 +187,7 @@ class PackedLinear(nn.Module):
     def _dense_product(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         # On CUDA a band would be too small a product; a compiled graph would hold every band.
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            weight = unpack_bitmap(*packed) if self.form == "bitmap" else unpack_sparse24(*packed)
-            return linear(x, weight, bias)
+            return linear(x, _unpack(packed), bias)
         return banded_linear(x, packed, bias)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -192,3 +200,49 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.form}"
         )
+
+
+def _unpack(packed: tuple[Tensor, ...]) -> Tensor:
+    return unpack_bitmap(*packed) if len(packed) == 3 else unpack_sparse24(*packed)
+
+
+def rows_of_band(cols: int, element_size: int) -> int:
+    """Rows that fit ``BAND_BYTES`` for each thread, at least one."""
+    size = min(BAND_BYTES * torch.get_num_threads(), MOST_BYTES)
+    return max(1, size // (cols * element_size))
+
+
+def banded_linear(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, band: int | None = None) -> Tensor:
+    """``linear(x, unpacked, bias)``, without gradients: a band of output rows at a time, so that the weight is never
+    unpacked as a whole.
+
+    A band's buffer is freed before the next one is made, so that the allocator gives the same memory out again: it
+    stays in the cache, and no page of new memory is paid for. The products go straight into the columns of the output.
+
+    Args:
+        x: [.., C_in], of the dtype of the packed values.
+        packed: (values, bitmap, starts) or (values, indices), as the operators take them.
+        bias: [C_out] or None.
+        band: output rows at a time [default: what fits 4 MiB a thread].
+
+    Returns:
+        [.., C_out]. To rounding: a BLAS may add in another order for another number of rows.
+    """
+    values, codes = packed[:2]
+    rows, cols = codes.shape[0], codes.shape[1] * 8
+    tokens = x.reshape(-1, cols)
+    y = x.new_empty((tokens.shape[0], rows))
+    band = band or rows_of_band(cols, values.element_size())
+    with torch.no_grad():
+        for first in range(0, rows, band):
+            last = min(first + band, rows)
+            if len(packed) == 3:
+                weight = unpack_bitmap(values, codes[first:last], packed[2][first : last + 1])
+            else:
+                weight = unpack_sparse24(values[first:last], codes[first:last])
+            if bias is None:
+                torch.mm(tokens, weight.t(), out=y[:, first:last])
+            else:
+                torch.addmm(bias[first:last], tokens, weight.t(), out=y[:, first:last])
+            del weight  # before the next one is made
+    return y.view(*x.shape[:-1], rows)

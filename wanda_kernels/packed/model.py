@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..pruning.blocks import Block, find_blocks, unwrapped, why_not_plain
+from ..pruning.blocks import Block, find_blocks, matrices_of, unwrapped, why_not_plain
 from .format import COLUMNS, PADDING, check_format, choose_format, why_dense, why_not_packable
 from .linear import PackedLinear
 
@@ -67,22 +67,19 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
         raise ValueError("the model is packed already")
     model = unwrapped(model)
     report = PackedReport({}, {}, 0, 0)
-    for block in find_blocks(model):
-        for name, matrix in block.matrices.items():
-            linear = matrix.module
-            full = f"{block.name}.{name}"
-            special = why_not_plain(linear)
-            form = choose_format(linear.weight.data, format) if special is None else None
-            report.formats[full] = form or "dense"
-            size = linear.weight.numel() * linear.weight.element_size()
-            report.dense_bytes += size
-            if form is None:
-                report.dense[full] = special or why_dense(linear.weight.data, format)
-                report.packed_bytes += size
-                continue
-            packed = PackedLinear.from_linear(linear, form).train(linear.training)
-            report.packed_bytes += sum(tensor.numel() * tensor.element_size() for tensor in packed.packed())
-            model.set_submodule(full, packed)
+    for name, matrix in matrices_of(find_blocks(model)).items():
+        linear = matrix.module
+        special = why_not_plain(linear)
+        form = choose_format(linear.weight.data, format) if special is None else None
+        report.formats[name] = form or "dense"
+        report.dense_bytes += linear.weight.nbytes
+        if form is None:
+            report.dense[name] = special or why_dense(linear.weight.data, format)
+            report.packed_bytes += linear.weight.nbytes
+            continue
+        packed = PackedLinear.from_linear(linear, form).train(linear.training)
+        report.packed_bytes += sum(tensor.nbytes for tensor in packed.packed())
+        model.set_submodule(name, packed)
     layers = packed_layers(model)
     if not layers:
         raise ValueError(_nothing_packed(report.dense, format))
@@ -92,7 +89,7 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
 
 def refuse_unpackable(blocks: list[Block]) -> None:
     """Raises ValueError where no layer of any block could be packed, whatever is pruned: known from the shapes."""
-    widths = {f"{b.name}.{name}": matrix.weight.shape[1] for b in blocks for name, matrix in b.matrices.items()}
+    widths = {name: matrix.weight.shape[1] for name, matrix in matrices_of(blocks).items()}
     if all(width % COLUMNS for width in widths.values()):
         reasons = {name: why_not_packable(width) for name, width in widths.items()}
         raise ValueError(_nothing_packed(reasons, "auto"))

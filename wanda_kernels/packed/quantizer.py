@@ -67,16 +67,8 @@ class WandaPackedQuantizer(HfQuantizer):
             rows, cols = dense.out_features, dense.in_features
             if cols % COLUMNS or layer.get("kept", 0) > rows * cols:
                 raise ValueError(f"quantization_config: {name} of [{rows}, {cols}] cannot be packed as {layer}")
-            packed = PackedLinear(
-                dense.in_features,
-                dense.out_features,
-                dense.bias is not None,
-                layer["format"],
-                layer.get("kept", 0),
-                dense.weight.dtype,
-                torch.device("meta"),
-            )
-            model.set_submodule(name, packed)
+            form, kept, has_bias = layer["format"], layer.get("kept", 0), dense.bias is not None
+            model.set_submodule(name, PackedLinear(cols, rows, has_bias, form, kept, dense.weight.dtype, "meta"))
         files = [Path(file) for file in checkpoint_files or ()]
         if len({file.parent for file in files}) == 1 and all(file.suffix == ".safetensors" for file in files):
             self._checkpoint = Checkpoint(files[0].parent, sorted({file.name for file in files}))

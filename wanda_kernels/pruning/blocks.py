@@ -7,7 +7,7 @@ The one place that decides what may be pruned (:func:`find_blocks`) and what may
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,11 @@ class Block:
     name: str
     module: nn.Module
     matrices: dict[str, Matrix]
+
+
+def matrices_of(blocks: Iterable[Block]) -> dict[str, Matrix]:
+    """All matrices of ``blocks`` by their full names."""
+    return {f"{block.name}.{name}": matrix for block in blocks for name, matrix in block.matrices.items()}
 
 
 def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
@@ -117,7 +122,12 @@ def _refuse_computed_weights(name: str, module: nn.Module) -> None:
             "module inside it"
         )
     quantised = type(module).__module__.startswith(_QUANTISED)
-    codes = [key for key, buffer in module._buffers.items() if _is_codes(buffer) and not _is_known(module, key)]
+    saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+    codes = [  # what is not saved holds no weights: masks, positions
+        key
+        for key, buffer in saved.items()
+        if buffer is not None and buffer.dim() >= 2 and not (buffer.is_floating_point() or buffer.dtype == torch.bool)
+    ]
     if quantised or codes:
         raise ValueError(
             f"{name} ({type(module).__name__}) holds quantised weights{f' ({codes[0]})' if codes else ''}: they have "
@@ -125,16 +135,7 @@ def _refuse_computed_weights(name: str, module: nn.Module) -> None:
         )
 
 
-def _is_codes(buffer: Tensor | None) -> bool:
-    return buffer is not None and buffer.dim() >= 2 and not buffer.is_floating_point() and buffer.dtype != torch.bool
-
-
-def _is_known(module: nn.Module, key: str) -> bool:
-    """What is not saved holds no weights: masks, positions."""
-    return key in module._non_persistent_buffers_set
-
-
-def _what_it_computes(linear: nn.Linear) -> str | None:
+def what_it_computes(linear: nn.Linear) -> str | None:
     """Why a layer may compute something else than ``x @ weight.T + bias``; None where it does not."""
     known = f"{type(linear).__module__}.{type(linear).__qualname__}" in _COMPUTE_AS_LINEAR and linear.bias is None
     if type(linear).forward is not nn.Linear.forward and not known:
@@ -146,7 +147,7 @@ def _what_it_computes(linear: nn.Linear) -> str | None:
 
 def why_not_plain(linear: nn.Linear) -> str | None:
     """Why a layer must not be replaced by one that computes ``x @ weight.T + bias`` and no more; None if it may."""
-    other = _what_it_computes(linear)
+    other = what_it_computes(linear)
     if other is not None:
         return other
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
@@ -160,20 +161,10 @@ def why_not_plain(linear: nn.Linear) -> str | None:
     return f"it holds {more[0]} beside its weight" if more else None
 
 
-def refuse_other_computations(blocks: list[Block]) -> None:
-    """Raises ValueError where a layer's weight may be used otherwise than its input's norms say: its mask would be
-    wrong."""
-    for block in blocks:
-        for name, matrix in block.matrices.items():
-            reason = _what_it_computes(matrix.module)
-            if reason is not None:
-                raise ValueError(f"{block.name}.{name} cannot be pruned: {reason}")
-
-
 def _refuse_overlaps(model: nn.Module, blocks: list[Block]) -> None:
     """Two weights in the same memory would be pruned twice, or another one with them."""
     named = {id(tensor): (name, tensor) for name, tensor in model.named_parameters() if not tensor.is_meta}
-    mine = {id(matrix.weight) for block in blocks for matrix in block.matrices.values()}
+    mine = {id(matrix.weight) for matrix in matrices_of(blocks).values()}
     spans = []
     for name, tensor in named.values():
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -223,10 +214,10 @@ def _refuse_other_weights(block: Block) -> None:
     for name, parameter in sorted(others, key=lambda other: -other[1].dim()):  # experts before their router
         kind = "a fused expert tensor" if "expert" in name else "not the weight of an nn.Linear"
         raise ValueError(f"{block.name}.{name} {list(parameter.shape)} is {kind}: it cannot be pruned")
-    for name, matrix in block.matrices.items():
+    for name, matrix in matrices_of([block]).items():
         if matrix.weight.dtype not in FLOATS or matrix.weight.dim() != 2:
             raise ValueError(
-                f"{block.name}.{name}.weight must be float32, bfloat16 or float16, got {matrix.weight.dtype} "
+                f"{name}.weight must be float32, bfloat16 or float16, got {matrix.weight.dtype} "
                 f"{list(matrix.weight.shape)} (quantised weights have to be dequantised first)"
             )
 
@@ -237,17 +228,16 @@ def _refuse_shared_weights(model: nn.Module, blocks: list[Block]) -> None:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not any(name.startswith(f"{block.name}.") for block in blocks)
     }
-    for block in blocks:
-        for name, matrix in block.matrices.items():
-            full = f"{block.name}.{name}.weight"
-            owner = owners.setdefault(id(matrix.weight), full)
-            if owner != full:
-                raise ValueError(f"{full} is shared with {owner}: shared weights cannot be pruned")
+    for name, matrix in matrices_of(blocks).items():
+        full = f"{name}.weight"
+        owner = owners.setdefault(id(matrix.weight), full)
+        if owner != full:
+            raise ValueError(f"{full} is shared with {owner}: shared weights cannot be pruned")
 
 
 def _refuse_devices(blocks: list[Block], mapped: bool) -> None:
     """``mapped``: accelerate moves activations from device to device."""
-    devices = {matrix.weight.device for block in blocks for matrix in block.matrices.values()}
+    devices = {matrix.weight.device for matrix in matrices_of(blocks).values()}
     names = ", ".join(sorted(str(device) for device in devices))
     if torch.device("meta") in devices and mapped:
         raise ValueError(f"the device map leaves weights on a disk (they are on: {names}): stream the model instead")
@@ -257,11 +247,10 @@ def _refuse_devices(blocks: list[Block], mapped: bool) -> None:
 
 def refuse_non_finite(blocks: list[Block]) -> None:
     """Raises ValueError naming the first linear layer whose weight holds NaN or inf. One read of each weight."""
-    for block in blocks:
-        for name, matrix in block.matrices.items():
-            low, high = torch.aminmax(matrix.weight.detach())  # NaN wins in both
-            if matrix.weight.numel() and not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise ValueError(f"{block.name}.{name}.weight holds NaN or inf: refusing to prune it")
+    for name, matrix in matrices_of(blocks).items():
+        low, high = torch.aminmax(matrix.weight.detach())  # NaN wins in both
+        if matrix.weight.numel() and not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise ValueError(f"{name}.weight holds NaN or inf: refusing to prune it")
 
 
 def count_zeros(weight: Tensor) -> int:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..identity import of_environment, of_tokens
-from .blocks import Block, find_blocks, refuse_non_finite, refuse_other_computations
+from .blocks import Block, find_blocks, matrices_of, refuse_non_finite, what_it_computes
 from .loop import Loop
-from .progress import Progress
-from .report import PruningReport
+from .report import Progress, PruningReport
 from .source import BlockSource
 from .spec import PruneSpec, SpecArguments
 from .stopwatch import Stopwatch
@@ -59,17 +58,19 @@ def prune(
             spec.to_dict() | {"input_ids": of_tokens(ids), "environment": of_environment(device)}
         )
     stopwatch = Stopwatch(device)
-    loop = Loop(spec, model, BlockSource(blocks, stopwatch), device, stopwatch, progress, processes)
+    loop = Loop(spec, model, BlockSource(blocks, stopwatch), device, stopwatch, progress or Progress(), processes)
     loop.run(ids)
     return loop.report()
 
 
 def check_blocks(blocks: list[Block], spec: PruneSpec) -> None:
-    """Raises ValueError for blocks that cannot be pruned as ``spec`` says. Their weights may be without data."""
-    for block in blocks:
-        for name, matrix in block.matrices.items():
-            spec.check_weight(f"{block.name}.{name}", matrix.weight)
-    refuse_other_computations(blocks)
+    """Raises ValueError for blocks that cannot be pruned as ``spec`` says, or where a layer's weight may be used
+    otherwise than its input's norms say: its mask would be wrong. Their weights may be without data."""
+    for name, matrix in matrices_of(blocks).items():
+        spec.check_weight(name, matrix.weight)
+        reason = what_it_computes(matrix.module)
+        if reason is not None:
+            raise ValueError(f"{name} cannot be pruned: {reason}")
 
 
 def check_input_ids(model: nn.Module, input_ids: Tensor | None, spec: PruneSpec) -> Tensor | None:

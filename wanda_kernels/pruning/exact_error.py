@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as product
 
-from .blocks import Block, Matrix
-from .progress import Progress
+from .blocks import Block
 from .recording import Call, run_block
+from .report import Progress
 
 
 def exact_errors(
@@ -27,28 +28,22 @@ def exact_errors(
     sums = torch.zeros(len(calls), len(pruned), 2, dtype=torch.float64)
     row = 0
 
-    def watch(column: int, name: str, matrix: Matrix):  # type: ignore[no-untyped-def]
-        difference = dense[name] - pruned[name]
-
+    def adding(column: int, difference: Tensor, whole: Tensor) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
-            for place, weight in enumerate((difference, dense[name])):
+            for place, weight in enumerate((difference, whole)):
                 sums[row, column, place] += product(x, weight).float().square().sum(dtype=torch.float64).cpu()
 
-        return matrix.watch(add)
+        return add
 
-    handles = [watch(column, name, matrix) for column, (name, matrix) in enumerate(block.matrices.items())]
-    try:
-        for name, matrix in block.matrices.items():
+    with ExitStack() as hooks:
+        for column, (name, matrix) in enumerate(block.matrices.items()):
+            hooks.callback(setattr, matrix.weight, "data", pruned[name])
+            hooks.enter_context(matrix.watch(adding(column, dense[name] - pruned[name], dense[name])))
             matrix.weight.data = dense[name]
         for batch, (x, call) in enumerate(zip(hidden, calls, strict=True)):
             row = batch
             run_block(block, x, call)
             progress.advance()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, matrix in block.matrices.items():
-            matrix.weight.data = pruned[name]
     return sums.flatten(1)
 
 

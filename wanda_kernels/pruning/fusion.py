@@ -8,8 +8,8 @@ that a linear layer takes. Norms that feed none (``q_norm``, ``k_norm``, norms b
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
@@ -55,7 +55,7 @@ class FusedProduct:
 
     module: str
     consumer: str
-    makers: tuple[str, ...]
+    makers: Sequence[str]
     gate: int  # of the makers' outputs, or of the halves
     path: str  # a key of PRODUCTS
 
@@ -82,6 +82,15 @@ class Plan:
     def path(self, layer: str) -> str:
         """How the sums of the input that ``layer`` takes first are added up."""
         return next((fused.path for fused in self.fused if fused.consumer == layer), "standalone")
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for :meth:`from_data`."""
+        return {"order": self.order, "fused": [[type(fused).__name__, asdict(fused)] for fused in self.fused]}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Plan:
+        kinds = {kind.__name__: kind for kind in (FusedNorm, FusedProduct)}
+        return cls(tuple(data["order"]), tuple(kinds[name](**fields) for name, fields in data["fused"]))
 
     @contextmanager
     def installed(self, block: Block, rows_of: RowsOf, hold: Hold) -> Iterator[None]:
@@ -128,15 +137,13 @@ def observe(block: Block, hidden: Tensor, call: Call, fuse: bool = True) -> Plan
         ValueError: where a linear layer received no input.
     """
     seen = _Observation()
-    handles = [m.module.register_forward_hook(seen.linear(name)) for name, m in block.matrices.items()]
-    for name, module in block.module.named_modules():
-        if fuse and (_is_rms_norm(module) or _is_mlp(module)):
-            handles.append(module.register_forward_hook(seen.module(name), with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for name, matrix in block.matrices.items():
+            hooks.enter_context(matrix.module.register_forward_hook(seen.linear(name)))
+        for name, module in block.module.named_modules():
+            if fuse and (_is_rms_norm(module) or _is_mlp(module)):
+                hooks.enter_context(module.register_forward_hook(seen.module(name), with_kwargs=True))
         run_block(block, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
     silent = block.matrices.keys() - set(seen.order)
     if silent:
         raise ValueError(
@@ -198,11 +205,9 @@ def _is_mlp(module: nn.Module) -> bool:
 def _match(block: Block, name: str, seen: _Observation) -> FusedNorm | FusedProduct | None:
     if len(seen.modules[name]) != 1:
         return None
-    module = block.module.get_submodule(name)
-    x, output = seen.modules[name][0]
-    if _is_rms_norm(module):
-        return _match_norm(name, module, x, output, seen)
-    return _match_product(name, x, output, seen)
+    module, (x, output) = block.module.get_submodule(name), seen.modules[name][0]
+    is_norm = _is_rms_norm(module)
+    return _match_norm(name, module, x, output, seen) if is_norm else _match_product(name, x, output, seen)
 
 
 def _match_norm(name: str, module: nn.Module, x: Tensor, output: Tensor, seen: _Observation) -> FusedNorm | None:
@@ -256,33 +261,3 @@ def is_close(got: Tensor, want: Tensor) -> bool:
     unit = 2e-6 if want.dtype == torch.float32 else torch.finfo(want.dtype).eps
     size = want.float().abs()
     return bool(((got.float() - want.float()).abs() <= unit * size + 2e-6 * size.max()).all())
-
-
-FUSED = {"norm": FusedNorm, "product": FusedProduct}
-
-
-def plans_to_list(plans: dict[tuple, Plan]) -> list[dict[str, Any]]:
-    """Plain data for :func:`plans_from_list`."""
-    names = {kind: name for name, kind in FUSED.items()}
-    return [
-        {
-            "kind": repr(kind),
-            "order": list(plan.order),
-            "fused": [[names[type(fused)], asdict(fused)] for fused in plan.fused],
-        }
-        for kind, plan in plans.items()
-    ]
-
-
-def plans_from_list(data: list[dict[str, Any]], kinds: list[tuple]) -> dict[tuple, Plan]:
-    """The plans of those ``kinds`` of blocks that have one."""
-    plans = {}
-    by_repr = {repr(kind): kind for kind in kinds}
-    for entry in data:
-        fused = [FUSED[name](**{k: _tuple(v) for k, v in fields.items()}) for name, fields in entry["fused"]]
-        plans[by_repr[entry["kind"]]] = Plan(tuple(entry["order"]), tuple(fused))
-    return plans
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,13 @@ from ..distributed import Processes
 from ..identity import of_weights
 from ..methods import LayerInputs, Needs, Outcome
 from ..methods.owl import outlier_ratio
-from ..models.modes import evaluating
-from .activations import Activations
+from ..models import evaluating
 from .blocks import Block, Matrix, count_zeros
 from .exact_error import exact_errors, mean_threshold
-from .fusion import Plan, kind_of, observe, plans_from_list, plans_to_list
-from .progress import Progress
+from .fusion import Plan, kind_of, observe
 from .recording import Call, Recording, record_calls, run_block
-from .report import LayerReport, PruningReport, relative_error
-from .source import BlockSource, Done
+from .report import LayerReport, Progress, PruningReport, relative_error
+from .source import Activations, BlockSource, Done
 from .spec import PruneSpec
 from .statistics import BlockStatistics
 from .stopwatch import Stopwatch
@@ -33,6 +32,7 @@ from .stopwatch import Stopwatch
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
+@dataclass
 class Loop:
     """One pruning run.
 
@@ -45,28 +45,19 @@ class Loop:
         done: by a run that this one goes on with.
     """
 
-    def __init__(
-        self,
-        spec: PruneSpec,
-        model: nn.Module,
-        source: BlockSource,
-        device: torch.device,
-        stopwatch: Stopwatch,
-        progress: Progress | None = None,
-        processes: Processes | None = None,
-        done: Done | None = None,
-    ) -> None:
-        self.spec = spec
-        self.model = model
-        self.source = source
-        self.device = device
-        self.stopwatch = stopwatch
-        self.progress = progress or Progress()
-        self.processes = processes
-        self.done = done or Done()
+    spec: PruneSpec
+    model: nn.Module
+    source: BlockSource
+    device: torch.device
+    stopwatch: Stopwatch
+    progress: Progress
+    processes: Processes | None = None
+    done: Done = field(default_factory=Done)
+
+    def __post_init__(self) -> None:
+        self.rank, self.ranks = (0, 1) if self.processes is None else (self.processes.rank, self.processes.size)
         self.shape = (0, 0)  # of the calibration sequences
-        self.batches = [range(0)]  # of each process
-        self.samples = [range(0)]
+        self.batches = self.samples = [range(0)]  # of each process
         self.plans: dict[tuple, Plan] = {}  # by the kind of block
 
     def run(self, input_ids: Tensor | None, hidden: Activations | None = None) -> None:
@@ -80,10 +71,7 @@ class Loop:
             self.shape = (input_ids.shape[0], input_ids.shape[1])
         if self.done.blocks < len(self.source.blocks):
             with torch.no_grad(), evaluating(self.model):
-                if input_ids is None:
-                    self._without_calibration()
-                else:
-                    self._with_calibration(input_ids, hidden)
+                self._run(input_ids, hidden)
 
     def report(self) -> PruningReport:
         """Of the run so far."""
@@ -93,21 +81,34 @@ class Loop:
     def _left(self) -> list[tuple[int, Block]]:
         return list(enumerate(self.source.blocks))[self.done.blocks :]
 
-    def _without_calibration(self) -> None:
-        self.progress.start(len(self._left()))
+    def _run(self, input_ids: Tensor | None, hidden: Activations | None) -> None:
+        recording = None
+        if input_ids is None:
+            self.progress.start(len(self._left()))
+        else:
+            if hidden is None:
+                hidden = Activations(keep=self.spec.exact_error and self.spec.propagate == "dense")
+            recording = self._prepare(input_ids, hidden)
         self.source.begin(self.done.blocks)
         for index, block in self._left():
+            last = block is self.source.blocks[-1]
             with self.source.holding(index):
                 self._compare(block.name, block.module)
-                self._prune_block(block, self.spec.sparsity, None, None)
-            self._finish(index, None)
-            self.progress.advance()
+                sparsity = self.done.sparsities[index] if self.done.sparsities else self.spec.sparsity
+                if recording is None or hidden is None:
+                    self._prune_block(block, sparsity)
+                    self.progress.advance()
+                else:
+                    self._work_on(block, sparsity, hidden, recording.calls[index], last)
+                    recording.calls[index].clear()
+            if hidden is not None and not last:
+                hidden.flip()
+            self.done.blocks = index + 1
+            self.source.finished(index, self.done, hidden)
 
-    def _with_calibration(self, input_ids: Tensor, hidden: Activations | None) -> None:
-        spec, blocks = self.spec, self.source.blocks
-        if hidden is None:
-            hidden = Activations(keep=spec.exact_error and spec.propagate == "dense")
-        size = spec.batch_size or default_batch_size(self.device, input_ids.shape[1])
+    def _prepare(self, input_ids: Tensor, hidden: Activations) -> Recording:
+        """How the blocks are called; the next one's inputs are in ``hidden``, and OWL's sparsities are chosen."""
+        size = self.spec.batch_size or default_batch_size(self.device, input_ids.shape[1])
         batches = self._share(list(input_ids.to(self.device).split(size)))
         recording = self._record(batches, hidden, first=True)
         self.done.can_resume = not recording.blocks_hand_on_more()
@@ -116,28 +117,13 @@ class Loop:
                 f"{type(self.model).__name__} hands more than hidden states from block to block (shared keys and "
                 "values): a run of it cannot be gone on with"
             )
-        is_to_allocate = spec.owl is not None and self.done.sparsities is None
+        is_to_allocate = self.spec.owl is not None and self.done.sparsities is None
         self.progress.start(self._steps(len(self._left()), len(batches), is_to_allocate))
         if is_to_allocate:
             self.done.sparsities = self._allocate(hidden, recording)
             hidden.clear()
             recording = self._record(batches, hidden)
-        self.source.begin(self.done.blocks)
-        for index, block in self._left():
-            calls = recording.calls[index]
-            last = block is blocks[-1]
-            with self.source.holding(index):
-                self._compare(block.name, block.module)
-                sparsity = self.done.sparsities[index] if self.done.sparsities else spec.sparsity
-                self._work_on(block, sparsity, hidden, calls, last)
-            if not last:
-                hidden.flip()
-            calls.clear()
-            self._finish(index, hidden)
-
-    def _finish(self, index: int, hidden: Activations | None) -> None:
-        self.done.blocks = index + 1
-        self.source.finished(index, self.done, hidden)
+        return recording
 
     def _record(self, batches: list[Tensor], hidden: Activations, first: bool = False) -> Recording:
         """How the blocks are called; the first one's inputs go to ``hidden``, where no run is gone on with.
@@ -179,8 +165,7 @@ class Loop:
             with self.stopwatch.measure("forward"):
                 self.plans[kind] = observe(block, hidden[0], calls[0], self.spec.fuse_statistics)
             if self.processes is not None:
-                agreed = self.processes.agree_on(plans_to_list({kind: self.plans[kind]}))
-                self.plans |= plans_from_list(agreed, [kind])
+                self.plans[kind] = Plan.from_data(self.processes.agree_on(self.plans[kind].to_data()))
         return self.plans[kind]
 
     def _steps(self, blocks: int, batches: int, is_to_allocate: bool) -> int:
@@ -232,11 +217,9 @@ class Loop:
         block's inputs."""
         plan = self._plan(block, hidden, calls)
         statistics = BlockStatistics(block, self.samples[-1].stop, plan, self.stopwatch, grams)
-        ranks = 1 if self.processes is None else self.processes.size
-        mine = 0 if self.processes is None else self.processes.rank
-        for rank in range(ranks):
+        for rank in range(self.ranks):
             # Gram matrices are running means over the sequences in order: each process goes on with the last one's.
-            if rank == mine:
+            if rank == self.rank:
                 self._collect(statistics, hidden, calls, whole)
             if grams and self.processes is not None:
                 statistics.hand_on_grams(self.processes, rank)
@@ -245,7 +228,7 @@ class Loop:
         return statistics
 
     def _collect(self, statistics: BlockStatistics, hidden: Activations, calls: list[Call], whole: bool) -> None:
-        sample = self.samples[0 if self.processes is None else self.processes.rank].start
+        sample = self.samples[self.rank].start
         for batch, call in enumerate(calls):
             x = hidden[batch]
             with self.stopwatch.measure("forward"):
@@ -263,7 +246,7 @@ class Loop:
         dense: dict[str, Tensor],
         inputs: dict[str, LayerInputs],
     ) -> None:
-        mine = self.batches[0 if self.processes is None else self.processes.rank]
+        mine = self.batches[self.rank]
         sums = torch.zeros(self.batches[-1].stop, 2 * len(dense), dtype=torch.float64, device=self.device)
         with self.stopwatch.measure("exact error"):
             sums[mine.start : mine.stop] = exact_errors(block, hidden, calls, dense, self.progress).to(self.device)
@@ -282,8 +265,8 @@ class Loop:
         self,
         block: Block,
         sparsity: float,
-        inputs: dict[str, LayerInputs] | None,
-        statistics: BlockStatistics | None,
+        inputs: dict[str, LayerInputs] | None = None,
+        statistics: BlockStatistics | None = None,
     ) -> None:
         reports = []
         for name, matrix in block.matrices.items():
@@ -320,7 +303,7 @@ class Loop:
             self.processes.exchange_rows_(weight, self.processes.all_from_first(weight.shape[0]))
             return outcome
         shares = self.processes.shares(weight.shape[0])
-        mine = shares[self.processes.rank]
+        mine = shares[self.rank]
         sums = torch.zeros(weight.shape[0], 2, dtype=torch.float32, device=weight.device)
         if len(mine):
             rows = slice(mine.start, mine.stop)

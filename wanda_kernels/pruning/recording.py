@@ -78,7 +78,7 @@ def record_calls(
     for number, input_ids in enumerate(batches):
         try:
             hidden, calls = _record(model, blocks, input_ids, returns_tuple)
-        except ValueError:
+        except ValueError as error:
             if number:
                 raise
             # Some models take the first of what a block returns, with [0], and some take all of it.
@@ -86,8 +86,7 @@ def record_calls(
             try:
                 hidden, calls = _record(model, blocks, input_ids, returns_tuple)
             except ValueError:
-                returns_tuple = False
-                hidden, calls = _record(model, blocks, input_ids, returns_tuple)  # its error is the better one
+                raise error from error.__cause__  # the better one
         keep_first(hidden)
         for block_calls, call in zip(recording.calls, calls, strict=True):
             block_calls.append(call)
@@ -144,17 +143,12 @@ def _record(
                 f"by block ({type(error).__name__}: {error})"
             ) from error
     if order != list(range(len(blocks))):
+        shown = ", ".join(map(str, order[:12])) + (f", ... {len(order)} in all" if len(order) > 12 else "")
         raise ValueError(
             f"{type(model).__name__} does not call each of its {len(blocks)} blocks exactly once, in order (it calls "
-            f"{_ordinals(order)}): it cannot be pruned block by block"
+            f"{shown or 'none'}): it cannot be pruned block by block"
         )
     return first[0], calls
-
-
-def _ordinals(order: Sequence[int]) -> str:
-    """Which blocks were called, the first few of them."""
-    shown = ", ".join(map(str, order[:12]))
-    return f"{shown}, ... {len(order)} in all" if len(order) > 12 else shown or "none"
 
 
 @contextmanager

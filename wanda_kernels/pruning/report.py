@@ -1,4 +1,4 @@
-"""What a pruning run did: per layer and in all. Prints as a table, serialises to JSON."""
+"""What a pruning run did, per layer and in all, and what it tells meanwhile. Prints as a table, serialises to JSON."""
 
 from __future__ import annotations
 
@@ -47,6 +47,19 @@ class LayerReport:
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+class Progress:
+    """What the driver tells while it works: override what you want to hear of. The default is silent."""
+
+    def start(self, steps: int) -> None:
+        """The run will take ``steps`` steps, each one batch through one block."""
+
+    def advance(self) -> None:
+        """One step is done."""
+
+    def block(self, name: str, layers: list[LayerReport]) -> None:
+        """The block ``name`` is pruned."""
 
 
 def sparsity_of(layers: list[LayerReport]) -> float:

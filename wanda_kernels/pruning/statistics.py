@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,15 +56,6 @@ class BlockStatistics:
         """How the sums behind a layer's norm were added up: by a fused operator, or ``standalone``."""
         return self._plan.path(self.source[layer])
 
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        handles = [matrix.watch(functools.partial(self._add, name)) for name, matrix in self._block.matrices.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def run(self, hidden: Tensor, call: Call, first_sample: int, whole: bool) -> Tensor | None:
         """Run the block on one batch and add its inputs up.
 
@@ -75,36 +65,34 @@ class BlockStatistics:
         self._called = []
         output: Tensor | None = None
         self._may_stop = not whole
-        with self._hooks(), self._plan.installed(self._block, self._sequence_rows, self._hold):
+        with ExitStack() as hooks, self._plan.installed(self._block, self._sequence_rows, self._hold):
+            for name, matrix in self._block.matrices.items():
+                hooks.enter_context(matrix.watch(functools.partial(self._add, name)))
             try:
                 output = run_block(self._block, hidden, call)
             except _LastInputSeenError:
                 pass
             finally:
                 self._held.clear()
-        self._check_order()
-        return output if whole else None
-
-    def _check_order(self) -> None:
         if tuple(self._called) != self._plan.order:
             raise ValueError(
                 f"{self._block.name} calls its linear layers in an order that changes from batch to batch: it "
                 "cannot be pruned block by block"
             )
+        return output if whole else None
 
     def _hold(self, source: str, x: Tensor) -> None:
         self._held.append((source, x, _version(x)))
         if self._hessians is not None:
             with self._stopwatch.measure("statistics"):
-                self._add_hessian(self._hessians, source, x)
-
-    def _add_hessian(self, hessians: dict[str, Tensor], source: str, x: Tensor) -> None:
-        """Running mean over sequences of 2 x^T x, one at a time: the batch size does not change a bit."""
-        if source not in hessians:
-            hessians[source] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-        for seen, one in enumerate(x.reshape(self._rows.stop - self._rows.start, -1, x.shape[-1]), self._rows.start):
-            tokens = one.float()
-            hessians[source].addmm_(tokens.t(), tokens, beta=seen / (seen + 1), alpha=2 / (seen + 1))
+                # Running mean over sequences of 2 x^T x, one at a time: the batch size does not change a bit.
+                first, cols = self._rows.start, x.shape[-1]
+                if source not in self._hessians:
+                    self._hessians[source] = torch.zeros(cols, cols, dtype=torch.float32, device=x.device)
+                for seen, one in enumerate(x.reshape(self._rows.stop - first, -1, cols), first):
+                    tokens = one.float()
+                    beta, alpha = seen / (seen + 1), 2 / (seen + 1)
+                    self._hessians[source].addmm_(tokens.t(), tokens, beta=beta, alpha=alpha)
 
     def _add(self, name: str, x: Tensor) -> None:
         self._called.append(name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .._checks import FLOATS
 from ..models.checkpoint import bytes_of, open_own, read_at, write_at
-from ..pruning.activations import Activations
+from ..pruning.source import Activations
 
 FLOAT_NAMES = {str(dtype).removeprefix("torch.") for dtype in FLOATS}
 
@@ -28,12 +29,9 @@ class Stored:
     dtype: str
     shapes: list[list[int]]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Stored:
-        """Raises ValueError for what :meth:`to_dict` does not give."""
+        """Raises ValueError for what is none as plain data."""
         stored = cls(data.get("turn", 0), data.get("dtype", ""), data.get("shapes", []))
         shapes = stored.shapes if isinstance(stored.shapes, list) else [None]
         sound = [isinstance(s, list) and all(isinstance(n, int) and n > 0 for n in s) for s in shapes]
@@ -104,13 +102,13 @@ class TwoFiles:
             path.unlink(missing_ok=True)
 
 
-class SavedActivations(Activations):
-    """In memory, and copied to a file for each state.
+class FiledActivations(Activations):
+    """Those that a state can speak of.
 
     Args:
-        files: where to.
-        wait: called before the next block's first input is set: until the last state is written, which holds on to
-            the current ones.
+        files: where they go, in turns.
+        wait: called before the next block's first input is set: until the last state is complete, which holds on to
+            the current ones, or whose file is written next.
         device: of the tensors.
     """
 
@@ -121,11 +119,6 @@ class SavedActivations(Activations):
         self._device = device
         self._turn = 0
 
-    def __setitem__(self, index: int, batch: Tensor) -> None:
-        if not self._next:
-            self._wait()
-        super().__setitem__(index, batch)
-
     def flip(self) -> None:
         super().flip()
         self._turn += 1
@@ -134,52 +127,67 @@ class SavedActivations(Activations):
         super().clear()
         self._turn = 0
 
+    @abstractmethod
     def saver(self) -> Callable[[], Stored]:
         """A function, for another thread, that writes the current inputs and says where they are."""
+
+    @abstractmethod
+    def restore(self, stored: Stored) -> None:
+        """Makes them the current inputs."""
+
+    def _write(self, batch: Tensor, offset: int, turn: int) -> None:
+        write_at(self._files.fd(turn), bytes_of(batch.contiguous().cpu()), offset, self._files.path(turn))
+
+    def _read(self, shape: list[int], dtype: torch.dtype, offset: int) -> Tensor:
+        batch = torch.empty(shape, dtype=dtype)
+        read_at(self._files.fd(self._turn), bytes_of(batch), offset, self._files.path(self._turn))
+        return batch.to(self._device)
+
+    def _saved(self, turn: int, dtype: torch.dtype, shapes: list[list[int]]) -> Stored:
+        os.fdatasync(self._files.fd(turn))
+        return Stored(turn % 2, str(dtype).removeprefix("torch."), shapes)
+
+
+class SavedActivations(FiledActivations):
+    """In memory, and copied to a file for each state."""
+
+    def __setitem__(self, index: int, batch: Tensor) -> None:
+        if not self._next:
+            self._wait()
+        super().__setitem__(index, batch)
+
+    def saver(self) -> Callable[[], Stored]:
         batches, turn = list(self), self._turn
 
         def save() -> Stored:
             offset = 0
             for batch in batches:
-                data = bytes_of(batch.contiguous().cpu())
-                write_at(self._files.fd(turn), data, offset, self._files.path(turn))
-                offset += len(data)
-            os.fdatasync(self._files.fd(turn))
-            return _stored(turn, batches[0].dtype, [list(batch.shape) for batch in batches])
+                self._write(batch, offset, turn)
+                offset += batch.nbytes
+            return self._saved(turn, batches[0].dtype, [list(batch.shape) for batch in batches])
 
         return save
 
     def restore(self, stored: Stored) -> None:
+        self._turn = stored.turn
         offset = 0
         for shape in stored.shapes:
-            batch = torch.empty(shape, dtype=getattr(torch, stored.dtype))
-            read_at(self._files.fd(stored.turn), bytes_of(batch), offset, self._files.path(stored.turn))
-            offset += batch.numel() * batch.element_size()
-            self.append(batch.to(self._device))
-        self._turn = stored.turn
+            self.append(self._read(shape, getattr(torch, stored.dtype), offset))
+            offset += self[-1].nbytes
 
 
-class SpilledActivations(Activations):
-    """On a disk: one batch at a time is in memory.
-
-    Args:
-        files, device: as for :class:`SavedActivations`.
-        wait: called before the next block's first input is set: it is written over the state before the last, so the
-            last one must be complete.
-    """
+class SpilledActivations(FiledActivations):
+    """On a disk: one batch at a time is in memory."""
 
     def __init__(self, files: TwoFiles, wait: Callable[[], None], device: torch.device) -> None:
-        super().__init__()
-        self._files = files
-        self._wait = wait
-        self._device = device
-        self._turn = 0
+        super().__init__(files, wait, device)
         self._dtype = torch.float32
         self._shapes: list[list[int]] = []
         self._set: set[int] = set()
 
     def clear(self) -> None:
-        self._turn, self._shapes = 0, []
+        super().clear()
+        self._shapes = []
         self._set.clear()
 
     def _offset(self, index: int) -> int:
@@ -188,10 +196,7 @@ class SpilledActivations(Activations):
     def append(self, batch: Tensor) -> None:
         self._dtype = batch.dtype
         self._shapes.append(list(batch.shape))
-        self._write(len(self._shapes) - 1, batch, self._turn)
-
-    def _write(self, index: int, batch: Tensor, turn: int) -> None:
-        write_at(self._files.fd(turn), bytes_of(batch.contiguous().cpu()), self._offset(index), self._files.path(turn))
+        self._write(batch, self._offset(len(self) - 1), self._turn)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -199,9 +204,7 @@ class SpilledActivations(Activations):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):  # ends a for loop
             raise IndexError(index)
-        batch = torch.empty(self._shapes[index], dtype=self._dtype)
-        read_at(self._files.fd(self._turn), bytes_of(batch), self._offset(index), self._files.path(self._turn))
-        return batch.to(self._device)
+        return self._read(self._shapes[index], self._dtype, self._offset(index))
 
     def __setitem__(self, index: int, batch: Tensor) -> None:
         if not self._set:
@@ -211,29 +214,17 @@ class SpilledActivations(Activations):
                 f"a block's outputs are {batch.dtype} {list(batch.shape)}, its inputs {self._dtype} "
                 f"{self._shapes[index]}: such activations cannot be spilled"
             )
-        self._write(index, batch, self._turn + 1)
+        self._write(batch, self._offset(index), self._turn + 1)
         self._set.add(index)
 
     def flip(self) -> None:
         assert len(self._set) == len(self)
         self._set.clear()
-        self._turn += 1
+        super().flip()
 
     def saver(self) -> Callable[[], Stored]:
-        """As :meth:`SavedActivations.saver`; the inputs lie in a file anyway."""
         turn = self._turn
-
-        def save() -> Stored:
-            os.fdatasync(self._files.fd(turn))
-            return _stored(turn, self._dtype, self._shapes)
-
-        return save
+        return lambda: self._saved(turn, self._dtype, self._shapes)
 
     def restore(self, stored: Stored) -> None:
-        self._dtype = getattr(torch, stored.dtype)
-        self._shapes = stored.shapes
-        self._turn = stored.turn
-
-
-def _stored(turn: int, dtype: torch.dtype, shapes: list[list[int]]) -> Stored:
-    return Stored(turn % 2, str(dtype).removeprefix("torch."), shapes)
+        self._turn, self._dtype, self._shapes = stored.turn, getattr(torch, stored.dtype), stored.shapes

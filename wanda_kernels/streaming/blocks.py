@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ..memory import give_back_freed
 from ..models.checkpoint import DTYPES, Checkpoint, CheckpointWriter
-from ..pruning.activations import Activations
 from ..pruning.blocks import Block, refuse_non_finite
-from ..pruning.source import BlockSource, Done
+from ..pruning.source import Activations, BlockSource, Done
 from ..pruning.stopwatch import Stopwatch
-from .activations import SavedActivations, SpilledActivations
+from .activations import FiledActivations
 from .skeleton import drop, put, shared_names, tensor_of
 
 ALIGNMENT = 64  # bytes, as torch's own allocations
@@ -59,6 +58,7 @@ class StreamedBlocks(BlockSource):
         self._groups = shared_names(model)
         self._names = [self._names_of(block) for block in blocks]
         self._places = [self._places_of(names) for names in self._names]
+        self._in_blocks = {name for names in self._names for name in names}
         self._slots: list[Tensor] = []
         self._reads: dict[int, Future[None]] = {}
         self._written: Future[None] | None = None
@@ -91,8 +91,7 @@ class StreamedBlocks(BlockSource):
         head = self._model.get_output_embeddings()  # type: ignore[operator]
         in_head = {f"{name}.weight" for name, module in self._model.named_modules() if module is head}
         in_head |= {name.removesuffix("weight") + "bias" for name in in_head}
-        in_blocks = {name for names in self._names for name in names}
-        outside = [g for g in self._groups if g[0] not in in_blocks and not in_head.issuperset(g)]
+        outside = [g for g in self._groups if g[0] not in self._in_blocks and not in_head.issuperset(g)]
         with self._stopwatch.measure("load"):
             for names in outside:
                 found = next(name for name in names if name in self._checkpoint.entries)
@@ -147,7 +146,7 @@ class StreamedBlocks(BlockSource):
 
     def finished(self, index: int, done: Done, activations: Activations | None) -> None:
         self.wait()
-        assert activations is None or isinstance(activations, SavedActivations | SpilledActivations)
+        assert activations is None or isinstance(activations, FiledActivations)
         last = index == len(self.blocks) - 1
         saver = None if activations is None or last else activations.saver()
         layers = [asdict(layer) for layer in done.layers]
@@ -159,7 +158,7 @@ class StreamedBlocks(BlockSource):
                     self._writer.write(name, self._view(index, name))
                 self._writer.sync()
             if self._commit is not None and done.can_resume:
-                stored = None if saver is None else saver().to_dict()
+                stored = None if saver is None else asdict(saver())
                 self._commit(state | {"activations": stored})
 
         self._written = self._io.submit(write)
@@ -177,9 +176,8 @@ class StreamedBlocks(BlockSource):
         """The tensors outside the blocks, and those that the model does not know."""
         if self._writer is None:
             return
-        in_blocks = {name for names in self._names for name in names}
         for name in self._checkpoint.entries:
-            if name not in in_blocks:
+            if name not in self._in_blocks:
                 self._writer.copy(name)
         self._writer.create_all()
         self._writer.sync()

@@ -17,19 +17,17 @@ from ..distributed import Processes
 from ..models.checkpoint import Checkpoint, CheckpointWriter
 from ..models.load import choose_device
 from ..models.save import check_bytes, check_output
-from ..pruning.blocks import Block, find_blocks
+from ..pruning.blocks import Block, find_blocks, matrices_of
 from ..pruning.driver import check_blocks, check_input_ids
 from ..pruning.loop import Loop, default_batch_size
-from ..pruning.progress import Progress
-from ..pruning.report import PruningReport
+from ..pruning.report import Progress, PruningReport
 from ..pruning.source import Done
 from ..pruning.spec import PruneSpec, SpecArguments
 from ..pruning.stopwatch import Stopwatch
-from .activations import SavedActivations, SpilledActivations, Stored, TwoFiles
+from .activations import FiledActivations, SavedActivations, SpilledActivations, Stored, TwoFiles
 from .blocks import Commit, StreamedBlocks
 from .skeleton import build
-from .state import done_of, identity, refuse_other_run
-from .workfolder import WorkFolder, path_for, read_state
+from .workfolder import WorkFolder, done_of, identity, path_for, read_state, refuse_other_run
 
 ACTIVATION_MEMORY = 4 * 2**30
 COPIED = ("config.json", "generation_config.json")
@@ -98,7 +96,7 @@ def stream_prune(
     ids = check_input_ids(skeleton, input_ids, spec)
     if ids is not None and spec.batch_size is None:  # what a run begins with decides
         spec = spec.with_batch_size(default_batch_size(place, ids.shape[1]))
-    job = _Job(spec, skeleton, blocks, checkpoint, ids, place, activation_memory, processes, progress)
+    job = _Job(spec, skeleton, blocks, checkpoint, ids, place, activation_memory, processes, progress or Progress())
     begun_with = identity(spec.to_dict(), ids, checkpoint, place)
     if processes is not None:
         processes.refuse_differences(begun_with)
@@ -109,7 +107,6 @@ def stream_prune(
             def commit(done: dict[str, Any]) -> None:
                 work.commit({"begun_with": begun_with, "blocks": len(blocks)} | done)
 
-            assert work.files is not None
             writer = CheckpointWriter(work.folder, checkpoint)
             report = job.work_through(state, work.files, writer, commit if alone else None)
             _add_small_files(work.folder, checkpoint, tokenizer, report)
@@ -135,7 +132,7 @@ class _Job:
     device: torch.device
     activation_memory: int
     processes: Processes | None
-    progress: Progress | None
+    progress: Progress
 
     def work_through(
         self, state: dict[str, Any] | None, files: TwoFiles, writer: CheckpointWriter | None, commit: Commit | None
@@ -169,9 +166,7 @@ class _Job:
             raise ValueError(f"it is of {state['blocks']} blocks, the model has {len(self.blocks)}")
         done, stored = _go_on_from(state)
         blocks = self.blocks[: done.blocks]
-        layers = [
-            (f"{block.name}.{name}", tuple(m.weight.shape)) for block in blocks for name, m in block.matrices.items()
-        ]
+        layers = [(name, tuple(matrix.weight.shape)) for name, matrix in matrices_of(blocks).items()]
         if [(layer.name, layer.shape) for layer in done.layers] != layers:
             raise ValueError(f"it reports on {len(done.layers)} layers, {len(layers)} are done, or on others")
         if (None if done.sparsities is None else len(done.sparsities)) != (len(self.blocks) if self.spec.owl else None):
@@ -186,9 +181,7 @@ class _Job:
         begun = tuple(f"{block.name}." for block in blocks)
         writer.check_written(name for name in self.checkpoint.entries if name.startswith(begun))
 
-    def _activations(
-        self, ids: Tensor, files: TwoFiles, source: StreamedBlocks
-    ) -> SavedActivations | SpilledActivations:
+    def _activations(self, ids: Tensor, files: TwoFiles, source: StreamedBlocks) -> FiledActivations:
         width = self.skeleton.config.get_text_config().hidden_size
         ranks = 1 if self.processes is None else self.processes.size
         if ids.numel() * width * self.skeleton.dtype.itemsize // ranks > self.activation_memory:
@@ -229,14 +222,13 @@ def _work_folder(
     out: Path, job: _Job, resume: bool, begun_with: dict[str, Any], offload: str | Path | None
 ) -> Iterator[tuple[WorkFolder, dict[str, Any] | None]]:
     """The folder and the state to go on from. What is worth going on with stays there after an error."""
-    work = WorkFolder(out)
+    work = WorkFolder(out, offload)
     try:
-        files = work.choose_files(offload)
-        state = work.state() if resume else None
+        state = read_state(out) if resume else None
         if state is not None:
             refuse_other_run(state["begun_with"], begun_with, out)
             try:
-                job.check_state(state, CheckpointWriter(work.folder, job.checkpoint), files)
+                job.check_state(state, CheckpointWriter(work.folder, job.checkpoint), work.files)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"the unfinished run to {out} cannot be gone on with: {error}; pass overwrite=True "
@@ -263,7 +255,7 @@ def _work_folder(
 def _leave(work: WorkFolder) -> None:
     """What is there stays where there is something to go on with, or to look at."""
     try:
-        is_empty = work.state() is None
+        is_empty = read_state(work.out) is None
     except (ValueError, OSError):  # damaged: told where it is read to be gone on with
         is_empty = False
     work.remove() if is_empty else work.release()

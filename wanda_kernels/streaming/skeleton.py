@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._words import need
 from ..models.checkpoint import DTYPES, Checkpoint
 from ..models.fits import unplaced
 from ..models.load import auto_class, listed, load_config
@@ -22,8 +22,7 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
         ValueError: where transformers would do more than copy tensors by their names (other names or shapes, another
             dtype, quantised weights).
     """
-    if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("streaming needs the accelerate package: pip install 'wanda_kernels[stream]'")
+    need("accelerate", "stream", "streaming needs the accelerate package")
     from accelerate import init_empty_weights
 
     config = load_config(str(folder))

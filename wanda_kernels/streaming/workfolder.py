@@ -1,4 +1,5 @@
-"""The hidden folder beside the output: what is done so far, and the lock that keeps a second run out.
+"""The hidden folder beside the output: what is done so far, what it was begun with, which what goes on with it must be
+the same as, and the lock that keeps a second run out.
 
 What lies there is believed only as far as it can be checked: links are not followed, other users' files are not used,
 and a state counts only for the very folder, by its inode, that it was written for. So the rename that publishes the
@@ -16,9 +17,15 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .._words import to_json
-from ..models.checkpoint import open_own
+from ..identity import differences, in_words, of_environment, of_tokens
+from ..models.checkpoint import Checkpoint, open_own
 from ..models.save import put_in_place
+from ..pruning.report import LayerReport
+from ..pruning.source import Done
 from .activations import TwoFiles
 
 VERSION = 4
@@ -32,24 +39,20 @@ class WorkFolder:
 
     Args:
         out: the output folder.
+        offload: where activations go; here if None.
 
     Raises:
         RuntimeError: another process works on it.
         OSError: it is a link, or another user's.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, offload: str | Path | None = None) -> None:
         self.out = out
         self.path = path_for(out)
         self.folder = self.path / "folder"
-        self.files: TwoFiles | None = None
+        self.files = TwoFiles.beside(self.path, offload)
         out.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-
-    def choose_files(self, offload: str | Path | None) -> TwoFiles:
-        """Where activations go: to ``offload``, or here."""
-        self.files = TwoFiles.beside(self.path, offload)
-        return self.files
 
     def _take_lock(self) -> int:
         while True:
@@ -74,9 +77,6 @@ class WorkFolder:
                 pass
             os.close(fd)  # a run that ended just now took the folder away between the opening and the locking
 
-    def state(self) -> dict[str, Any] | None:
-        return read_state(self.out)
-
     def commit(self, state: dict[str, Any]) -> None:
         """Replace ``state.json`` at once: a run that dies at any moment leaves the old or the new one."""
         temporary = self.path / "state.new"
@@ -91,9 +91,8 @@ class WorkFolder:
     def begin(self) -> None:
         """An empty ``folder``, and nothing of an earlier run."""
         (self.path / "state.json").unlink(missing_ok=True)
-        for files in (self.files, TwoFiles.beside(self.path, None)):
-            if files is not None:
-                files.remove()
+        self.files.remove()
+        TwoFiles.beside(self.path, None).remove()
         if self.folder.is_symlink() or self.folder.is_file():
             self.folder.unlink()
         elif self.folder.exists():
@@ -113,8 +112,7 @@ class WorkFolder:
         self.remove()
 
     def remove(self) -> None:
-        if self.files is not None:
-            self.files.remove()
+        self.files.remove()
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
@@ -177,3 +175,50 @@ def read_state(out: Path) -> dict[str, Any] | None:
     if done == blocks:  # its folder became the output
         return None
     raise ValueError(f"{path} speaks of {folder}, which was taken away or replaced since; {advice}")
+
+
+def identity(
+    spec: dict[str, Any], input_ids: Tensor | None, checkpoint: Checkpoint, device: torch.device
+) -> dict[str, Any]:
+    """All that decides a run's result."""
+    config = (checkpoint.folder / "config.json").read_bytes()
+    return {
+        "option": spec,
+        "calibration": of_tokens(input_ids),
+        "model": {"config.json": hashlib.sha256(config).hexdigest(), "tensor": checkpoint.fingerprints()},
+        "environment": of_environment(device),
+    }
+
+
+def refuse_other_run(then: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Raises ValueError where a state is another run's, and says in what it differs."""
+    found = [f"{name} was {before}, now it is {after}" for name, before, after in differences(then, now)]
+    if found:
+        raise ValueError(
+            f"the unfinished run to {out} was another one: {in_words(found)}. Give what it began with, "
+            "or overwrite=True without resume=True to start anew"
+        )
+
+
+NUMBERS = ("sparsity", "seconds", "estimated_error")
+OPTIONAL_NUMBERS = ("exact_error", "threshold", "damping")
+NOT_FINITE = ("nan", "inf", "-inf")  # as strict JSON has them
+
+
+def done_of(state: dict[str, Any]) -> Done:
+    """What a run has done. Raises ValueError, KeyError or TypeError where the report on it is none: found out now, not
+    where it is printed after all the work."""
+    shares = state["sparsities"]
+    if shares is not None and not all(type(share) in (int, float) and 0 <= share < 1 for share in shares):
+        raise ValueError(f"its sparsities are {str(shares)[:100]}")
+    return Done(state["done"], [_layer(data) for data in state["layers"]], shares)
+
+
+def _layer(data: dict[str, Any]) -> LayerReport:
+    numbers = {name: data[name] for name in NUMBERS}
+    numbers |= {name: data[name] for name in OPTIONAL_NUMBERS if data[name] is not None}
+    numbers |= {name: float(number) for name, number in numbers.items() if number in NOT_FINITE}
+    words = [data[name] for name in ("input_of", "statistics") if data[name] is not None]
+    if any(type(n) not in (int, float) for n in numbers.values()) or any(type(word) is not str for word in words):
+        raise ValueError(f"its report on {data['name']} is {str(data)[:200]}")
+    return LayerReport(**data | numbers | {"shape": tuple(data["shape"])})

@@ -36,10 +36,7 @@ _SIZES = {(4096, 32): "7b", (5120, 40): "13b", (8192, 80): "70b"}
 
 def published(config: Any) -> dict[str, dict[str, float]] | None:
     """The paper's figures for the model, where its configuration is that of a LLaMA-2; otherwise None."""
-    is_llama_2 = (
-        getattr(config, "model_type", None) == "llama"
-        and getattr(config, "vocab_size", None) == 32000
-        and getattr(config, "max_position_embeddings", None) == 4096
-    )
+    named = ("model_type", "vocab_size", "max_position_embeddings")
+    is_llama_2 = [getattr(config, name, None) for name in named] == ["llama", 32000, 4096]
     size = _SIZES.get((getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)))
     return _LLAMA_2[size] if is_llama_2 and size else None

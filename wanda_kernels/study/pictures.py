@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import math
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from .._words import need
 from ..methods import METHODS
 from . import tables
 
@@ -25,8 +25,7 @@ WIDTH, HEIGHT = 7.2, 3.6
 
 def check_library() -> None:
     """Raises ImportError without matplotlib: call it before the long work."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the pictures of a study need matplotlib: pip install 'wanda_kernels[plot]'")
+    need("matplotlib", "plot", "the pictures of a study need matplotlib")
 
 
 def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: float = HEIGHT) -> str:
@@ -69,8 +68,8 @@ def styles() -> dict[str, tuple[str, str]]:
 
 def bars(data: Row) -> str | None:
     """Perplexity by method and pattern, on a logarithmic axis, with the dense model as a line."""
-    runs = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["method"] in styles()]
-    runs = [run for run in runs if _can_be_drawn(run["perplexity"])]
+    plain = [run for run in tables.at_base(data["runs"]) if tables.is_plain(run) and run["method"] in styles()]
+    runs = [run for run in plain if _can_be_drawn(run["perplexity"])]
     targets = [target for target in tables.PATTERNS if any(run["target"] == target for run in runs)]
     methods = [method for method in styles() if any(run["method"] == method for run in runs)]
     if not targets:
@@ -145,8 +144,7 @@ def sparsity_curves(data: Row) -> str | None:
 
 
 def calibration_curves(data: Row) -> str | None:
-    seed = min((run["seed"] for run in data["runs"]), default=0)
-    runs = [r for r in data["runs"] if tables.is_plain(r) and r["sparsity"] == 0.5 and r["seed"] == seed]
+    runs = [run for run in tables.first_seed(data["runs"]) if tables.is_plain(run) and run["sparsity"] == 0.5]
     title = "Perplexity by number of calibration samples"
     return _curves(data, runs, "samples", "calibration samples (log)", "calibration", title, True)
 

@@ -19,8 +19,6 @@ COLUMNS = (
     "method", "sparsity", "pattern", "group", "variant", "weight_update", "owl", "samples", "seed",
     "perplexity", "achieved_sparsity", "seconds", "peak_memory_bytes",
 )  # fmt: skip
-
-
 FILES = ("results.json", "results.csv", "report.html")
 
 
@@ -75,19 +73,10 @@ class Results:
 
     def __init__(self, folder: Path, settings: dict[str, Any], circumstances: dict[str, Any]) -> None:
         self._path = folder / "results.json"
-        self.data: dict[str, Any] = {
-            "settings": settings,
-            "circumstances": [circumstances],
-            "dense": None,
-            "runs": {},
-        }
-        before = refuse_other_study(folder, settings)
-        if before is None:
-            return
-        self.data = before | {"settings": settings}
-        sessions = before["circumstances"]
-        if not sessions or sessions[-1] != circumstances:
-            sessions.append(circumstances)
+        new: dict[str, Any] = {"settings": settings, "circumstances": [], "dense": None, "runs": {}}
+        self.data = (refuse_other_study(folder, settings) or new) | {"settings": settings}
+        if circumstances not in self.data["circumstances"][-1:]:
+            self.data["circumstances"].append(circumstances)
 
     def __contains__(self, run: Run) -> bool:
         done = self.data["runs"].get(run.key)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..memory import added_peak
 from ..pruning import prune
-from ..pruning.blocks import find_blocks
-from ..pruning.progress import Progress
-from ..pruning.report import PruningReport
+from ..pruning.blocks import find_blocks, matrices_of
+from ..pruning.report import Progress, PruningReport
 from ..text import perplexity
 from .plan import Run
 
@@ -42,8 +41,8 @@ class Runner:
         self._windows = windows
         self._on_window = on_window
         self._device = next(model.parameters()).device
-        matrices = [matrix for block in find_blocks(model) for matrix in block.matrices.values()]
-        self._dense = [(matrix.weight, matrix.weight.detach().to("cpu", copy=True)) for matrix in matrices]
+        weights = [matrix.weight for matrix in matrices_of(find_blocks(model)).values()]
+        self._dense = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
 
     def evaluate(self) -> float:
         return perplexity(self._model, self._windows, self._windows.shape[1], on_window=self._on_window)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,30 +30,32 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no regular file: choose another folder")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        parts = {name: data[name] for name in ("settings", "circumstances", "dense", "runs")}
+        data = {name: data[name] for name in ("settings", "circumstances", "dense", "runs")}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not the file of a study: choose another folder") from error
-    where = str(path)
-    runs = [checked_run(run, f"{where}, run {_short.repr(key)}") for key, run in _dict(parts["runs"], where, "runs")]
-    return {
-        "settings": _settings(parts["settings"], where),
-        "circumstances": _circumstances(parts["circumstances"], where),
-        "dense": _dense(parts["dense"], where),
-        "runs": {run_of(run).key: run for run in runs},
-    }
+    runs = _checked(data["runs"], _object, str(path), "runs")
+    found = _results(data, str(path), [(_short.repr(key), run) for key, run in runs.items()])
+    return found | {"runs": {run_of(run).key: run for run in found["runs"]}}
 
 
 def checked(data: dict[str, Any]) -> dict[str, Any]:
     """The same of a study's results in memory, whose runs are a list."""
-    where = "results"
-    runs = data.get("runs")
-    if not isinstance(runs, list):
-        raise _wrong(where, "runs", "a list", runs)
+    return _results(data, "results", enumerate(_checked(data.get("runs"), _list, "results", "runs")))
+
+
+def _results(data: dict[str, Any], where: str, runs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    """``runs``: their names, for errors, and their records."""
+    found_runs = [_checked_run(run, f"{where}, run {name}") for name, run in runs]
+    sessions = _checked(data.get("circumstances"), _list, where, "circumstances")
+    for session in sessions:
+        for name, value in _checked(session, _object, where, "circumstances").items():
+            _checked(value, _or_none(_scalar), where, f"circumstances, {name}")
+    dense = data.get("dense")
     return {
-        "settings": _settings(data.get("settings"), where),
-        "circumstances": _circumstances(data.get("circumstances"), where),
-        "dense": _dense(data.get("dense"), where),
-        "runs": [checked_run(run, f"{where}, run {number}") for number, run in enumerate(runs)],
+        "settings": _record(data.get("settings"), where, dict.fromkeys(_SETTINGS, _scalar), "settings"),
+        "circumstances": [dict(session) for session in sessions],
+        "dense": None if dense is None else _record(dense, where, {"perplexity": _perplexity}, "dense"),
+        "runs": found_runs,
     }
 
 
@@ -61,16 +63,14 @@ def run_of(record: dict[str, Any]) -> Run:
     return Run(**{field.name: record[field.name] for field in fields(Run)})
 
 
-def checked_run(record: Any, where: str) -> dict[str, Any]:
+def _checked_run(record: Any, where: str) -> dict[str, Any]:
     """A run's record with its numbers as numbers, and its label and target as its options say."""
-    found = dict(_dict(record, where, "it"))
-    found |= {name: _field(found, name, where, kind) for name, kind in _FIELDS.items()}
-    parts = _dict(found["parts"], where, "parts")
+    found = _record(record, where, _FIELDS)
+    parts = found["parts"].items()
     found["parts"] = {str(name): _checked(value, _seconds, where, f"parts, {name}") for name, value in parts}
     if "layers" in found:
-        if not isinstance(found["layers"], list):
-            raise _wrong(where, "layers", "a list", found["layers"])
-        found["layers"] = [_layer(layer, f"{where}, layer {number}") for number, layer in enumerate(found["layers"])]
+        layers = enumerate(_checked(found["layers"], _list, where, "layers"))
+        found["layers"] = [_record(layer, f"{where}, layer {number}", _LAYER_FIELDS) for number, layer in layers]
     if found["sparsity"] is None and found["pattern"] is None:
         raise _wrong(where, "sparsity", "a number where there is no pattern", None)
     try:
@@ -81,124 +81,15 @@ def checked_run(record: Any, where: str) -> dict[str, Any]:
     return found | {"label": run.label, "target": run.target}
 
 
-def _layer(layer: Any, where: str) -> dict[str, Any]:
-    found = dict(_dict(layer, where, "it"))
-    return found | {name: _field(found, name, where, kind) for name, kind in _LAYER_FIELDS.items()}
-
-
-def _settings(settings: Any, where: str) -> dict[str, Any]:
-    found = dict(_dict(settings, where, "settings"))
-    for name in _SETTINGS:
-        _field(found, name, f"{where}, settings", _scalar)
+def _record(record: Any, where: str, kinds: dict[str, Kind], name: str | None = None) -> dict[str, Any]:
+    """An object with its fields of ``kinds`` as what they stand for. ``name``: its own, in errors."""
+    found = dict(_checked(record, _object, where, name or "it"))
+    inside = f"{where}, {name}" if name else where
+    for field, kind in kinds.items():
+        if field not in found:
+            raise ValueError(f"{inside} has no {field}")
+        found[field] = _checked(found[field], kind, inside, field)
     return found
-
-
-def _dense(dense: Any, where: str) -> dict[str, Any] | None:
-    if dense is None:
-        return None
-    found = dict(_dict(dense, where, "dense"))
-    return found | {"perplexity": _field(found, "perplexity", f"{where}, dense", _perplexity)}
-
-
-def _circumstances(sessions: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(sessions, list):
-        raise _wrong(where, "circumstances", "a list", sessions)
-    found = [dict(_dict(session, where, "circumstances")) for session in sessions]
-    for session in found:
-        for name, value in session.items():
-            _checked(value, _or_none(_scalar), where, f"circumstances, {name}")
-    return found
-
-
-def _dict(value: Any, where: str, name: str) -> Any:
-    if not isinstance(value, dict):
-        raise _wrong(where, name, "an object", value)
-    return value.items()
-
-
-# A kind takes a value and returns what it stands for; it raises ValueError saying what is required.
-Kind = Callable[[Any], Any]
-
-
-def _scalar(value: Any) -> Any:
-    if not isinstance(value, str | int | float):
-        raise ValueError("text or a number")
-    return value
-
-
-def _number(value: Any) -> float | int:
-    """``nan``, ``inf`` and ``-inf`` are written as text, which JSON has no number for."""
-    if value in ("nan", "inf", "-inf"):
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("a number")
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        raise ValueError(f"a number of at most {_LARGEST}")
-    return value
-
-
-def _perplexity(value: Any) -> float | int:
-    if _number(value) <= 0:
-        raise ValueError("a number above 0")
-    return _number(value)
-
-
-def _seconds(value: Any) -> float | int:
-    if not 0 <= _number(value) < math.inf:
-        raise ValueError("a number, 0 or more")
-    return _number(value)
-
-
-def _share(value: Any) -> float | int:
-    if not 0 <= _number(value) <= 1:
-        raise ValueError("a number from 0 to 1")
-    return _number(value)
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
-        raise ValueError("a whole number, 0 or more")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("a whole number")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.isprintable() or len(value) > 1000:
-        raise ValueError("text of one line, up to 1,000 characters")
-    return value
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _or_none(kind: Kind) -> Kind:
-    return lambda value: None if value is None else kind(value)
-
-
-_FIELDS: dict[str, Kind] = {
-    "method": _text, "sparsity": _or_none(_share), "pattern": _or_none(_text), "samples": _count, "seed": _whole,
-    "group": _or_none(_text), "variant": _bool, "weight_update": _or_none(_bool), "owl": _bool, "detail": _bool,
-    "perplexity": _perplexity, "achieved_sparsity": _share, "seconds": _seconds, "parts": lambda value: value,
-    "peak_memory_bytes": _or_none(_whole), "damped": _count,
-}  # fmt: skip
-_LAYER_FIELDS: dict[str, Kind] = {
-    "name": _text, "exact_error": _or_none(_number), "estimated_error": _or_none(_number),
-    "threshold": _or_none(_number), "sparsity": _or_none(_share),
-}  # fmt: skip
-
-
-def _field(record: dict[str, Any], name: str, where: str, kind: Kind) -> Any:
-    if name not in record:
-        raise ValueError(f"{where} has no {name}")
-    return _checked(record[name], kind, where, name)
 
 
 def _checked(value: Any, kind: Kind, where: str, name: str) -> Any:
@@ -211,3 +102,63 @@ def _checked(value: Any, kind: Kind, where: str, name: str) -> Any:
 def _wrong(where: str, name: str, required: str, value: Any) -> ValueError:
     shown = name if name.isprintable() and len(name) < 80 else _short.repr(name)
     return ValueError(f"{where}: {shown} must be {required}, got {_short.repr(value)}")
+
+
+# A kind takes a value and returns what it stands for; it raises ValueError saying what is required.
+Kind = Callable[[Any], Any]
+
+
+def _kind(required: str, accepts: Callable[[Any], bool], base: Kind = lambda value: value) -> Kind:
+    """What is a ``base`` and then ``accepts`` what that makes of it."""
+
+    def kind(value: Any) -> Any:
+        found = base(value)
+        if not accepts(found):
+            raise ValueError(required)
+        return found
+
+    return kind
+
+
+def _or_none(kind: Kind) -> Kind:
+    return lambda value: None if value is None else kind(value)
+
+
+def _is_a(value: Any, *types: type) -> bool:
+    """JSON's true and false are no numbers."""
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+_object = _kind("an object", lambda value: isinstance(value, dict))
+_list = _kind("a list", lambda value: isinstance(value, list))
+_bool = _kind("true or false", lambda value: isinstance(value, bool))
+_scalar = _kind("text or a number", lambda value: isinstance(value, str | int | float))
+_text = _kind(
+    "text of one line, up to 1,000 characters",
+    lambda value: isinstance(value, str) and value.isprintable() and len(value) <= 1000,
+)
+_whole = _kind("a whole number", lambda value: _is_a(value, int))
+_count = _kind("a whole number, 0 or more", lambda value: _is_a(value, int) and 0 <= value <= _LARGEST)
+# nan, inf and -inf are written as text, which JSON has no number for
+_real = _kind(
+    "a number",
+    lambda value: _is_a(value, int, float),
+    lambda value: float(value) if value in ("nan", "inf", "-inf") else value,
+)
+_number = _kind(
+    f"a number of at most {_LARGEST}", lambda value: isinstance(value, float) or abs(value) <= _LARGEST, _real
+)
+_perplexity = _kind("a number above 0", lambda value: not value <= 0, _number)
+_seconds = _kind("a number, 0 or more", lambda value: 0 <= value < math.inf, _number)
+_share = _kind("a number from 0 to 1", lambda value: 0 <= value <= 1, _number)
+
+_FIELDS: dict[str, Kind] = {
+    "method": _text, "sparsity": _or_none(_share), "pattern": _or_none(_text), "samples": _count, "seed": _whole,
+    "group": _or_none(_text), "variant": _bool, "weight_update": _or_none(_bool), "owl": _bool, "detail": _bool,
+    "perplexity": _perplexity, "achieved_sparsity": _share, "seconds": _seconds, "parts": _object,
+    "peak_memory_bytes": _or_none(_whole), "damped": _count,
+}  # fmt: skip
+_LAYER_FIELDS: dict[str, Kind] = {
+    "name": _text, "exact_error": _or_none(_number), "estimated_error": _or_none(_number),
+    "threshold": _or_none(_number), "sparsity": _or_none(_share),
+}  # fmt: skip

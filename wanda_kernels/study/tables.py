@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -43,8 +44,12 @@ def base_samples(runs: list[Row]) -> int:
 def at_base(runs: list[Row]) -> list[Row]:
     """Runs with the usual number of samples and the first seed."""
     samples = base_samples(runs)
+    return [run for run in first_seed(runs) if run["samples"] in (0, samples)]
+
+
+def first_seed(runs: list[Row]) -> list[Row]:
     seed = min((run["seed"] for run in runs), default=0)
-    return [run for run in runs if run["samples"] in (0, samples) and run["seed"] == seed]
+    return [run for run in runs if run["seed"] == seed]
 
 
 def lookup(runs: list[Row], **wanted: Any) -> float | None:
@@ -57,25 +62,25 @@ def order() -> list[str]:
     return [*COMPARED, *(name for name in METHODS if name not in COMPARED)]
 
 
-def _methods(runs: list[Row]) -> list[str]:
-    return sorted({run["method"] for run in runs}, key=order().index)
-
-
 def _targets(runs: list[Row]) -> list[str]:
     found = {run["target"]: (run["pattern"] is not None, -(run["sparsity"] or 0), run["target"]) for run in runs}
     order = {target: number for number, target in enumerate(PATTERNS)}
     return sorted(found, key=lambda target: (order.get(target, len(order)), found[target]))
 
 
-def _grid(runs: list[Row], rows: list[str], columns: list[str], by: str) -> list[list[str]]:
-    cells = [[row, *(figure(lookup(runs, **{by: row, "target": column})) for column in columns)] for row in rows]
-    return [row for row in cells if any(row[1:])]
+def _grid(runs: list[Row], along: str, columns: list[Any], least: int = 1) -> list[list[str]]:
+    """A row for each method, with its perplexities where ``along`` is each of ``columns``: at the ``least`` so many."""
+    cells = [
+        [method, *(figure(lookup(runs, **{"method": method, along: column})) for column in columns)]
+        for method in sorted({run["method"] for run in runs}, key=order().index)
+    ]
+    return [row for row in cells if sum(map(bool, row[1:])) >= least]
 
 
 def perplexity_table(data: Row, published: dict[str, dict[str, float]] | None) -> Table:
     runs = [run for run in at_base(data["runs"]) if is_plain(run) and not METHODS[run["method"]].update]
     columns = [target for target in _targets(runs) if target in PATTERNS] or _targets(runs)
-    rows = _grid(runs, _methods(runs), columns, "method")
+    rows = _grid(runs, "target", columns)
     dense = data["dense"]["perplexity"] if data["dense"] else None
     rows.insert(0, ["dense", *[figure(dense)] * len(columns)])
     if published is not None:
@@ -89,23 +94,15 @@ def perplexity_table(data: Row, published: dict[str, dict[str, float]] | None) -
 def sparsity_table(data: Row) -> Table:
     runs = [r for r in at_base(data["runs"]) if is_plain(r) and not r["pattern"] and not METHODS[r["method"]].update]
     columns = sorted(_targets(runs), key=lambda target: float(target.rstrip("%")))
-    rows = [row for row in _grid(runs, _methods(runs), columns, "method") if sum(map(bool, row[1:])) > 1]
+    rows = _grid(runs, "target", columns, least=2)
     return Table("Sparsity", "Perplexity of unstructured pruning.", ["method", *columns], rows)
 
 
 def calibration_table(data: Row) -> Table:
-    runs = [run for run in _first_seed(data["runs"]) if is_plain(run) and run["target"] == "50%" and run["samples"]]
+    runs = [run for run in first_seed(data["runs"]) if is_plain(run) and run["target"] == "50%" and run["samples"]]
     counts = sorted({run["samples"] for run in runs})
-    cells = [
-        [method, *(figure(lookup(runs, method=method, samples=count)) for count in counts)] for method in _methods(runs)
-    ]
-    rows = [row for row in cells if sum(map(bool, row[1:])) > 1]
+    rows = _grid(runs, "samples", counts, least=2)
     return Table("Calibration samples", "Perplexity at 50 % by number of samples.", ["method", *map(str, counts)], rows)
-
-
-def _first_seed(runs: list[Row]) -> list[Row]:
-    seed = min((run["seed"] for run in runs), default=0)
-    return [run for run in runs if run["seed"] == seed]
 
 
 def group_table(data: Row) -> Table:
@@ -113,14 +110,11 @@ def group_table(data: Row) -> Table:
     runs = [run for run in runs if run["sparsity"] == 0.5]
     known = [group for group in GROUPS if any(run["group"] == group for run in runs)]
     groups = known + sorted({run["group"] for run in runs} - set(known))
-    rows = [
-        [method, *(figure(lookup(runs, method=method, group=group)) for group in groups)] for method in _methods(runs)
-    ]
     caption = (
         "Perplexity at 50 % by pruning metric and comparison group, without weight update. column is (input, 1) in the "
         "paper, column:128 (input, 128), row (output, 1), row:128 (output, 128)."
     )
-    return Table("Metric and comparison group", caption, ["metric", *groups], rows if groups else [])
+    return Table("Metric and comparison group", caption, ["metric", *groups], _grid(runs, "group", groups))
 
 
 def update_table(data: Row) -> Table:
@@ -139,23 +133,18 @@ def update_table(data: Row) -> Table:
     return Table("Weight update", caption, ["mask", "update", *columns], rows if columns else [])
 
 
-def _stands_beside(run: Row) -> str | None:
-    method = METHODS[run["method"]]
-    return None if method.update else method.baseline
-
-
 def other_table(data: Row) -> Table:
     runs = at_base(data["runs"])
-    others = [run for run in runs if run["variant"] or run["owl"] or _stands_beside(run)]
-    others = [run for run in others if not run["group"]]
+    plain = [run for run in runs if is_plain(run)]
     rows = []
-    for run in others:
-        compared = lookup(
-            [other for other in runs if is_plain(other)],
-            method=run["method"] if run["owl"] else _stands_beside(run) or run["method"],
-            target=run["target"],
-        )
-        rows.append([run["label"], run["target"], figure(run["perplexity"]), figure(compared)])
+    for run in runs:
+        method = METHODS[run["method"]]
+        beside = None if method.update else method.baseline
+        if not run["group"] and (run["variant"] or run["owl"] or beside):
+            without = lookup(
+                plain, method=run["method"] if run["owl"] else beside or run["method"], target=run["target"]
+            )
+            rows.append([run["label"], run["target"], figure(run["perplexity"]), figure(without)])
     caption = "The appendix's variant, RIA, and OWL's sparsity by block, beside Wanda or the method without it."
     return Table("Other methods", caption, ["method", "target", "perplexity", "without"], rows)
 
@@ -163,12 +152,11 @@ def other_table(data: Row) -> Table:
 def seed_table(data: Row) -> Table:
     runs = [r for r in data["runs"] if is_plain(r) and r["samples"] == base_samples(data["runs"])]
     rows = []
-    for method in _methods(runs):
-        for target in _targets(runs):
-            values = [run["perplexity"] for run in runs if run["method"] == method and run["target"] == target]
-            if len(values) > 1:
-                spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-                rows.append([method, target, str(len(values)), figure(statistics.mean(values)), f"{spread:.3f}"])
+    for method, target in itertools.product(order(), _targets(runs)):
+        values = [run["perplexity"] for run in runs if run["method"] == method and run["target"] == target]
+        if len(values) > 1:
+            spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+            rows.append([method, target, str(len(values)), figure(statistics.mean(values)), f"{spread:.3f}"])
     heading = ["method", "target", "seeds", "mean perplexity", "standard deviation"]
     return Table("Seeds", "Robustness to which calibration samples are drawn.", heading, rows)
 
@@ -187,14 +175,9 @@ def cost_table(data: Row) -> Table:
 
 def all_tables(data: Row, published: dict[str, dict[str, float]] | None) -> dict[str, Table]:
     """``data``: as :class:`Results` has it, with ``runs`` a list. Those with rows, in the report's order."""
-    makers = {
-        "sparsity": sparsity_table,
-        "calibration": calibration_table,
-        "groups": group_table,
-        "update": update_table,
-        "others": other_table,
-        "seeds": seed_table,
-        "cost": cost_table,
-    }
-    tables = {"perplexity": perplexity_table(data, published)} | {name: make(data) for name, make in makers.items()}
+    tables = {
+        "perplexity": perplexity_table(data, published), "sparsity": sparsity_table(data),
+        "calibration": calibration_table(data), "groups": group_table(data), "update": update_table(data),
+        "others": other_table(data), "seeds": seed_table(data), "cost": cost_table(data),
+    }  # fmt: skip
     return {name: table for name, table in tables.items() if table.rows}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import hub
-from .documents import draw_windows, read_jsonl, shuffled, text_of
-from .files import check_regular, read_text
-from .windows import sample_windows, tokenize
+from .files import check_regular, read_jsonl, read_text, text_of
+from .windows import draw_windows, sample_windows, tokenize
 
 SAMPLES = 128
 LENGTH = 2048
@@ -66,15 +64,16 @@ def load_calibration(
         return _draw_wikitext2(tokenizer, samples, length, seed)
     if named:
         rows = hub.stream(named[1], named[2], split, seed)
-        texts: Iterator[str] = (text_of(row, column, f"data set {source}") for row in rows)
+        texts = (text_of(row, column, f"data set {source}") for row in rows)
         return draw_windows(texts, tokenizer, samples, length, seed, pack, source)
     if not path.exists():
         raise FileNotFoundError(
             f"calibration must be c4, wikitext2, a data set of the hub (owner/name) or a file; {source} does not exist"
         )
     if path.suffix == ".jsonl":
-        texts = shuffled(read_jsonl(path, column), seed)
-        return draw_windows(texts, tokenizer, samples, length, seed, pack, source)
+        documents = read_jsonl(path, column)
+        shuffled = random.Random(seed).sample(documents, len(documents))
+        return draw_windows(shuffled, tokenizer, samples, length, seed, pack, source)
     ids = tokenize(tokenizer, read_text(path, "calibration"))
     return sample_windows(ids, samples, length, seed, source)
 

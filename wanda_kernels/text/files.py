@@ -1,9 +1,11 @@
-"""Text files: the encodings and line ends that a text can have."""
+"""Text files: the encodings and line ends that a text can have, and documents in them."""
 
 from __future__ import annotations
 
 import codecs
+import json
 from pathlib import Path
+from typing import Any
 
 # UTF-32's mark begins as UTF-16's does: it is looked for first.
 _MARKS = (
@@ -56,3 +58,37 @@ def read_text(path: Path, argument: str) -> str:
     if not text.strip():
         raise ValueError(f"{argument} file {path} is empty")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_jsonl(path: Path, column: str) -> list[str]:
+    """The texts of a JSONL file: an object a line, its text in ``column``. Empty lines are skipped.
+
+    Raises:
+        ValueError: naming the line, where it is no object with a text in ``column``; as :func:`read_text`.
+    """
+    documents = []
+    # not splitlines(), which also splits at characters that a text in a line may have (U+2028, form feed, ..)
+    for number, line in enumerate(read_text(path, "calibration").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, strict=False)  # a text may hold control characters that nobody escaped
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"calibration file {path}, line {number} is not JSON: {error}") from error
+        documents.append(text_of(row, column, f"calibration file {path}, line {number}"))
+    return documents
+
+
+def text_of(row: Any, column: str, where: str) -> str:
+    """Raises ValueError where ``row`` has no text in ``column``, with the columns it has, or one that is no Unicode."""
+    if isinstance(row, dict) and column in row and not isinstance(row[column], str):
+        raise ValueError(f"{where} has a {type(row[column]).__name__} in column '{column}', it must be text")
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{where} has no text in column '{column}' (it has: {there}): name another column")
+    text: str = row[column]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half a surrogate pair in column '{column}' (character {error.start})") from error
+    return text

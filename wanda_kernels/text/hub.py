@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Iterator
 from typing import Any
+
+from .._words import need
 
 SHUFFLE_BUFFER = 10_000  # documents held at once while a stream is shuffled
 INSTEAD = "without network, give a file: .txt, .jsonl or .safetensors to calibrate on, .txt to evaluate on"
@@ -19,13 +20,9 @@ def load(name: str, split: str) -> Any:
         ImportError: without the ``datasets`` package.
         OSError: where the data set cannot be had.
     """
-    datasets = _library(name)
-    try:
-        if name == "c4":
-            return _load(datasets, "allenai/c4", data_files={split: C4_TRAIN}, split=split)
-        return _load(datasets, "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-    except Exception as error:
-        raise _unavailable(name, error) from error
+    if name == "c4":
+        return _load(name, "allenai/c4", data_files={split: C4_TRAIN}, split=split)
+    return _load(name, "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
 
 
 def stream(name: str, configuration: str | None, split: str, seed: int) -> Iterator[Any]:
@@ -33,27 +30,24 @@ def stream(name: str, configuration: str | None, split: str, seed: int) -> Itera
 
     Raises: as :func:`load`.
     """
-    datasets = _library(name)
+    rows = _load(name, name, configuration, split=split, streaming=True)
     try:
-        rows = _load(datasets, name, configuration, split=split, streaming=True)
         yield from rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     except Exception as error:
         raise _unavailable(name, error) from error
 
 
-def _load(datasets: Any, *what: Any, **how: Any) -> Any:
+def _load(name: str, *what: Any, **how: Any) -> Any:
     """Without a data set's own code: version 4 dropped it, earlier ones may be set to run it by the environment."""
-    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:
-        how["trust_remote_code"] = False
-    return datasets.load_dataset(*what, **how)
-
-
-def _library(name: str) -> Any:
-    if importlib.util.find_spec("datasets") is None:
-        raise ImportError(f"{name} needs the datasets package: pip install 'wanda_kernels[data]'")
+    need("datasets", "data", f"{name} needs the datasets package")
     import datasets
 
-    return datasets
+    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:
+        how["trust_remote_code"] = False
+    try:
+        return datasets.load_dataset(*what, **how)
+    except Exception as error:
+        raise _unavailable(name, error) from error
 
 
 def _unavailable(name: str, error: Exception) -> OSError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..models.modes import evaluating
+from ..models import evaluating
 from . import hub
 from .files import read_text
 from .windows import check_vocabulary, split_windows, tokenize
@@ -60,27 +60,22 @@ def perplexity(
     if len(windows) == 0:
         raise ValueError(f"the text has {len(ids)} tokens, one window needs {length}: lower length")
     check_vocabulary(model, windows)
-    with evaluating(model):
-        return _perplexity(model, windows, batch_size, on_window)
-
-
-def _perplexity(model: nn.Module, windows: Tensor, batch_size: int, on_window: Callable[[int], None] | None) -> float:
     device = next(model.parameters()).device
-    total = 0.0
-    done = 0
-    for batch in windows.split(batch_size):
-        batch = batch.to(device)
-        try:
-            logits = model(input_ids=batch, use_cache=False).logits
-        except IndexError as error:
-            raise ValueError(
-                f"{type(model).__name__} cannot take windows of {windows.shape[1]} tokens: more than its positions "
-                f"(max_position_embeddings): {error}"
-            ) from error
-        for window, row in zip(batch, logits, strict=True):
-            total += float(cross_entropy(row[:-1].float(), window[1:]))
-        done += len(batch)
-        if on_window is not None:
-            on_window(done)
+    total, done = 0.0, 0
+    with evaluating(model):
+        for batch in windows.split(batch_size):
+            batch = batch.to(device)
+            try:
+                logits = model(input_ids=batch, use_cache=False).logits
+            except IndexError as error:
+                raise ValueError(
+                    f"{type(model).__name__} cannot take windows of {length} tokens: more than its positions "
+                    f"(max_position_embeddings): {error}"
+                ) from error
+            for window, row in zip(batch, logits, strict=True):
+                total += float(cross_entropy(row[:-1].float(), window[1:]))
+            done += len(batch)
+            if on_window is not None:
+                on_window(done)
     mean = total / len(windows)
     return math.inf if mean > 700 else math.exp(mean)

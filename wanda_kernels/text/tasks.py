@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from .._words import need
 
 # Wanda (arXiv 2306.11695), section 4.1 and table 2: the mean of their plain accuracies.
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -39,8 +40,7 @@ class TaskEvaluation:
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ImportError("tasks are evaluated by lm-eval: pip install 'wanda_kernels[eval]'")
+        need("lm_eval", "eval", "tasks are evaluated by lm-eval")
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,8 +1,9 @@
-"""Cuts token ids into windows of equal length."""
+"""Cuts token ids, of a text or of documents, into windows of equal length."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,3 +53,45 @@ def sample_windows(ids: Tensor, samples: int, length: int, seed: int, source: st
         )
     chosen = random.Random(seed).sample(range(len(windows)), samples)
     return windows[sorted(chosen)]
+
+
+def draw_windows(
+    documents: Iterable[str], tokenizer: Any, samples: int, length: int, seed: int, pack: bool, source: str
+) -> Tensor:
+    """``samples`` windows of ``length`` tokens from ``documents``, taken in their order: [samples, length], int64.
+
+    Without ``pack``, a random window of each document with more than ``length`` tokens, as the official code takes
+    them from c4; shorter ones are skipped. With it, all documents one after the other, the tokenizer's end-of-text
+    token between them, cut into windows.
+
+    Raises:
+        ValueError: where the documents do not suffice, with what there is.
+    """
+    if samples < 1 or length < 2:
+        raise ValueError(f"samples must be at least 1 and length at least 2, got {samples} and {length}")
+    draw = random.Random(seed)
+    end = getattr(tokenizer, "eos_token_id", None)
+    separator = torch.tensor([] if end is None else [end], dtype=torch.int64)
+    windows: list[Tensor] = []
+    rest = torch.empty(0, dtype=torch.int64)
+    read = 0
+    for text in documents:
+        ids = tokenize(tokenizer, text)
+        read += 1
+        if pack:
+            rest = torch.cat([rest, ids, separator])
+            whole = len(rest) // length * length
+            windows += rest[:whole].view(-1, length)
+            rest = rest[whole:]
+        elif len(ids) > length:
+            begin = draw.randint(0, len(ids) - length - 1)
+            windows.append(ids[begin : begin + length])
+        if len(windows) >= samples:
+            return torch.stack(windows[:samples])
+    what = (
+        f"packed, {read} documents make {len(windows)} windows"
+        if pack
+        else (f"{len(windows)} of {read} documents are longer than {length} tokens")
+    )
+    advice = "lower samples or length" + ("" if pack else ", or put documents together (pack)")
+    raise ValueError(f"calibration data {source}: {what}, {samples} samples of {length} are required: {advice}")

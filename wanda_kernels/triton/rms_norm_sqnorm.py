@@ -97,7 +97,7 @@ def block_shape(block: int) -> dict[str, int]:
 def rms_norm_sqnorm(
     x: Tensor, weight: Tensor, eps: float, sqnorm: Tensor, token_mask: Tensor | None = None, unit_offset: bool = False
 ) -> Tensor:
-    check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, sqnorm, token_mask)
+    check_rms_norm_sqnorm("rms_norm_sqnorm", x, weight, eps, sqnorm, token_mask)
     sums = Partials("rms_norm_sqnorm", sqnorm, x, token_mask, CHUNK)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if sums.is_empty:
