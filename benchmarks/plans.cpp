@@ -20,7 +20,7 @@ PackedWeight weight_of(int64_t rows, int64_t cols) {
 
 extern "C" {
 
-// path (0: staged), quads, threads, stages, shared bytes.
+// path (0: staged), quads, threads, halves of rows, shared bytes.
 void plan_of_rows(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, int64_t processors, int64_t shared,
                   int64_t* out) {
   const RowsParams params{somewhere<void>(),
@@ -36,7 +36,7 @@ void plan_of_rows(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, int64
   out[0] = static_cast<int64_t>(plan.path);
   out[1] = plan.quads;
   out[2] = plan.threads;
-  out[3] = plan.tuning.stages;
+  out[3] = plan.tuning.halves;
   out[4] = rows_shared_bytes(plan, params.dtype);
 }
 

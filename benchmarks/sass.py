@@ -51,7 +51,7 @@ RARE = {
     "rows_any.cuh": ("select_segment",),
     "bracket.cuh": ("move",),
     "rows.cuh": ("drop_padding",),
-    "rows_part.cuh": ("has_ordinary_norms", "clear_padding"),
+    "rows_part.cuh": ("has_ordinary_norms", "fill"),
 }
 # Functions that access memory for few elements of a row, or once a row.
 FEW = {

@@ -82,12 +82,13 @@ def draw_rows(machine: Machine, seed: int) -> int:
     k = int(cols * draw.choice([0.0, 0.01, 0.3, 0.5, 0.5, 0.5, 0.7, 0.99]))
     if path == "any" and draw.random() < 0.1:
         k = cols
+    quads = draw.choice([4, 16, 22] if cols <= 2048 else [16, 22])
     got = simt.rows(
-        machine, weight, norm, k, output=output, path=path, grid=draw.randint(1, 3), stages=draw.randint(1, 2),
+        machine, weight, norm, k, output=output, path=path, grid=draw.randint(1, 3),
+        halves=draw.choice([2, 4] if quads * 4 // chunk % 2 else [2, 3, 4]),
         offset=dtype.itemsize * draw.randint(0, 3) * (path != "staged"),
         gap=draw.choice([0, 0, 1, 3, 8]) * (chunk if path == "staged" else 1),
-        distance=draw.choice([0.4, 0.4, -3.0, 6.0]), threads=draw.choice([32, 64, 256]),
-        quads=draw.choice([4, 16, 22] if cols <= 2048 else [16, 22]),
+        distance=draw.choice([0.4, 0.4, -3.0, 6.0]), threads=draw.choice([32, 64, 256]), quads=quads,
     )  # fmt: skip
     check(weight, norm, row_mask(weight, norm, k), output, got)
     return weight.shape[0]

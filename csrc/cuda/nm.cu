@@ -17,7 +17,7 @@ int launch_nm_kernel(const NmParams& params, const NmPlan& plan, CUstream_st* st
   if (output == Output::kPrune) {
     return launch(&nm_kernel<kDtype, kM, kKept, Output::kPrune>, shape, stream, params);
   }
-  shape.shared_bytes = 2 * nm_rows(kM, output) * kWarp * sizeof(float);
+  shape.shared_bytes = 2 * nm_rows(kM, output) * (plan.threads / kWarp) * sizeof(float);
   return launch(&nm_kernel<kDtype, kM, kKept, Output::kPruneAndSum>, shape, stream, params);
 }
 

@@ -57,9 +57,8 @@ struct NmUnit {
     if constexpr (kOutput == Output::kPruneAndSum) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        const float square = __fmul_rn(score[i], score[i]);
-        sums.all = __fadd_rn(sums.all, square);
-        sums.pruned = __fadd_rn(sums.pruned, flag[i] >> 31 ? 0.0f : square);
+        sums.all = __fmaf_rn(score[i], score[i], sums.all);
+        if (flag[i] >> 31 == 0) sums.pruned = __fmaf_rn(score[i], score[i], sums.pruned);
       }
     }
     if constexpr (kOutput == Output::kMask) {
@@ -127,12 +126,8 @@ __global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams
   }
   if constexpr (kOutput == Output::kPruneAndSum) {
     WANDA_DYNAMIC_SHARED(memory);
-    float (*const slots)[kWarp] = reinterpret_cast<float (*)[kWarp]>(memory);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (first_row + r >= params.rows) break;
-      write_sums(sums[r], params.score_sums + 2 * (first_row + r), slots + 2 * r);
-    }
+    write_sums(sums, params.rows - first_row, params.score_sums + 2 * first_row,
+               reinterpret_cast<float*>(memory));
   }
 }
 

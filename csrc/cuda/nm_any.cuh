@@ -67,7 +67,7 @@ struct NmAnyShared {
   alignas(16) typename Element<kDtype>::Bits weight[kElements + Element<kDtype>::kChunk];
   alignas(16) float norm[kElements + 4];
   alignas(16) bool mask[kElements + 16];
-  float slots[2][kWarp];
+  float slots[2 * kWarp];
 };
 
 template <Dtype kDtype, int kM>
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kNmAnyThreads) nm_any_kernel(const NmParams pa
   const int64_t tile_cols = int64_t{blockDim.x} * m;
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
     Bits* const weight = static_cast<Bits*>(params.weight) + row * params.row_stride;
-    ScoreSums sums;
+    ScoreSums sums[1];
     for (int64_t first = 0; first < params.cols; first += tile_cols) {
       const int cols = static_cast<int>(min(tile_cols, params.cols - first));
       const Tile<Bits> weights(shared.weight, weight + first, cols);
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kNmAnyThreads) nm_any_kernel(const NmParams pa
           if (i >= m) continue;
           const bool is_pruned = flag[i] >> 31 == 0;
           const float square = __fmul_rn(score[i], score[i]);
-          sums.all = __fadd_rn(sums.all, square);
-          sums.pruned = __fadd_rn(sums.pruned, is_pruned ? square : 0.0f);
+          sums[0].all = __fadd_rn(sums[0].all, square);
+          sums[0].pruned = __fadd_rn(sums[0].pruned, is_pruned ? square : 0.0f);
           if (mask != nullptr) {
             masks.shared[own + i] = is_pruned;
           } else if (is_pruned) {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kNmAnyThreads) nm_any_kernel(const NmParams pa
       }
       __syncthreads();  // the next tile takes this one's place
     }
-    if (params.score_sums != nullptr) write_sums(sums, params.score_sums + 2 * row, shared.slots);
+    if (params.score_sums != nullptr) write_sums(sums, 1, params.score_sums + 2 * row, shared.slots);
   }
 }
 

@@ -55,8 +55,7 @@ struct RowsTuning {
   float half_width;        // of the bracket, as a share of the guess
   float first_half_width;  // of a block's first row
   float inverse_cols;
-  int stages;  // rows in shared memory: 1, or 2 to load the next row while this one is worked on.
-               // The direct kernel has none
+  int halves;  // of rows in shared memory: 2, 3 or 4. The direct kernel has none
 };
 
 struct RowsPlan {
@@ -70,11 +69,13 @@ struct RowsPlan {
 // At most, for `quads` a thread: 896 leaves 72 registers a thread, 256 as many as there are.
 constexpr int rows_threads(int quads) { return quads == 4 ? 128 : quads == 16 ? 896 : 256; }
 constexpr int64_t kRowsSharedBytes = 4112;  // sizeof(RowsShared)
+constexpr int64_t kReservedBytes = 1024;    // of shared memory, that the system keeps of each block's
 
 constexpr int64_t warp_columns(int quads) { return int64_t{kWarp} * 4 * quads; }
 
 inline int64_t rows_shared_bytes(const RowsPlan& plan, Dtype dtype) {
-  return kRowsSharedBytes + int64_t{plan.tuning.stages} * plan.threads * 4 * plan.quads * bytes_of(dtype);
+  const int64_t chunk = 16 / bytes_of(dtype), half = divide_up(4 * plan.quads / chunk, 2);  // chunks a thread
+  return kRowsSharedBytes + plan.tuning.halves * plan.threads * 16 * half;
 }
 
 // Blocks that stay and take every grid-th row learn the distance; equal shares leave the shortest tail.
@@ -98,15 +99,15 @@ constexpr int64_t warp_instructions(int quads, int64_t cols) {
   return divide_up(cols, warp_columns(quads)) * (461 + 16 * 4 * quads);
 }
 
-// What follows from path, quads and stages.
-inline RowsPlan rows_plan(const RowsParams& params, RowsPath path, int quads, int stages) {
-  const float half_width = 2.56f / std::sqrt(static_cast<float>(params.cols));
+// What follows from path, quads and halves.
+inline RowsPlan rows_plan(const RowsParams& params, RowsPath path, int quads, int halves) {
+  const float half_width = 1.9f / std::sqrt(static_cast<float>(params.cols));
   return {path,
           quads,
           static_cast<int>(divide_up(params.cols, warp_columns(quads)) * kWarp),
           0,
           {gaussian_distance(static_cast<double>(params.k) / static_cast<double>(params.cols)), half_width,
-           std::max(half_width, 0.15f), 1.0f / static_cast<float>(params.cols), stages}};
+           std::max(half_width, 0.15f), 1.0f / static_cast<float>(params.cols), halves}};
 }
 
 inline RowsPlan plan_rows(const RowsParams& params, const Device& device) {
@@ -125,10 +126,18 @@ inline RowsPlan plan_rows(const RowsParams& params, const Device& device) {
                     warp_instructions(22, cols) < warp_instructions(16, cols);
   const int quads = cols <= 2048 ? 4 : wide ? 22 : 16;
   if (!staged) return rows_plan(params, RowsPath::kDirect, quads, 0);
-  // Two blocks and more on a processor hide each other's loads; a block alone loads its next row ahead.
-  const RowsPlan two = rows_plan(params, RowsPath::kStaged, quads, 2);
-  if (two.threads > 512 && rows_shared_bytes(two, params.dtype) <= device.shared_bytes) return two;
-  return rows_plan(params, RowsPath::kStaged, quads, 1);
+  // Two rows in flight for each block, as long as 512 threads a processor fit that way: blocks that wait for
+  // one another's loads are no match for loads that are there. Else one and a half, or one.
+  for (const int halves : {4, 3}) {
+    const RowsPlan plan = rows_plan(params, RowsPath::kStaged, quads, halves);
+    const int64_t blocks = std::max<int64_t>(1, 512 / plan.threads);
+    const bool has_whole_halves = 4 * quads * bytes / 16 % 2 == 0;  // which is what three buffers take
+    if (rows_shared_bytes(plan, params.dtype) <= device.shared_bytes / blocks - kReservedBytes &&
+        (halves != 3 || has_whole_halves)) {
+      return plan;
+    }
+  }
+  return rows_plan(params, RowsPath::kStaged, quads, 2);
 }
 
 // ---- nm.cuh, nm_any.cuh, and rows_any.cuh for greater groups.

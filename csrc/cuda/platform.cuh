@@ -15,10 +15,12 @@
 
 namespace wanda::cuda {
 
-// 16 bytes from global to shared memory without passing through registers.
-WANDA_DEVICE void copy_async_16(void* shared, const void* global) {
+// 16 bytes from global to shared memory without passing through registers; zeros where there are none.
+WANDA_DEVICE void copy_async_16(void* shared, const void* global, bool is_there = true) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(is_there ? 16 : 0)
+               : "memory");
 }
 WANDA_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -40,6 +42,13 @@ WANDA_DEVICE uint32_t opaque(uint32_t value) {
 WANDA_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+template <uint32_t kSelector>
+WANDA_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "n"(kSelector));
   return result;
 }
 

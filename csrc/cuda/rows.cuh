@@ -7,11 +7,12 @@
 //      the elements below both ends of a bracket of buckets around the guess. A bracket that misses is moved,
 //      after three misses by trisection, until it holds rank k: a bad guess costs time, never exactness;
 //   3. counts the bracket's elements (1-4 % of a row) in 128 bins, each a bucket or a fraction of one;
-//   4. lists the elements of the bin with rank k, a handful, and ranks them by (score, column): the limit;
-//   5. marks the buckets below the limit's, decides its own bucket's elements (0.4 %) one by one, writes.
+//   4. marks the elements of the bins below that with rank k, lists those of the bin itself, a handful, and
+//      ranks them by (score, column): the limit;
+//   5. marks the listed elements below the limit, and writes.
 //
-// Rows that this does not fit (a norm with its sign bit set, a k-th score that is NaN, more than kListed
-// elements in one bin) go through rows_any.cuh.
+// Rows that this does not fit (a norm with its sign bit set, or none that is finite; a k-th score that is
+// NaN; more than kListed elements in one bin) go through rows_any.cuh.
 //
 // Assumes: at most 4 * kQuads columns a thread. The staged kernel: 16-byte aligned rows and norms, whole
 // chunks of 16 bytes (a mask: 16 columns). The direct kernel: nothing.
@@ -20,7 +21,11 @@
 // reads 512 bytes in a row, and a thread's columns ascend with its quads.
 //
 // Bytes: W in once and out once. The row waits in shared memory (cp.async; no thread reads another's part, so
-// that takes no barrier). The norms come from L1 or L2, 4 bytes an element.
+// that takes no barrier), in two halves of tuning.halves that take turns: as soon as a chunk is written, that
+// of a later row is on its way into its place. The norms come from L1 or L2, 4 bytes an element.
+//
+// Sums of the squared scores: of all where they are computed, of those that go where they are written, from
+// what was masked out: 4 instructions an element.
 //
 // Why buckets, two to a register: four elements are compared with a threshold, and the outcome kept as bits,
 // in five instructions (two subtractions, a byte permutation, a shift, a LOP3), 1.25 an element against 2
@@ -43,7 +48,7 @@ struct RowsShared {
   uint32_t list[kListed];
   uint32_t counts[2][2][kWarp];
   uint32_t sums[2][kWarp];
-  float slots[2][kWarp];
+  float slots[2 * kWarp];
   uint32_t listed;
   // What the rows so far taught: here, as registers are short. Written after a row's last barrier but one,
   // read after the next row's first.
@@ -59,14 +64,18 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
   using Part::chunk_column, Part::holds, Part::column_of, Part::load_chunk, Part::load_norms,
       Part::start_phase;
   using Part::kChunks, Part::kQuadsPerChunk;
-  using Part::params, Part::staged;
+  using Part::params, Part::staged, Part::row;
 
   const RowsTuning& tuning;
   RowsShared& shared;
   uint32_t keys[2 * kQuads];
+  float all;  // the sum of this thread's squared scores
 
-  WANDA_DEVICE uint32_t key_at(uint32_t column) const {
-    return __float_as_uint(score_of<kDtype>(staged[column], __ldg(params.norm + column)));
+  // Of the element that is bit `bit` of a set's word `i`.
+  WANDA_DEVICE uint32_t key_at(uint32_t column, int i, int bit) const {
+    const typename Part::Bits* const from =
+        !kStaged ? row : staged[Part::half_of(Part::quad_of(i, bit) / kQuadsPerChunk)];
+    return __float_as_uint(score_of<kDtype>(from[column], __ldg(params.norm + column)));
   }
 
   // This thread's elements of `set`, one by one: visit(column, word, bit).
@@ -81,21 +90,26 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
     }
   }
 
-  // Step 1: fills `keys`, returns the sum of this thread's buckets.
+  // Step 1: fills `keys` and `all`, returns the sum of this thread's buckets.
   WANDA_DEVICE uint32_t score_row() {
     start_phase();
     uint32_t sum = 0;
+    all = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const uint32_t column = chunk_column(c);
-      const uint4 chunk = load_chunk(column);
+      const uint4 chunk = load_chunk(c, column);
 #pragma unroll
       for (int q = 0; q < kQuadsPerChunk; ++q) {
         float score[4];
         quad_scores<kDtype>(chunk, q, load_norms(column, q), score);
+        if constexpr (kOutput == Output::kPruneAndSum) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) all = __fmaf_rn(score[e], score[e], all);
+        }
         const int quad = c * kQuadsPerChunk + q;
-        keys[2 * quad] = permute_bytes(__float_as_uint(score[0]), __float_as_uint(score[1]), 0x7632);
-        keys[2 * quad + 1] = permute_bytes(__float_as_uint(score[2]), __float_as_uint(score[3]), 0x7632);
+        keys[2 * quad] = permute_bytes<0x7632>(__float_as_uint(score[0]), __float_as_uint(score[1]));
+        keys[2 * quad + 1] = permute_bytes<0x7632>(__float_as_uint(score[2]), __float_as_uint(score[3]));
         sum = __dp2a_lo(keys[2 * quad], 0x0101u, sum);  // both halves times 1
         sum = __dp2a_lo(keys[2 * quad + 1], 0x0101u, sum);
       }
@@ -113,7 +127,7 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
       uint32_t word = 0;
 #pragma unroll
       for (int q = i * 8; q < i * 8 + Set::quads(i); ++q) {
-        const uint32_t four = permute_bytes(minuend - keys[2 * q], minuend - keys[2 * q + 1], 0x7531);
+        const uint32_t four = permute_bytes<0x7531>(minuend - keys[2 * q], minuend - keys[2 * q + 1]);
         word = (word >> 1) | (four & 0x80808080u);
       }
       set.word[i] = word;
@@ -136,15 +150,15 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
     return blockDim.x * 4 * kQuads - static_cast<uint32_t>(params.cols);
   }
 
-  // Step 2: a bracket of at most kBins buckets that holds rank k, and this thread's elements in it.
-  WANDA_DEVICE Bracket find_bracket(float guess, float half_width, Set& inside) {
+  // Step 2: a bracket of at most kBins buckets that holds rank k, and this thread's elements below and in it.
+  WANDA_DEVICE Bracket find_bracket(float guess, float half_width, Set& under_low, Set& inside) {
     const int warp = threadIdx.x / kWarp, lane = lane_of(threadIdx.x);
     BracketSearch search;
     search.rank = static_cast<uint32_t>(params.k);
     search.set_around(guess, guess * half_width);
     for (int attempt = 0; search.least < kTopBucket; ++attempt) {
       search.clamp();
-      const Set under_low = below(search.low);
+      under_low = below(search.low);
       inside = below(search.high).without(under_low);
       if (search.low == 0) drop_padding(inside);
       const uint32_t warp_low = __reduce_add_sync(kFullMask, under_low.count());
@@ -171,29 +185,26 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
     return {0, 0, 0, false};
   }
 
-  // Steps 3 to 5 up to the writing: the elements to prune. False: this row needs rows_any.cuh.
+  // Steps 3 to 5 up to the writing: adds to `pruned`, the elements below the bracket, those in it that go.
+  // False: this row needs rows_any.cuh.
   WANDA_DEVICE bool select(const Bracket& bracket, const Set& inside, Set& pruned, float& kth) {
     start_phase();
     const uint32_t rank = static_cast<uint32_t>(params.k) - bracket.below;
     const uint32_t first_key = bracket.low << kBucketBits;
     const uint32_t bin_shift = fine_shift(bracket);
-    for_each(inside, [&](uint32_t column, int, int) {
-      atomicAdd(&shared.bins[(key_at(column) - first_key) >> bin_shift], 1u);
+    for_each(inside, [&](uint32_t column, int i, int bit) {
+      atomicAdd(&shared.bins[(key_at(column, i, bit) - first_key) >> bin_shift], 1u);
     });
     __syncthreads();
     const Bin bin = find_bin<kBins / kWarp>(shared.bins, rank);
     const uint32_t bin_key = first_key + (bin.index << bin_shift);
-    const uint32_t bucket = bin_key >> kBucketBits;
     if (bin.size > kListed) return false;
 
-    pruned = below(bucket);
-    Set same = below(bucket + 1).without(pruned);
-    if (bucket == 0) drop_padding(same);
     Set open;  // in the bin itself: the limit decides
 #pragma unroll
     for (int i = 0; i < Set::kWords; ++i) open.word[i] = 0;
-    for_each(same, [&](uint32_t column, int i, int bit) {
-      const uint32_t key = key_at(column);
+    for_each(inside, [&](uint32_t column, int i, int bit) {
+      const uint32_t key = key_at(column, i, bit);
       if (key < bin_key) {
         pruned.word[i] |= 1u << bit;
       } else if ((key - bin_key) >> bin_shift == 0) {
@@ -204,9 +215,9 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
     __syncthreads();
     const uint32_t limit = rank_listed(bin.size, rank - bin.below);
     for_each(open, [&](uint32_t column, int i, int bit) {
-      if ((key_at(column) << 16 | column) < limit) pruned.word[i] |= 1u << bit;
+      if ((key_at(column, i, bit) << 16 | column) < limit) pruned.word[i] |= 1u << bit;
     });
-    kth = __uint_as_float(bucket << kBucketBits | limit >> 16);
+    kth = __uint_as_float((bin_key >> kBucketBits) << kBucketBits | limit >> 16);
     return true;
   }
 
@@ -233,78 +244,72 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
   using Bits = typename Block::Bits;
   WANDA_DYNAMIC_SHARED(memory);
   RowsShared& shared = *reinterpret_cast<RowsShared*>(memory);
-  Bits* const stages = reinterpret_cast<Bits*>(memory + sizeof(RowsShared));
-  Bits* const weight = static_cast<Bits*>(params.weight);
-  Block block{{params, weight, weight, threadIdx.x}, tuning, shared, {}};
-
-  const uint32_t capacity = blockDim.x * 4 * kQuads;  // the columns of a stage: the row, then zeros
-  const auto stage_of = [&](int step) {
-    return stages + (tuning.stages == 2 && step % 2 != 0 ? capacity : 0);
-  };
-  // Row `row` into the part of shared memory that step `step` uses.
-  const auto load_row = [&](int64_t row, int step) {
-    block.start_phase();
-    const uint32_t first = block.chunk_column(0);
-    const Bits* from = weight + row * params.row_stride + first;
-    Bits* to = stage_of(step) + first;
-#pragma unroll
-    for (int c = 0; c < Block::kChunks; ++c) {
-      if (row < params.rows && block.holds(block.chunk_column(c))) copy_async_16(to, from);
-      to += blockDim.x * Block::kChunk;
-      from += blockDim.x * Block::kChunk;
-    }
-    copy_async_commit();
-  };
-  for (int step = 0; step < tuning.stages; ++step) block.clear_padding(stage_of(step));
+  Bits* const buffers = reinterpret_cast<Bits*>(memory + sizeof(RowsShared));
+  Block block{{params, threadIdx.x, nullptr, buffers, tuning.halves, {}, {}, {}}, tuning, shared, {}, 0};
+  if constexpr (kStaged) block.fill();
   const uint32_t odd_norms = block_sum(block.has_ordinary_norms() ? 0u : 1u, shared.sums[1]);
   if (threadIdx.x == 0) {
     shared.distance = tuning.distance;
     shared.rows_learnt = 0;
     shared.has_ordinary_norms = odd_norms == 0;
   }
-  for (int step = -tuning.stages;; ++step) {  // the steps below 0 only load
+  int buffer = 0;  // of the row's first half
+  for (int step = 0;; ++step) {
     const int64_t row = blockIdx.x + int64_t{gridDim.x} * step;
-    if (step >= 0) {
-      if (row >= params.rows) break;
-      block.row = weight + row * params.row_stride;
-      block.staged = kStaged ? stage_of(step) : block.row;
-      if (kStaged && tuning.stages == 2) copy_async_wait<1>();
-      if (kStaged && tuning.stages == 1) copy_async_wait<0>();
-
-      // A bucket is 128 * (log2 of its scores + 127), but for a logarithm that runs straight between powers
-      // of two.
-      const float buckets = static_cast<float>(block_sum(block.score_row(), shared.sums[0]));
-      const float mean_log = buckets * tuning.inverse_cols / 128.0f - 127.0f;
-      // Between the barriers of the sum and of the bracket: nobody reads the last row's bins and list any
-      // more.
-      for (int i = threadIdx.x; i < kBins; i += blockDim.x) shared.bins[i] = 0;
-      if (threadIdx.x == 0) shared.listed = 0;
-
-      typename Block::Set inside, pruned;
-      float kth = 0;
-      ScoreSums sums;
-      Bracket bracket{0, 0, 0, false};
-      if (shared.has_ordinary_norms) {
-        const float half_width = shared.rows_learnt == 0 ? tuning.first_half_width : tuning.half_width;
-        bracket = block.find_bracket(exp2f(mean_log + shared.distance), half_width, inside);
+    if (row >= params.rows) break;
+    block.row = static_cast<Bits*>(params.weight) + row * params.row_stride;
+    if constexpr (kStaged) {
+      for (int half = 0; half < 2; ++half) {
+        block.read_from(half, buffer);
+        buffer = buffer + 1 == tuning.halves ? 0 : buffer + 1;
       }
-      if (bracket.found && block.select(bracket, inside, pruned, kth)) {
-        if (threadIdx.x == 0 && kth > 0) {
-          shared.rows_learnt = fminf(shared.rows_learnt + 1, 8.0f);
-          shared.distance += __fdividef(__log2f(kth) - mean_log - shared.distance, shared.rows_learnt);
-        }
-        sums = block.write_row(row, pruned);
+      // Each half is a group of copies: those behind the row's two may still be on their way.
+      if (tuning.halves == 4) {
+        copy_async_wait<2>();
+      } else if (tuning.halves == 3) {
+        copy_async_wait<1>();
       } else {
-        __syncthreads();  // bins and slots are still being read
-        const Segment<kDtype> segment{block.row, params.norm,
-                                      kOutput == Output::kMask ? params.mask + row * params.cols : nullptr,
-                                      params.cols, params.k};
-        sums = select_segment<kDtype>(segment, shared.bins);
+        copy_async_wait<0>();
       }
-      if constexpr (kOutput == Output::kPruneAndSum)
-        write_sums(sums, params.score_sums + 2 * row, shared.slots);
     }
-    if constexpr (kStaged) load_row(row + int64_t{gridDim.x} * tuning.stages, step);  // where this row was
+    // A bucket is 128 * (log2 of its scores + 127), but for a logarithm that runs straight between powers of
+    // two.
+    const float buckets = static_cast<float>(block_sum(block.score_row(), shared.sums[0]));
+    const float mean_log = buckets * tuning.inverse_cols / 128.0f - 127.0f;
+    // Between the barriers of the sum and of the bracket: nobody reads the last row's bins and list any more.
+    for (int i = threadIdx.x; i < kBins; i += blockDim.x) shared.bins[i] = 0;
+    if (threadIdx.x == 0) shared.listed = 0;
+
+    typename Block::Set inside, pruned;
+    float kth = 0;
+    Bracket bracket{0, 0, 0, false};
+    if (shared.has_ordinary_norms) {
+      const float half_width = shared.rows_learnt == 0 ? tuning.first_half_width : tuning.half_width;
+      bracket = block.find_bracket(exp2f(mean_log + shared.distance), half_width, pruned, inside);
+    }
+    const bool is_selected = bracket.found && block.select(bracket, inside, pruned, kth);
+    const auto make_way = [&] {
+      for (int half = 0; half < 2; ++half) block.refill_from(half, 2 * step + half + tuning.halves);
+    };
+    ScoreSums sums[1] = {{0, block.all}};
+    if (is_selected) {
+      if (threadIdx.x == 0 && kth > 0) {
+        shared.rows_learnt = fminf(shared.rows_learnt + 1, 8.0f);
+        shared.distance += __fdividef(__log2f(kth) - mean_log - shared.distance, shared.rows_learnt);
+      }
+      make_way();
+      sums[0].pruned = block.write_row(row, pruned);
+    } else {
+      __syncthreads();  // bins and slots are still being read
+      const Segment<kDtype> segment{block.row, params.norm,
+                                    kOutput == Output::kMask ? params.mask + row * params.cols : nullptr,
+                                    params.cols, params.k};
+      sums[0] = select_segment<kDtype>(segment, shared.bins);
+      make_way();
+      block.refill_all();
+    }
+    if constexpr (kOutput == Output::kPruneAndSum)
+      write_sums(sums, 1, params.score_sums + 2 * row, shared.slots);
   }
 }
 

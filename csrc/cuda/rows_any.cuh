@@ -60,19 +60,31 @@ __device__ __noinline__ ScoreSums select_segment(Segment<kDtype> segment, uint32
   return sums;
 }
 
-// `slots` [2][32], shared.
-WANDA_DEVICE void write_sums(ScoreSums sums, float* row_sums, float (*slots)[kWarp]) {
-  const float pruned = block_sum(sums.pruned, slots[0]);
-  const float all = block_sum(sums.all, slots[1]);
-  if (threadIdx.x == 0) {
-    row_sums[0] = pruned;
-    row_sums[1] = all;
+// Sums of kRows rows, `row_sums` [kRows, 2], of which the first `count` there are. `slots` [32 * 2 * kRows]
+// in shared memory, of which the caller sees to it that another barrier passes before they are written again.
+template <int kRows>
+WANDA_DEVICE void write_sums(const ScoreSums (&sums)[kRows], int64_t count, float* row_sums, float* slots) {
+  constexpr int kSums = 2 * kRows;
+  float value[kSums];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    value[2 * r] = sums[r].pruned;
+    value[2 * r + 1] = sums[r].all;
   }
+  const float own = warp_sums(value);
+  const int thread = threadIdx.x;
+  if (lane_of(thread) < kSums) slots[thread / kWarp * kSums + lane_of(thread)] = own;
+  __syncthreads();
+  if (thread >= kSums || thread >= 2 * count) return;
+  float total = 0;
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w)
+    total = __fadd_rn(total, slots[w * kSums + thread]);
+  row_sums[thread] = total;
 }
 
 struct RowsAnyShared {
   alignas(16) uint32_t bins[256];
-  float slots[2][kWarp];
+  float slots[2 * kWarp];
 };
 
 // A block takes whole rows, one after the other, each in stretches of `segment_cols` (the row itself, or the
@@ -82,17 +94,20 @@ __global__ void __launch_bounds__(512) rows_any_kernel(const RowsParams params, 
   WANDA_DYNAMIC_SHARED(memory);
   RowsAnyShared& shared = *reinterpret_cast<RowsAnyShared*>(memory);
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    ScoreSums sums;
+    ScoreSums sums[1];
     for (int64_t col = 0; col < params.cols; col += segment_cols) {
       const Segment<kDtype> segment{
           static_cast<typename Element<kDtype>::Bits*>(params.weight) + row * params.row_stride + col,
           params.norm + col, params.mask == nullptr ? nullptr : params.mask + row * params.cols + col,
           segment_cols, params.k};
       const ScoreSums part = select_segment<kDtype>(segment, shared.bins);
-      sums.pruned = __fadd_rn(sums.pruned, part.pruned);
-      sums.all = __fadd_rn(sums.all, part.all);
+      sums[0].pruned = __fadd_rn(sums[0].pruned, part.pruned);
+      sums[0].all = __fadd_rn(sums[0].all, part.all);
     }
-    if (params.score_sums != nullptr) write_sums(sums, params.score_sums + 2 * row, shared.slots);
+    if (params.score_sums != nullptr) {
+      write_sums(sums, 1, params.score_sums + 2 * row, shared.slots);
+      __syncthreads();  // where all of a row goes, no other barrier stands before the next one's sums
+    }
   }
 }
 

@@ -14,11 +14,21 @@ struct RowPart {
   static constexpr int kChunk = Element<kDtype>::kChunk;
   static constexpr int kQuadsPerChunk = kChunk / 4;
   static constexpr int kChunks = kQuads / kQuadsPerChunk;
+  static constexpr int kHalf = (kChunks + 1) / 2;  // chunks of the first half of a row
 
   const RowsParams& params;
-  Bits* row;           // in device memory
-  const Bits* staged;  // the row to read: in shared memory, or `row`
   uint32_t thread;
+  Bits* row = nullptr;  // in device memory
+  // The staged kernel: half h of the row of step s is number 2s + h of a stream of halves. Its buffer is that
+  // number modulo `halves`, and goes to the half `halves` later. For each half of the row: it lies at
+  // `staged`
+  // + column of shared memory. What takes its place once it is written comes from `next` + column of device
+  // memory, for columns below `limit`.
+  Bits* buffers;
+  int halves;
+  Bits* staged[2];
+  const Bits* next[2];
+  uint32_t limit[2];
 
   // Forget the addresses of the phase before: held through a row they would spill.
   WANDA_DEVICE void start_phase() { thread = opaque(threadIdx.x); }
@@ -26,24 +36,25 @@ struct RowPart {
   WANDA_DEVICE uint32_t chunk_column(int chunk) const { return (chunk * blockDim.x + thread) * kChunk; }
   WANDA_DEVICE bool holds(uint32_t column) const { return column < static_cast<uint32_t>(params.cols); }
 
-  // The column of bit `bit` of an ElementSet's word `i`.
+  // The quad, and the column, of bit `bit` of an ElementSet's word `i`.
+  WANDA_DEVICE static int quad_of(int i, int bit) { return i * 8 + (bit & 7) - (8 - Set::quads(i)); }
   WANDA_DEVICE uint32_t column_of(int i, int bit) const {
-    const int quad = i * 8 + (bit & 7) - (8 - Set::quads(i));
+    const int quad = quad_of(i, bit);
     return chunk_column(quad / kQuadsPerChunk) + quad % kQuadsPerChunk * 4 + bit / 8;
   }
 
-  // Past the row's end: zeros. Shared memory holds them; the norms are then those of column 0, which are
-  // finite.
-  WANDA_DEVICE uint4 load_chunk(uint32_t column) const {
+  WANDA_DEVICE static constexpr int half_of(int chunk) { return chunk < kHalf ? 0 : 1; }
+
+  // Past the row's end: zeros. Shared memory holds them; the norms are then those of column 0.
+  WANDA_DEVICE uint4 load_chunk(int chunk, uint32_t column) const {
     if constexpr (kStaged) {
-      return load_16(staged + column);
+      return load_16(staged[half_of(chunk)] + column);
     } else {
       uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         if (!holds(column + i)) break;
-        words[i * sizeof(Bits) / 4] |= static_cast<uint32_t>(staged[column + i])
-                                       << (i * sizeof(Bits) % 4 * 8);
+        words[i * sizeof(Bits) / 4] |= static_cast<uint32_t>(row[column + i]) << (i * sizeof(Bits) % 4 * 8);
       }
       return make_uint4(words[0], words[1], words[2], words[3]);
     }
@@ -63,41 +74,61 @@ struct RowPart {
     }
   }
 
-  // Once for all rows: whether no norm of this thread has its sign bit set, and column 0's, which stand in
-  // for what lies past the row's end, are finite.
+  // Once for all rows: whether no norm of this thread has its sign bit set, is infinite or NaN.
   WANDA_DEVICE bool has_ordinary_norms() const {
-    uint32_t signs = 0;
+    uint32_t largest = 0;
 #pragma unroll 4
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
       for (int q = 0; q < kQuadsPerChunk; ++q) {
         const float4 norms = load_norms(chunk_column(c), q);
-        signs |= __float_as_uint(norms.x) | __float_as_uint(norms.y) | __float_as_uint(norms.z) |
-                 __float_as_uint(norms.w);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(component(norms, i)));
       }
     }
-    bool is_finite = true;
-#pragma unroll
-    for (int q = 0; q < kQuadsPerChunk; ++q) {
-      const float4 norms = load_norms(0, q);
-      is_finite &= fmaxf(fmaxf(norms.x, norms.y), fmaxf(norms.z, norms.w)) <= 3e38f;
-      is_finite &= norms.x + norms.y + norms.z + norms.w == norms.x + norms.y + norms.z + norms.w;  // no NaN
-    }
-    return signs >> 31 == 0 && is_finite;
+    return largest < 0x7f800000u;
   }
 
-  // Zeros a stage, [first_column(0), ...), past the row's end.
-  WANDA_DEVICE void clear_padding(Bits* stage) const {
-#pragma unroll 1
-    for (int c = 0; c < kChunks; ++c) {
+  WANDA_DEVICE uint32_t capacity() const { return blockDim.x * kChunk * kHalf; }  // columns of a half
+  WANDA_DEVICE void read_from(int half, int buffer) {
+    staged[half] = buffers + (buffer - half) * static_cast<int>(capacity());
+  }
+  WANDA_DEVICE void refill_from(int half, int number) {
+    const int64_t row_index = blockIdx.x + int64_t{gridDim.x} * (number / 2);
+    const int64_t shift = (number % 2 - half) * static_cast<int64_t>(capacity());
+    next[half] = static_cast<const Bits*>(params.weight) + row_index * params.row_stride + shift;
+    limit[half] = static_cast<uint32_t>(row_index < params.rows ? max(params.cols - shift, int64_t{0}) : 0);
+  }
+
+  // The next chunk on its way into the place of chunk `c`, which nobody reads any more. Past a row's end:
+  // zeros.
+  WANDA_DEVICE void refill(int c) {
+    if constexpr (kStaged) {
+      const int half = half_of(c);
       const uint32_t column = chunk_column(c);
-      if (!holds(column)) *reinterpret_cast<uint4*>(stage + column) = make_uint4(0, 0, 0, 0);
+      copy_async_16(staged[half] + column, next[half] + column, column < limit[half]);
+      if (c == kHalf - 1 || c == kChunks - 1) copy_async_commit();
+    }
+  }
+  WANDA_DEVICE void refill_all() {
+    start_phase();
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) refill(c);
+  }
+  // Before the first row: as many halves as there are buffers, each as a first half's successor.
+  WANDA_DEVICE void fill() {
+#pragma unroll 1
+    for (int number = 0; number < halves; ++number) {
+      read_from(0, number);
+      refill_from(0, number);
+#pragma unroll
+      for (int c = 0; c < kHalf; ++c) refill(c);
     }
   }
 
-  // Chunk `c`, whose quads are those of word `i` of `pruned` from quad `first` on.
-  WANDA_DEVICE void write_chunk(int64_t row_index, int c, const Set& pruned, int i, int first,
-                                ScoreSums& sums) const {
+  // Chunk `c`, whose quads are those of word `i` of `pruned` from quad `first` on; adds to `sum` the squared
+  // scores that go.
+  WANDA_DEVICE void write_chunk(int64_t row_index, int c, const Set& pruned, int i, int first, float& sum) {
     const uint32_t column = chunk_column(c);
     if (!holds(column)) return;
     if constexpr (kOutput == Output::kMask) {  // the direct kernel's
@@ -107,37 +138,40 @@ struct RowPart {
         if (holds(column + e)) mask[e] = pruned.top_bits(i, first + e / 4) >> (e % 4 * 8 + 7) & 1;
       }
     } else {
-      const uint4 chunk = load_chunk(column);
-      uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+      const uint4 chunk = load_chunk(c, column);
+      const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+      uint32_t gone[4];  // what is pruned, and zeros
 #pragma unroll
       for (int q = 0; q < kQuadsPerChunk; ++q) {
-        const uint32_t top = pruned.top_bits(i, first + q);
-        if constexpr (kOutput == Output::kPruneAndSum) {
-          float score[4];
-          quad_scores<kDtype>(chunk, q, load_norms(column, q), score);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float square = __fmul_rn(score[i], score[i]);
-            sums.all = __fadd_rn(sums.all, square);
-            sums.pruned = __fadd_rn(sums.pruned, top >> (8 * i + 7) & 1 ? square : 0.0f);
-          }
-        }
         // The permutation spreads a byte's top bit over the bytes of its element.
+        const uint32_t top = pruned.top_bits(i, first + q);
         if constexpr (kQuadsPerChunk == 2) {
-          words[2 * q] &= ~permute_bytes(top, 0, 0x9988);
-          words[2 * q + 1] &= ~permute_bytes(top, 0, 0xbbaa);
+          gone[2 * q] = words[2 * q] & permute_bytes<0x9988>(top, 0);
+          gone[2 * q + 1] = words[2 * q + 1] & permute_bytes<0xbbaa>(top, 0);
         } else {
-          words[0] &= ~permute_bytes(top, 0, 0x8888);
-          words[1] &= ~permute_bytes(top, 0, 0x9999);
-          words[2] &= ~permute_bytes(top, 0, 0xaaaa);
-          words[3] &= ~permute_bytes(top, 0, 0xbbbb);
+          gone[0] = words[0] & permute_bytes<0x8888>(top, 0);
+          gone[1] = words[1] & permute_bytes<0x9999>(top, 0);
+          gone[2] = words[2] & permute_bytes<0xaaaa>(top, 0);
+          gone[3] = words[3] & permute_bytes<0xbbbb>(top, 0);
+        }
+        if constexpr (kOutput == Output::kPruneAndSum) {
+          float value[4];
+          quad_values<kDtype>(make_uint4(gone[0], gone[1], gone[2], gone[3]), q, value);
+          const float4 norms = load_norms(column, q);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float score = __fmul_rn(value[e], component(norms, e));  // but for its sign
+            sum = __fmaf_rn(score, score, sum);
+          }
         }
       }
       if constexpr (kStaged) {
-        store_16(row + column, words[0], words[1], words[2], words[3]);
+        store_16(row + column, words[0] ^ gone[0], words[1] ^ gone[1], words[2] ^ gone[2],
+                 words[3] ^ gone[3]);
       } else {
-        for (int i = 0; i < kChunk && holds(column + i); ++i) {
-          row[column + i] = static_cast<Bits>(words[i * sizeof(Bits) / 4] >> (i * sizeof(Bits) % 4 * 8));
+        for (int e = 0; e < kChunk && holds(column + e); ++e) {
+          const int word = e * sizeof(Bits) / 4;
+          row[column + e] = static_cast<Bits>((words[word] ^ gone[word]) >> (e * sizeof(Bits) % 4 * 8));
         }
       }
     }
@@ -193,23 +227,25 @@ struct RowPart {
     }
   }
 
-  WANDA_DEVICE ScoreSums write_row(int64_t row_index, const Set& pruned) {
-    ScoreSums sums;
-    // Unrolled with the norms of all chunks on their way, the sums would spill.
-    [[maybe_unused]] constexpr int kUnroll = kOutput == Output::kPruneAndSum ? 1 : 8;
+  // Returns the sum of this thread's squared scores that go; what was in shared memory makes way.
+  WANDA_DEVICE float write_row(int64_t row_index, const Set& pruned) {
+    float sum = 0;
     if constexpr (kOutput == Output::kMask && kStaged) {
+      refill_all();
       write_mask_row(row_index, pruned);
-      return sums;
+      return sum;
     }
     start_phase();
 #pragma unroll
     for (int i = 0; i < Set::kWords; ++i) {
-#pragma unroll kUnroll
+#pragma unroll
       for (int c = 0; c < Set::quads(i) / kQuadsPerChunk; ++c) {
-        write_chunk(row_index, i * 8 / kQuadsPerChunk + c, pruned, i, c * kQuadsPerChunk, sums);
+        const int chunk = i * 8 / kQuadsPerChunk + c;
+        write_chunk(row_index, chunk, pruned, i, c * kQuadsPerChunk, sum);
+        refill(chunk);
       }
     }
-    return sums;
+    return sum;
   }
 };
 

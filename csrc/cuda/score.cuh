@@ -55,16 +55,22 @@ WANDA_DEVICE uint32_t component(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// The scores of four consecutive elements: quad `quad` of a chunk of 16 bytes.
+// Four consecutive elements: quad `quad` of a chunk of 16 bytes.
 template <Dtype kDtype>
-WANDA_DEVICE void quad_scores(const uint4& chunk, int quad, const float4& norm, float (&score)[4]) {
-  float value[4];
+WANDA_DEVICE void quad_values(const uint4& chunk, int quad, float (&value)[4]) {
   if constexpr (kDtype == Dtype::kFloat32) {
     for (int i = 0; i < 4; ++i) value[i] = __uint_as_float(component(chunk, i));
   } else {
     unpack<kDtype>(component(chunk, 2 * quad), value[0], value[1]);
     unpack<kDtype>(component(chunk, 2 * quad + 1), value[2], value[3]);
   }
+}
+
+// Their scores.
+template <Dtype kDtype>
+WANDA_DEVICE void quad_scores(const uint4& chunk, int quad, const float4& norm, float (&score)[4]) {
+  float value[4];
+  quad_values<kDtype>(chunk, quad, value);
   for (int i = 0; i < 4; ++i) score[i] = __fmul_rn(fabsf(value[i]), component(norm, i));
 }
 

@@ -15,8 +15,8 @@ extern "C" {
 void simt_plan_rows(const RowsParams* params, const Device* device, RowsPlan* plan) {
   *plan = plan_rows(*params, *device);
 }
-void simt_rows_plan(const RowsParams* params, int path, int quads, int stages, RowsPlan* plan) {
-  *plan = rows_plan(*params, static_cast<RowsPath>(path), quads, stages);
+void simt_rows_plan(const RowsParams* params, int path, int quads, int halves, RowsPlan* plan) {
+  *plan = rows_plan(*params, static_cast<RowsPath>(path), quads, halves);
 }
 void simt_plan_nm(const NmParams* params, const Device* device, NmPlan* plan) {
   *plan = plan_nm(*params, *device);

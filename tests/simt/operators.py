@@ -52,7 +52,7 @@ def _plan(ints: str, *rest: tuple[str, type]) -> type[ctypes.Structure]:
 
 
 _FLOATS = ("distance", "half_width", "first_half_width", "inverse_cols")
-RowsTuning = _struct("", "", *((name, ctypes.c_float) for name in _FLOATS), ("stages", ctypes.c_int))
+RowsTuning = _struct("", "", *((name, ctypes.c_float) for name in _FLOATS), ("halves", ctypes.c_int))
 RowsPlan = _plan("path quads threads", ("grid", ctypes.c_int64), ("tuning", RowsTuning))
 NmPlan = _plan("path kept threads", ("grid", ctypes.c_int64))
 LinearPlan = _plan("row_tiles token_tiles threads")
@@ -89,7 +89,7 @@ class _Selection:
 
 def rows(
     machine: Machine, weight: Tensor, norm: Tensor, k: int, *, output: str = "prune", path: str | None = None,
-    grid: int = 1, stages: int = 1, offset: int = 0, gap: int = 0, distance: float = 0.4, threads: int = 64,
+    grid: int = 1, halves: int = 2, offset: int = 0, gap: int = 0, distance: float = 0.4, threads: int = 64,
     quads: int = 16,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`path`: "staged" or "direct" (rows_kernel, `quads` a thread), or "any" (rows_any_kernel, `threads`)."""
@@ -101,8 +101,8 @@ def rows(
     else:
         if path == "direct":  # which has 4 or 16
             quads = min(quads, 16)
-        stages = stages if path == "staged" else 0
-        machine.library.simt_rows_plan(ctypes.byref(params), ROWS_PATHS.index(path), quads, stages, ctypes.byref(plan))
+        halves = halves if path == "staged" else 0
+        machine.library.simt_rows_plan(ctypes.byref(params), ROWS_PATHS.index(path), quads, halves, ctypes.byref(plan))
         plan.grid, plan.tuning.distance = grid, distance
         if path == "any":
             plan.threads = threads

@@ -348,8 +348,12 @@ uint32_t atomic_add(uint32_t* address, uint32_t value) {
 }
 
 void copy_now(const Copy& copy) {
-  check_access(reinterpret_cast<uintptr_t>(copy.from), 16, false, false);
   check_access(reinterpret_cast<uintptr_t>(copy.to), 16, true, false);
+  if (copy.from == nullptr) {
+    std::memset(copy.to, 0, 16);
+    return;
+  }
+  check_access(reinterpret_cast<uintptr_t>(copy.from), 16, false, false);
   std::memcpy(copy.to, copy.from, 16);
 }
 // Copies land as late as they may, or, in random order, at once.

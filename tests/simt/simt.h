@@ -48,7 +48,7 @@ void warp_barrier(int site, uint32_t mask);
 uint32_t lane();
 void fail(const std::string& text);  // stops the launch: fibers are abandoned where they are
 uint32_t atomic_add(uint32_t* address, uint32_t value);
-void copy_async(void* to, const void* from);
+void copy_async(void* to, const void* from);  // nullptr: zeros
 void copy_commit();
 void copy_wait(int site, int pending);
 float half_to_float(uint16_t bits);
@@ -185,7 +185,9 @@ int resident_blocks(Kernel*, const Shape&, int64_t& blocks) {
   blocks = 1;
   return 0;
 }
-inline void copy_async_16(void* shared, const void* global) { simt::copy_async(shared, global); }
+inline void copy_async_16(void* shared, const void* global, bool is_there = true) {
+  simt::copy_async(shared, is_there ? global : nullptr);
+}
 inline void copy_async_commit() { simt::copy_commit(); }
 #define copy_async_wait SIMT_COPY_WAIT{SIMT_SITE(kCopyWait)}.wait
 struct SIMT_COPY_WAIT {
@@ -205,6 +207,10 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     result |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);
   }
   return result;
+}
+template <uint32_t kSelector>
+uint32_t permute_bytes(uint32_t low, uint32_t high) {
+  return permute_bytes(low, high, kSelector);
 }
 inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
 inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
