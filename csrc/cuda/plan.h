@@ -172,7 +172,7 @@ inline NmPlan plan_nm(const NmParams& params, const Device& device) {
 
 // ---- pack_24.cuh: a thread takes 4 rows by 32 columns, a warp 32 by 128.
 
-constexpr int kPackThreads = 256;
+constexpr int kPackThreads = 128;
 
 inline int64_t pack_24_grid(int64_t rows, int64_t cols) {
   return divide_up(rows / 32 * divide_up(cols, 128) * kWarp, kPackThreads);
@@ -183,14 +183,17 @@ inline int64_t pack_24_grid(int64_t rows, int64_t cols) {
 constexpr int kPieceCols = 32 * kWarp;   // of a bitmap's row, a warp
 constexpr int kBitmapWarps = 8;          // at most in a block
 constexpr int kBitmapLinearRows = 4;     // of a block
+constexpr int kSparse24Cols = 128;       // of a stage
 constexpr int kSparse24Warps = 8;        // at most in a block
 constexpr int64_t kBitmapTokens = 8;     // at most in one launch
 constexpr int64_t kSparse24Tokens = 32;  // at most in one launch
 constexpr int64_t kUnpackThreads = 256;  // of unpack_sparse24_kernel, eight elements each
 
 struct LinearPlan {
-  int row_tiles;    // 2:4: of 16 rows, a block
-  int token_tiles;  // 2:4: of 8 tokens; bitmap: tokens that there is room for
+  int row_tiles;  // 2:4: of 16 rows, a block
+  int room;       // tokens, in 2:4 times slices, that there is room for
+  int slices;     // 2:4: of the columns: 1, 2, 4 or 8
+  int stages;     // 2:4: of a warp, in shared memory
   int threads;
 };
 
@@ -201,16 +204,49 @@ inline int bitmap_threads(int64_t cols) {
 }
 
 inline LinearPlan plan_bitmap_linear(const PackedWeight& weight, int64_t tokens) {
-  return {0, tokens <= 2 ? static_cast<int>(tokens) : tokens <= 4 ? 4 : 8, bitmap_threads(weight.cols)};
+  return {0, tokens <= 2 ? static_cast<int>(tokens) : tokens <= 4 ? 4 : 8, 1, 0, bitmap_threads(weight.cols)};
 }
 
-// 32 rows a block halve the loads of x; where that leaves processors without a block, 16.
+// Stages that keep enough bytes on their way; those of many tokens hold more x than weights.
+constexpr int sparse24_stages(int room) { return room <= 8 ? 3 : 2; }
+
+// Of a warp's stage: values of 16 rows a tile, their codes, and as many rows of x.
+constexpr int sparse24_stage_bytes(int row_tiles, int columns) {
+  return 16 * row_tiles * (kSparse24Cols + kSparse24Cols / 8) + columns * kSparse24Cols * 2;
+}
+
+// Of a block. The warps' sums take the place of their stages.
+constexpr int64_t sparse24_shared_bytes(const LinearPlan& plan, int columns) {
+  return int64_t{plan.threads / kWarp} * plan.stages * sparse24_stage_bytes(plan.row_tiles, columns);
+}
+
+// What follows from row tiles, slices and warps.
+inline LinearPlan sparse24_plan(const PackedWeight& weight, int64_t tokens, int row_tiles, int slices,
+                                int64_t most_warps) {
+  const int64_t columns = tokens * slices, stretches = divide_up(weight.cols / slices, kSparse24Cols);
+  const int room = columns <= 2 ? 2 : columns <= 8 ? 8 : columns <= 16 ? 16 : 32;
+  const int64_t warps = std::min(most_warps, stretches);
+  const int64_t stages = std::min<int64_t>(sparse24_stages(room), divide_up(stretches, warps));
+  return {row_tiles, room, slices, static_cast<int>(stages), static_cast<int>(warps * kWarp)};
+}
+
 inline LinearPlan plan_sparse24_linear(const PackedWeight& weight, int64_t tokens, const Device& device) {
-  return {weight.rows >= 32LL * device.processors ? 2 : 1,
-          tokens <= 8    ? 1
-          : tokens <= 16 ? 2
-                         : 4,
-          static_cast<int>(std::min<int64_t>(kSparse24Warps, weight.cols / 64) * kWarp)};
+  // Few rows: slices of the columns make more blocks, two for each processor.
+  int slices = 1;
+  while (2 * slices * tokens <= 8 && weight.cols / 64 % (2 * slices) == 0 &&
+         weight.rows * slices < 32LL * device.processors) {
+    slices *= 2;
+  }
+  // For more than eight tokens a block reads more x than weights: two tiles of rows halve that. A block that
+  // has its processor for itself has eight warps.
+  for (int tiles = tokens > 8 && weight.rows >= 24LL * device.processors ? 2 : 1; tiles > 0; --tiles) {
+    const bool alone = weight.rows * slices <= 16LL * tiles * device.processors;
+    for (int warps = alone ? kSparse24Warps : kSparse24Warps / 2; warps >= kSparse24Warps / 2; warps /= 2) {
+      const LinearPlan plan = sparse24_plan(weight, tokens, tiles, slices, warps);
+      if (sparse24_shared_bytes(plan, plan.room) <= device.shared_bytes) return plan;
+    }
+  }
+  return sparse24_plan(weight, tokens, 1, slices, 1);
 }
 
 // ---- sqnorm.cuh.

@@ -25,6 +25,10 @@ void simt_plan_linear(const PackedLinearParams* params, const Device* device, Li
   *plan = params->weight.starts != nullptr ? plan_bitmap_linear(params->weight, params->tokens)
                                            : plan_sparse24_linear(params->weight, params->tokens, *device);
 }
+void simt_sparse24_plan(const PackedLinearParams* params, int row_tiles, int slices, int warps,
+                        LinearPlan* plan) {
+  *plan = sparse24_plan(params->weight, params->tokens, row_tiles, slices, warps);
+}
 int simt_bitmap_threads(int64_t cols) { return bitmap_threads(cols); }
 int simt_sqnorm_vector(const SqnormParams* params) { return sqnorm_vector(*params); }
 

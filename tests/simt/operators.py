@@ -55,7 +55,7 @@ _FLOATS = ("distance", "half_width", "first_half_width", "inverse_cols")
 RowsTuning = _struct("", "", *((name, ctypes.c_float) for name in _FLOATS), ("stages", ctypes.c_int))
 RowsPlan = _plan("path quads threads", ("grid", ctypes.c_int64), ("tuning", RowsTuning))
 NmPlan = _plan("path kept threads", ("grid", ctypes.c_int64))
-LinearPlan = _plan("row_tiles token_tiles threads")
+LinearPlan = _plan("row_tiles room slices stages threads")
 Device = _plan("processors shared_bytes")
 DEVICE = Device(4, 227 * 1024)
 ROWS_PATHS = ("staged", "direct", "any")
@@ -178,9 +178,9 @@ def unpack(machine: Machine, packed: tuple[Tensor, ...], *, threads: int | None 
 
 def packed_linear(
     machine: Machine, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, *, threads: int | None = None,
-    row_tiles: int | None = None,
+    tiles: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [tokens, C_in] of at most 8 tokens (bitmap) or 32 (2:4: `row_tiles` of 16 rows a block)."""
+    """x [tokens, C_in] of at most 8 tokens (bitmap) or 32 (2:4: `tiles` are row tiles of a block, and slices)."""
     weight = _Packed(packed)
     inputs = Buffer(x, "x", writable=False)
     added = Buffer(torch.zeros(1) if bias is None else bias, "bias", writable=False)
@@ -190,7 +190,10 @@ def packed_linear(
     )
     buffers = [*weight.buffers, inputs, added, y]
     plan = _planned(machine, "simt_plan_linear", params, LinearPlan())
-    plan.threads, plan.row_tiles = threads or plan.threads, row_tiles or plan.row_tiles
+    if tiles is not None and threads is not None:
+        machine.library.simt_sparse24_plan(ctypes.byref(params), *tiles, threads // 32, ctypes.byref(plan))
+    elif threads is not None:
+        plan.threads = threads
     name = "simt_bitmap_linear" if len(packed) == 3 else "simt_sparse24_linear"
     machine.run(name, buffers, ctypes.byref(params), ctypes.byref(plan))
     return y.tensor()
