@@ -272,21 +272,28 @@ def pack_24(card: Card, height: int, cols: int) -> Work:
 
 
 def bitmap(card: Card, height: int, cols: int, tokens: int = 1) -> Work:
-    """Warps take 1,024 columns of four rows in four turns of their loop, an item each."""
-    threads, grid, *_ = _plan("bitmap", height, cols, tokens, card.processors)
-    sass = _sass(f"bitmap_linear_kernel<bfloat16, {tokens} tokens>", card)
-    elements, items = 4 * 256, cols / (threads / WARP) / 256
-    lead = 3 * LATENCY + 2 * CACHED + (sass.common - sass.loop) / 2 * STALL * card.cycle
+    """Warps take 1,024 elements of the block's rows, an item, one ahead of where they multiply, as in sparse24. Before
+    that they read the bitmap of the columns before theirs, and the words of their first items."""
+    threads, grid, rows_of_block, room, stages, shared, *_ = _plan(
+        "bitmap", height, cols, tokens, card.processors, card.block_shared
+    )
+    sass = _sass(f"bitmap_linear_kernel<bfloat16, {rows_of_block} rows, {room} tokens>", card)
+    warps = threads // WARP
+    items, load = cols * rows_of_block / 1024 / warps, 1024 * 1.125
+    lead = 2 * LATENCY + CACHED + BARRIER + (sass.common - sass.loop) / 2 * STALL * card.cycle
+    lines = 1024 // 64 / 2 + 2 * rows_of_block + 1024 // 128 / rows_of_block * 2 * tokens  # values, words; x
+    shuffled = 1024 // 128 * 6 + 8  # takes of shared memory, and shuffles
     return Work(
-        _tokens("bitmap_linear", tokens), (height, cols), "bfloat16", sass.registers, threads, grid, shared=1024,
-        items=items, load=elements * 1.125, slots=sass.loop, serial=sass.loop, waits=2 * LATENCY + lead / items,
-        in_flight=elements, customers=threads // WARP, dense_bytes=2 * height * cols,
+        _tokens("bitmap_linear", tokens), (height, cols), "bfloat16", sass.registers, threads, grid, shared=shared,
+        items=items, load=load, slots=sass.loop, serial=sass.loop * stages, waits=LATENCY + lead * stages / items,
+        in_flight=load * stages, ahead=stages - 1, customers=warps, dense_bytes=2 * height * cols,
+        cache=(lines + shuffled) * LINE,
     )  # fmt: skip
 
 
 def sparse24(card: Card, height: int, cols: int, tokens: int = 1) -> Work:
-    """Warps take 128 columns of a slice of the block's rows, an item, a few of them ahead of where they multiply. What a
-    warp does itself, no item that is ahead hides."""
+    """Warps take 128 columns of a slice of the block's rows, an item, a few of them ahead of where they multiply. What
+    a warp does itself, no item that is ahead hides."""
     threads, grid, tile, room, slices, stages, shared, _ = _plan(
         "sparse24", height, cols, tokens, card.processors, card.block_shared
     )

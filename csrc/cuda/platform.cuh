@@ -23,10 +23,21 @@ WANDA_DEVICE SharedAddress shared_address(const void* shared) {
   asm volatile("" : "+r"(address));
   return address;
 }
-WANDA_DEVICE uint16_t load_shared_2(SharedAddress from) {
-  uint16_t value;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from) : "memory");
+template <class T>
+WANDA_DEVICE T load_shared(SharedAddress from) {
+  T value;
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  } else {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from) : "memory");
+  }
   return value;
+}
+
+WANDA_DEVICE void store_shared(SharedAddress to, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 
 // 16 or 8 bytes from global to shared memory without passing through registers.
@@ -52,6 +63,12 @@ WANDA_DEVICE void copy_async_wait() {
 WANDA_DEVICE uint32_t opaque(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+template <class T>
+WANDA_DEVICE const T* opaque(const T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
 }
 
 // Each nibble of the selector picks one of the eight bytes of high:low; with its top bit set, the picked

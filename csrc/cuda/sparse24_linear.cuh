@@ -124,7 +124,7 @@ struct Sparse24Product {
 #pragma unroll
       for (int t = 0; t < kRowTiles; ++t) {  // of rows `quad` and `quad` + 8
         const SharedAddress at = stage + code_at + t * 256 + stretch * 8;
-        metadata[t] = permute_bytes(load_shared_2(at), load_shared_2(at + 128), 0x5410);
+        metadata[t] = permute_bytes(load_shared<uint16_t>(at), load_shared<uint16_t>(at + 128), 0x5410);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -192,9 +192,10 @@ __global__ void __launch_bounds__(kSparse24Warps* kWarp)
   for (int i = 0; i < kAhead; ++i) copy_next();
 #pragma unroll 1
   for (; left > 0; left -= static_cast<int32_t>(step)) {
-    copy_async_wait<kAhead - 1>();
-    __syncwarp();  // all lanes' copies are there, and nobody reads the stage before, which is copied to next
+    __syncwarp();  // nobody reads the stage before any more, which is copied to next
     copy_next();
+    copy_async_wait<kAhead>();
+    __syncwarp();  // all lanes' copies are there
     product.multiply(left, stage);
     stage = stage + stage_bytes == end ? begin : stage + stage_bytes;
   }

@@ -349,9 +349,9 @@ void warp_barrier(int site) {
   ++m.threads[m.current].warp_epoch;
 }
 
-void load_matrices(uintptr_t row, uint32_t (&part)[4]) {
+void load_matrices(const void* row, uint32_t (&part)[4]) {
   uint64_t rows[32];
-  exchange(-1, 0xffffffffu, row, rows);
+  exchange(-1, 0xffffffffu, reinterpret_cast<uint64_t>(row), rows);
   for (int i = 0; i < 4; ++i) {
     if (rows[8 * i + lane() / 4] % 16 != 0) fail("ldmatrix: a row is not 16-byte aligned");
     const uint64_t from = rows[8 * i + lane() / 4] + 4 * (lane() % 4);

@@ -50,7 +50,7 @@ void fail(const std::string& text);  // stops the launch: fibers are abandoned w
 uint32_t atomic_add(uint32_t* address, uint32_t value);
 void copy_async(void* to, const void* from, size_t size);
 // Of each of the four matrices of ldmatrix.
-void load_matrices(uintptr_t row, uint32_t (&part)[4]);
+void load_matrices(const void* row, uint32_t (&part)[4]);
 void copy_commit();
 void copy_wait(int site, int pending);
 float half_to_float(uint16_t bits);
@@ -193,14 +193,22 @@ int allow_shared(Kernel*, int64_t) {
   return 0;
 }
 inline void copy_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16); }
-using SharedAddress = uintptr_t;
-inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<uintptr_t>(shared); }
-inline uint16_t load_shared_2(SharedAddress from) { return *reinterpret_cast<const uint16_t*>(from); }
+using SharedAddress = uint32_t;  // from the block's shared memory on
+inline SharedAddress shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - simt::dynamic_shared());
+}
+inline void store_shared(SharedAddress to, uint32_t a, uint32_t b) {
+  *reinterpret_cast<uint2*>(simt::dynamic_shared() + to) = make_uint2(a, b);
+}
+template <class T>
+T load_shared(SharedAddress from) {
+  return *reinterpret_cast<const T*>(simt::dynamic_shared() + from);
+}
 inline void copy_async_16(SharedAddress to, const void* global) {
-  simt::copy_async(reinterpret_cast<void*>(to), global, 16);
+  simt::copy_async(simt::dynamic_shared() + to, global, 16);
 }
 inline void copy_async_8(SharedAddress to, const void* global) {
-  simt::copy_async(reinterpret_cast<void*>(to), global, 8);
+  simt::copy_async(simt::dynamic_shared() + to, global, 8);
 }
 inline void copy_async_commit() { simt::copy_commit(); }
 #define copy_async_wait SIMT_COPY_WAIT{SIMT_SITE(kCopyWait)}.wait
@@ -211,7 +219,10 @@ struct SIMT_COPY_WAIT {
     simt::copy_wait(site, kPending);
   }
 };
-inline uint32_t opaque(uint32_t value) { return value; }
+template <class T>
+T opaque(T value) {
+  return value;
+}
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;
@@ -226,7 +237,9 @@ inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from)
 inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   *static_cast<uint4*>(to) = {a, b, c, d};
 }
-inline void load_matrices(SharedAddress row, uint32_t (&part)[4]) { simt::load_matrices(row, part); }
+inline void load_matrices(SharedAddress row, uint32_t (&part)[4]) {
+  simt::load_matrices(simt::dynamic_shared() + row, part);
+}
 inline float half_to_float(uint16_t bits) { return simt::half_to_float(bits); }
 inline uint16_t float_to_half(float value) { return simt::float_to_half(value); }
 inline uint16_t float_to_bfloat16(float value) { return simt::float_to_bfloat16(value); }
