@@ -12,10 +12,11 @@
 // that do not belong together, but has nothing else to do for one row of x, and the sums of the others are
 // the product. Nothing goes through device memory, and no second kernel is launched.
 //
-// Warps share out the columns. Slices and warps are added in order: the same bits in every run.
+// Warps share out the columns. Slices and warps are added in order: the same bits in every run. How many
+// there are, and so the order, depends on the tokens of a launch and on the device's processors (plan.h).
 //
-// Assumes: cols a multiple of 64 * slices; values, codes and x 16-byte aligned; tokens * slices <= 8 *
-// kTokenTiles; 16-bit types.
+// Assumes: cols a multiple of 64 * slices; values, codes and x 16-byte aligned; tokens * slices <=
+// kMostColumns; slices = 1 beyond 8; 16-bit types.
 //
 // A block: 16 * kRowTiles / slices rows. A warp: every blockDim.x / 32-th stretch of 128 columns of a slice.
 //
