@@ -64,20 +64,31 @@ void plan_of_pack_24(int64_t rows, int64_t cols, int64_t* out) {
   out[1] = pack_24_grid(rows, cols);
 }
 
-// threads, grid.
-void plan_of_bitmap(int64_t rows, int64_t cols, int64_t tokens, int64_t, int64_t* out) {
-  out[0] = plan_bitmap_linear(weight_of(rows, cols), tokens).threads;
-  out[1] = divide_up(rows, kBitmapLinearRows);
+// threads, grid, rows and room of a block, stages, shared bytes.
+void plan_of_bitmap(int64_t rows, int64_t cols, int64_t tokens, int64_t processors, int64_t shared,
+                    int64_t* out) {
+  const LinearPlan plan = plan_bitmap_linear(weight_of(rows, cols), tokens,
+                                             {static_cast<int>(processors), static_cast<int>(shared)});
+  out[0] = plan.threads;
+  out[1] = divide_up(rows, plan.rows);
+  out[2] = plan.rows;
+  out[3] = plan.room;
+  out[4] = plan.stages;
+  out[5] = bitmap_shared_bytes(plan, Dtype::kBFloat16);
 }
 
-// threads, grid, rows and tokens of a block.
-void plan_of_sparse24(int64_t rows, int64_t cols, int64_t tokens, int64_t processors, int64_t* out) {
-  const LinearPlan plan =
-      plan_sparse24_linear(weight_of(rows, cols), tokens, {static_cast<int>(processors), 0});
+// threads, grid, rows and room of a block, slices, stages, shared bytes.
+void plan_of_sparse24(int64_t rows, int64_t cols, int64_t tokens, int64_t processors, int64_t shared,
+                      int64_t* out) {
+  const LinearPlan plan = plan_sparse24_linear(weight_of(rows, cols), tokens,
+                                               {static_cast<int>(processors), static_cast<int>(shared)});
   out[0] = plan.threads;
-  out[1] = divide_up(rows, 16 * plan.row_tiles);
-  out[2] = 16 * plan.row_tiles;
-  out[3] = 8 * plan.token_tiles;
+  out[1] = divide_up(rows * plan.slices, plan.rows);
+  out[2] = plan.rows;
+  out[3] = plan.room;
+  out[4] = plan.slices;
+  out[5] = plan.stages;
+  out[6] = sparse24_shared_bytes(plan, static_cast<int>(tokens) * plan.slices);
 }
 
 // threads, grid, shared bytes; threads and grid of the second kernel.

@@ -261,41 +261,52 @@ def nm_24(card: Card, height: int, cols: int, dtype: str = "bfloat16", sums: boo
 
 
 def pack_24(card: Card, height: int, cols: int) -> Work:
-    """A thread takes four rows of 32 columns, 16 columns of a row at a time: an item."""
+    """A thread takes four rows of 32 columns, 16 columns of all four at a time: an item."""
     threads, grid, *_ = _plan("pack_24", height, cols)
     sass = _sass("pack_24_kernel<bfloat16, select>", card)
-    load, serial = height * cols * 2 / grid / 8, sass.common / 8
+    load, serial = height * cols * 2 / grid / 2, sass.common / 2
     return Work(
-        "prune_pack_24", (height, cols), "bfloat16", sass.registers, threads, grid, items=8, load=load,
+        "prune_pack_24", (height, cols), "bfloat16", sass.registers, threads, grid, items=2, load=load,
         store=load * 1.125 / 2, slots=serial * threads / WARP, serial=serial, waits=LATENCY, in_flight=load,
     )  # fmt: skip
 
 
 def bitmap(card: Card, height: int, cols: int, tokens: int = 1) -> Work:
-    """Warps take 1,024 columns of four rows in four turns of their loop, an item each."""
-    threads, grid, *_ = _plan("bitmap", height, cols, tokens, card.processors)
-    sass = _sass(f"bitmap_linear_kernel<bfloat16, {tokens} tokens>", card)
-    elements, items = 4 * 256, cols / (threads / WARP) / 256
-    lead = 3 * LATENCY + 2 * CACHED + (sass.common - sass.loop) / 2 * STALL * card.cycle
+    """Warps take 1,024 elements of the block's rows, an item, one ahead of where they multiply, as in sparse24. Before
+    that they read the bitmap of the columns before theirs, and the words of their first items."""
+    threads, grid, rows_of_block, room, stages, shared, *_ = _plan(
+        "bitmap", height, cols, tokens, card.processors, card.block_shared
+    )
+    sass = _sass(f"bitmap_linear_kernel<bfloat16, {rows_of_block} rows, {room} tokens>", card)
+    warps = threads // WARP
+    items, load = cols * rows_of_block / 1024 / warps, 1024 * 1.125
+    lead = 2 * LATENCY + CACHED + BARRIER + (sass.common - sass.loop) / 2 * STALL * card.cycle
+    lines = 1024 // 64 / 2 + 2 * rows_of_block + 1024 // 128 / rows_of_block * 2 * tokens  # values, words; x
+    shuffled = 1024 // 128 * 6 + 8  # takes of shared memory, and shuffles
     return Work(
-        _tokens("bitmap_linear", tokens), (height, cols), "bfloat16", sass.registers, threads, grid, shared=1024,
-        items=items, load=elements * 1.125, slots=sass.loop, serial=sass.loop, waits=2 * LATENCY + lead / items,
-        in_flight=elements, customers=threads // WARP, dense_bytes=2 * height * cols,
+        _tokens("bitmap_linear", tokens), (height, cols), "bfloat16", sass.registers, threads, grid, shared=shared,
+        items=items, load=load, slots=sass.loop, serial=sass.loop * stages, waits=LATENCY + lead * stages / items,
+        in_flight=load * stages, ahead=stages - 1, customers=warps, dense_bytes=2 * height * cols,
+        cache=(lines + shuffled) * LINE,
     )  # fmt: skip
 
 
 def sparse24(card: Card, height: int, cols: int, tokens: int = 1) -> Work:
-    """Warps take 64 columns of the block's rows, two such stretches in a turn of their loop: an item."""
-    threads, grid, height_of_block, tokens_of_block, *_ = _plan("sparse24", height, cols, tokens, card.processors)
-    sass = _sass(f"sparse24_linear_kernel<bfloat16, {height_of_block} rows, {tokens_of_block} tokens>", card)
+    """Warps take 128 columns of a slice of the block's rows, an item, a few of them ahead of where they multiply. What
+    a warp does itself, no item that is ahead hides."""
+    threads, grid, tile, room, slices, stages, shared, _ = _plan(
+        "sparse24", height, cols, tokens, card.processors, card.block_shared
+    )
+    sass = _sass(f"sparse24_linear_kernel<bfloat16, {tile} rows, {room} tokens>", card)
     warps = threads // WARP
-    items, load = cols / 64 / warps / 2, height_of_block * 128 * 1.125
-    lead = LATENCY + (sass.common - sass.loop) / 2 * STALL * card.cycle
+    items, load = cols / slices / 128 / warps, tile * 128 * 1.125
+    lead = LATENCY + BARRIER + (sass.common - sass.loop) / 2 * STALL * card.cycle
+    lines = 2 * tile + 2 * tokens * slices  # of values and codes; of x
     return Work(
-        _tokens("sparse24_linear", tokens), (height, cols), "bfloat16", sass.registers, threads, grid,
-        shared=warps * height_of_block * tokens_of_block * 4, items=items, load=load, slots=sass.loop, serial=sass.loop,
-        waits=1.5 * LATENCY + lead / items, in_flight=load / 2, customers=warps, dense_bytes=2 * height * cols,
-        cache=2 * tokens_of_block * 8 * LINE if tokens > 1 else 0,  # four bytes of x a lane, of eight tokens
+        _tokens("sparse24_linear", tokens), (height, cols), "bfloat16", sass.registers, threads, grid, shared=shared,
+        items=items, load=load, slots=sass.loop, serial=sass.loop * stages, waits=LATENCY + lead * stages / items,
+        in_flight=load * stages, ahead=stages - 1, customers=warps, dense_bytes=2 * height * cols,
+        cache=(lines + tile + -(-room // 8) * 16) * LINE,  # what the matrix loads of both take from shared memory
     )  # fmt: skip
 
 

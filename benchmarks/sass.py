@@ -172,9 +172,9 @@ def _short(mangled: str) -> str:
     for number, output in enumerate(("prune", "prune+sums", "mask")):
         name = re.sub(rf"\(Output\){number}\b", output, name)
     if name.startswith("sparse24_linear"):
-        return re.sub(r", (\d+), (\d+)>", lambda m: f", {16 * int(m[1])} rows, {8 * int(m[2])} tokens>", name)
+        return re.sub(r", (\d+), (\d+)>", lambda m: f", {16 * int(m[1])} rows, {m[2]} tokens>", name)
     if name.startswith("bitmap_linear"):
-        return re.sub(r", (\d+)>", r", \1 tokens>", name)
+        return re.sub(r", (\d+), (\d+)>", r", \1 rows, \2 tokens>", name)
     true, false = ("staged", "direct") if name.startswith("rows_kernel") else ("select", "pack only")
     return name.replace("true", true).replace("false", false)
 

@@ -39,6 +39,18 @@ def test_blocks_of_a_processor(registers, threads, shared, blocks):
     assert predict.resident(registers, threads, shared, H100) == blocks
 
 
+@pytest.mark.parametrize("product", ["bitmap", "sparse24"])
+@pytest.mark.parametrize(("processors", "shared"), [(132, 227 << 10), (108, 163 << 10), (84, 99 << 10), (20, 99 << 10)])
+def test_plans_of_products_fit_the_device_and_fill_it(product, processors, shared):
+    for tokens in range(1, 9 if product == "bitmap" else 33):
+        for height, cols in ((1, 64), (100, 576), (1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)):
+            threads, grid, *rest = predict._plan(product, height, cols, tokens, processors, shared)
+            assert 32 <= threads <= 256
+            assert rest[4 if product == "sparse24" else 3] <= shared
+            if tokens == 1 and height >= 1024:
+                assert grid >= 2 * processors
+
+
 def test_the_file_is_what_the_command_writes():
     with predict.PREDICTIONS.open(newline="") as file:
         written = list(csv.DictReader(file))

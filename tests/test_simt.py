@@ -217,17 +217,20 @@ def draw_packed(machine: Machine, seed: int) -> None:
     rows, cols = draw.choice([1, 2, 5, 16, 17, 33, 48]), 64 * draw.choice([1, 2, 3, 15, 16, 17, 33, 50])
     weight, _ = draw_matrix(draw, rows, cols, dtype)
     weight = weight.nan_to_num(1, 2, -2).clamp(-50, 50)  # sums that float64 can judge
-    threads = 32 * draw.choice([1, 2, 3, 8])
+    warps = draw.choice([1, 2, 3, 8])
     if form == "bitmap":
         weight.masked_fill_(torch.rand(weight.shape) < draw.choice([0.0, 0.5, 0.9, 1.0]), 0)
         packed, tokens = pack_bitmap(weight), draw.randint(1, 8)
+        block = (draw.choice([2, 4]), 1, warps)
     else:
         weight.masked_fill_(reference.nm_mask(weight, torch.ones(cols), 2, 4), 0)
-        packed, tokens = pack_sparse24(weight), draw.choice([1, 3, 8, 9, 16, 17, 32])
-    assert same_bits(simt.unpack(machine, packed, threads=threads), weight)
+        packed, tokens = pack_sparse24(weight), draw.choice([1, 1, 2, 3, 8, 9, 16, 17, 32])
+        slices = [n for n in (1, 2, 4, 8) if n == 1 or (tokens * n <= 8 and cols // 64 % n == 0)]
+        block = (draw.choice([16, 32]) if tokens > 8 else 16, draw.choice(slices), warps)
+    assert same_bits(simt.unpack(machine, packed, warps=warps), weight)
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
     bias = torch.linspace(-3, 3, rows).to(dtype) if draw.random() < 0.5 else None
-    got = simt.packed_linear(machine, x, packed, bias, threads=threads, row_tiles=draw.choice([1, 2]))
+    got = simt.packed_linear(machine, x, packed, bias, block=block)
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     size = x.double().abs() @ weight.double().abs().T + 1
     unit = torch.finfo(dtype).eps / 2
@@ -242,7 +245,7 @@ def test_packed(machine: Machine) -> None:
 # The tests of the tests: what a kernel needs is taken away, and something must notice.
 
 SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (draw_rows, draw_nm, draw_pack_24, draw_sqnorm, draw_packed)
-SITES = {"barrier": r"__syncthreads\(\)", "mask": r"\bkFullMask,", "copy wait": r"copy_async_wait<\d>\(\);"}
+SITES = {"barrier": r"__sync(threads|warp)\(\)", "mask": r"\bkFullMask,", "copy wait": r"copy_async_wait<[^>]+>\(\);"}
 
 
 def notices(machine: Machine, draw: Callable[[Machine, int], object], seed: int) -> bool:

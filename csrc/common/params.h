@@ -92,7 +92,7 @@ struct PackedWeight {
   Dtype dtype;
 };
 
-// y = x W^T + bias on CUDA. `values` of 2:4, `codes` and x are 16-byte aligned.
+// y = x W^T + bias on CUDA. `values`, `codes` and x are 16-byte aligned.
 struct PackedLinearParams {
   PackedWeight weight;
   const void* x;     // [tokens, cols]

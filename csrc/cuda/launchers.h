@@ -17,7 +17,8 @@ int launch_sqnorm(const SqnormParams& params, int vector, CUstream_st* stream);
 // At most kBitmapTokens or kSparse24Tokens tokens, the latter in 16-bit types.
 int launch_bitmap_linear(const PackedLinearParams& params, const LinearPlan& plan, CUstream_st* stream);
 int launch_sparse24_linear(const PackedLinearParams& params, const LinearPlan& plan, CUstream_st* stream);
-int launch_unpack_bitmap(const PackedWeight& weight, void* dense, int threads, CUstream_st* stream);
+int launch_unpack_bitmap(const PackedWeight& weight, void* dense, const LinearPlan& plan,
+                         CUstream_st* stream);
 int launch_unpack_sparse24(const PackedWeight& weight, void* dense, CUstream_st* stream);
 
 }  // namespace wanda::cuda

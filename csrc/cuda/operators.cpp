@@ -159,10 +159,12 @@ constexpr int64_t kBitmapLaunches = 2;  // of kBitmapTokens; more tokens go thro
 
 at::Tensor unpack_bitmap(const at::Tensor& values, const at::Tensor& bitmap, const at::Tensor& starts) {
   PackedWeight weight = check_bitmap("unpack_bitmap", values, bitmap, starts);
-  const at::Tensor words = aligned(bitmap), dense = at::empty({weight.rows, weight.cols}, values.options());
+  const at::Tensor plain = aligned(values), words = aligned(bitmap);
+  const at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options());
+  weight.values = plain.const_data_ptr();
   weight.codes = words.const_data_ptr<uint8_t>();
   on_device("unpack_bitmap", values, [&](const Device&, CUstream_st* stream) {
-    return launch_unpack_bitmap(weight, dense.data_ptr(), bitmap_threads(weight.cols), stream);
+    return launch_unpack_bitmap(weight, dense.data_ptr(), plan_unpack_bitmap(weight), stream);
   });
   return dense;
 }
@@ -205,12 +207,13 @@ at::Tensor bitmap_linear(const at::Tensor& x, const at::Tensor& values, const at
   if (tokens_in(x) > kBitmapLaunches * kBitmapTokens) {
     return at::linear(x, unpack_bitmap(values, bitmap, starts), bias);
   }
-  const at::Tensor words = aligned(bitmap);
+  const at::Tensor plain = aligned(values), words = aligned(bitmap);
+  weight.values = plain.const_data_ptr();
   weight.codes = words.const_data_ptr<uint8_t>();
   return in_steps("bitmap_linear", weight, x, bias, kBitmapTokens,
-                  [](const PackedLinearParams& params, const Device&, CUstream_st* stream) {
-                    return launch_bitmap_linear(params, plan_bitmap_linear(params.weight, params.tokens),
-                                                stream);
+                  [](const PackedLinearParams& params, const Device& device, CUstream_st* stream) {
+                    return launch_bitmap_linear(
+                        params, plan_bitmap_linear(params.weight, params.tokens, device), stream);
                   });
 }
 

@@ -181,7 +181,7 @@ inline NmPlan plan_nm(const NmParams& params, const Device& device) {
 
 // ---- pack_24.cuh: a thread takes 4 rows by 32 columns, a warp 32 by 128.
 
-constexpr int kPackThreads = 256;
+constexpr int kPackThreads = 128;
 
 inline int64_t pack_24_grid(int64_t rows, int64_t cols) {
   return divide_up(rows / 32 * divide_up(cols, 128) * kWarp, kPackThreads);
@@ -189,37 +189,102 @@ inline int64_t pack_24_grid(int64_t rows, int64_t cols) {
 
 // ---- bitmap_linear.cuh, sparse24_linear.cuh, unpack_packed.cuh.
 
-constexpr int kPieceCols = 32 * kWarp;   // of a bitmap's row, a warp
 constexpr int kBitmapWarps = 8;          // at most in a block
-constexpr int kBitmapLinearRows = 4;     // of a block
+constexpr int kSparse24Cols = 128;       // of a stage
 constexpr int kSparse24Warps = 8;        // at most in a block
 constexpr int64_t kBitmapTokens = 8;     // at most in one launch
 constexpr int64_t kSparse24Tokens = 32;  // at most in one launch
 constexpr int64_t kUnpackThreads = 256;  // of unpack_sparse24_kernel, eight elements each
 
 struct LinearPlan {
-  int row_tiles;    // 2:4: of 16 rows, a block
-  int token_tiles;  // 2:4: of 8 tokens; bitmap: tokens that there is room for
+  int rows;    // of a block: 2 or 4; 2:4: 16 or 32, with slices of a row counted apart
+  int room;    // tokens, in 2:4 times slices, that there is room for
+  int slices;  // 2:4: of the columns: 1, 2, 4 or 8
+  int stages;  // of a warp, in shared memory
   int threads;
 };
 
-// As many warps as leave the last round over a row nearly full.
-inline int bitmap_threads(int64_t cols) {
-  const int64_t pieces = divide_up(cols, kPieceCols);
-  return static_cast<int>(divide_up(pieces, divide_up(pieces, kBitmapWarps)) * kWarp);
+// ---- bitmap.cuh: a stage has the words of 1024 elements, and their values of each row with what aligns
+// them.
+
+constexpr int kBitmapStages = 2;  // of a warp, at most
+constexpr int bitmap_row_bytes(Dtype dtype, int rows) { return 32 * kWarp / rows * bytes_of(dtype) + 32; }
+constexpr int bitmap_stage_bytes(Dtype dtype, int rows) {
+  return kWarp * 8 + rows * bitmap_row_bytes(dtype, rows);
 }
 
-inline LinearPlan plan_bitmap_linear(const PackedWeight& weight, int64_t tokens) {
-  return {0, tokens <= 2 ? static_cast<int>(tokens) : tokens <= 4 ? 4 : 8, bitmap_threads(weight.cols)};
+inline LinearPlan bitmap_plan(const PackedWeight& weight, int64_t tokens, int rows, int64_t most_warps) {
+  const int64_t items = divide_up(weight.cols * rows, 32 * kWarp), warps = std::min(most_warps, items);
+  const int64_t stages = std::min<int64_t>(kBitmapStages, divide_up(items, warps));
+  return {rows,
+          tokens <= 2   ? static_cast<int>(tokens)
+          : tokens <= 4 ? 4
+                        : 8,
+          1, static_cast<int>(stages), static_cast<int>(warps * kWarp)};
 }
 
-// 32 rows a block halve the loads of x; where that leaves processors without a block, 16.
+// What 48 KB of shared memory hold.
+constexpr int bitmap_warps(Dtype dtype, int rows) {
+  return rows == 4 || dtype == Dtype::kFloat32 ? kBitmapWarps / 2 : kBitmapWarps;
+}
+
+// Four rows a block share the loads of x; where that leaves processors without a block, two.
+inline LinearPlan plan_bitmap_linear(const PackedWeight& weight, int64_t tokens, const Device& device) {
+  const int rows = weight.rows < 12LL * device.processors ? 2 : 4;
+  return bitmap_plan(weight, tokens, rows, bitmap_warps(weight.dtype, rows));
+}
+
+// A block a row.
+inline LinearPlan plan_unpack_bitmap(const PackedWeight& weight) {
+  return bitmap_plan(weight, 0, 1, bitmap_warps(weight.dtype, 1));
+}
+
+inline int64_t bitmap_shared_bytes(const LinearPlan& plan, Dtype dtype) {
+  return plan.threads / kWarp *
+         (int64_t{plan.stages} * bitmap_stage_bytes(dtype, plan.rows) + plan.rows * plan.room * 4);
+}
+
+// ---- sparse24_linear.cuh.
+
+// Stages that keep enough bytes on their way; those of many tokens hold more x than weights.
+constexpr int sparse24_stages(int room) { return room <= 8 ? 3 : 2; }
+
+// Of a warp's stage: values of the rows, their codes, and `columns` rows of x.
+constexpr int sparse24_stage_bytes(int rows, int columns) {
+  return rows * (kSparse24Cols + kSparse24Cols / 8) + columns * kSparse24Cols * 2;
+}
+
+// Of a block. The warps' sums take the place of their stages.
+constexpr int64_t sparse24_shared_bytes(const LinearPlan& plan, int columns) {
+  return int64_t{plan.threads / kWarp} * plan.stages * sparse24_stage_bytes(plan.rows, columns);
+}
+
+// What follows from rows of a block, slices and warps.
+inline LinearPlan sparse24_plan(const PackedWeight& weight, int64_t tokens, int rows, int slices,
+                                int64_t most_warps) {
+  const int64_t columns = tokens * slices, stretches = divide_up(weight.cols / slices, kSparse24Cols);
+  const int room = columns <= 2 ? 2 : columns <= 8 ? 8 : columns <= 16 ? 16 : 32;
+  const int64_t warps = std::min(most_warps, stretches);
+  const int64_t stages = std::min<int64_t>(sparse24_stages(room), divide_up(stretches, warps));
+  return {rows, room, slices, static_cast<int>(stages), static_cast<int>(warps * kWarp)};
+}
+
 inline LinearPlan plan_sparse24_linear(const PackedWeight& weight, int64_t tokens, const Device& device) {
-  return {weight.rows >= 32LL * device.processors ? 2 : 1,
-          tokens <= 8    ? 1
-          : tokens <= 16 ? 2
-                         : 4,
-          static_cast<int>(std::min<int64_t>(kSparse24Warps, weight.cols / 64) * kWarp)};
+  // Few rows: slices of the columns make more blocks, two for each processor.
+  int slices = 1;
+  while (2 * slices * tokens <= 8 && weight.cols / 64 % (2 * slices) == 0 &&
+         weight.rows * slices < 32LL * device.processors) {
+    slices *= 2;
+  }
+  // For more than eight tokens a block reads more x than weights: 32 rows halve that. As many warps as let a
+  // processor's blocks, up to four, be there at once.
+  const int rows = tokens > 8 && weight.rows >= 24LL * device.processors ? 32 : 16;
+  const int64_t blocks =
+      std::clamp<int64_t>(divide_up(weight.rows * slices, int64_t{rows} * device.processors), 1, 4);
+  const LinearPlan one = sparse24_plan(weight, tokens, rows, slices, 1);
+  const int64_t fit = device.shared_bytes / (blocks * sparse24_shared_bytes(one, one.room));
+  return sparse24_plan(weight, tokens, rows, slices,
+                       std::clamp<int64_t>(fit, 1, blocks == 1 ? kSparse24Warps : kSparse24Warps / 2));
 }
 
 // ---- sqnorm.cuh.

@@ -15,12 +15,44 @@
 
 namespace wanda::cuda {
 
-// 16 bytes from global to shared memory without passing through registers; zeros where there are none.
-WANDA_DEVICE void copy_async_16(void* shared, const void* global, bool is_there = true) {
+// A place in shared memory, made once: the compiler, which knows where shared memory begins, would add that
+// up again for each access.
+using SharedAddress = uint32_t;
+WANDA_DEVICE SharedAddress shared_address(const void* shared) {
+  SharedAddress address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("" : "+r"(address));
+  return address;
+}
+template <class T>
+WANDA_DEVICE T load_shared(SharedAddress from) {
+  T value;
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  } else {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from) : "memory");
+  }
+  return value;
+}
+
+WANDA_DEVICE void store_shared(SharedAddress to, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
+
+// 16 or 8 bytes from global to shared memory without passing through registers.
+WANDA_DEVICE void copy_async_16(SharedAddress to, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+// Zeros where there are none.
+WANDA_DEVICE void copy_async_16(void* shared, const void* global, bool is_there) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                "r"(is_there ? 16 : 0)
                : "memory");
+}
+WANDA_DEVICE void copy_async_8(SharedAddress to, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(global) : "memory");
 }
 WANDA_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -35,6 +67,12 @@ WANDA_DEVICE void copy_async_wait() {
 WANDA_DEVICE uint32_t opaque(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+template <class T>
+WANDA_DEVICE const T* opaque(const T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
 }
 
 // Each nibble of the selector picks one of the eight bytes of high:low; with its top bit set, the picked
@@ -56,6 +94,15 @@ WANDA_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high) {
 WANDA_DEVICE uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
 WANDA_DEVICE void store_16(void* to /* global */, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory: lane i names row i % 8 of matrix i / 8, and gets
+// of each matrix elements 2 * (i % 4) and the next of row i / 4.
+WANDA_DEVICE void load_matrices(SharedAddress row, uint32_t (&part)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(part[0]), "=r"(part[1]), "=r"(part[2]), "=r"(part[3])
+               : "r"(row)
                : "memory");
 }
 
@@ -121,6 +168,22 @@ template <class Kernel, class... Arguments>
 int launch(Kernel* kernel, const Shape& shape, CUstream_st* stream, const Arguments&... arguments) {
   kernel<<<shape.grid, shape.threads, shape.shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
+}
+
+// Lets the kernel have as much shared memory as there is, where `bytes` are more than it has unasked: the
+// same for each launch, since another thread may launch it too.
+template <class Kernel>
+int allow_shared(Kernel* kernel, int64_t bytes) {
+  if (bytes <= 48 << 10) return cudaSuccess;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
+  return error;
 }
 
 // How many blocks of that shape the device holds at once. Lets the kernel have that much shared memory.

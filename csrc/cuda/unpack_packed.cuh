@@ -12,25 +12,25 @@ namespace wanda::cuda {
 
 template <Dtype kDtype>
 __global__ void __launch_bounds__(kBitmapWarps* kWarp)
-    unpack_bitmap_kernel(const PackedWeight weight, void* dense) {
+    unpack_bitmap_kernel(const PackedWeight weight, void* dense, const int stages) {
   using Bits = typename Element<kDtype>::Bits;
   WANDA_DYNAMIC_SHARED(memory);
   const int64_t row = blockIdx.x;
   Bits* const to = static_cast<Bits*>(dense) + row * weight.cols;
-  const Bits* const values = static_cast<const Bits*>(weight.values);
-  walk_bitmap<1>(weight, row, *reinterpret_cast<BitmapShared<1>*>(memory),
-                 [&](uint32_t column, const Quad(&quads)[1]) {
-                   if (column >= static_cast<uint32_t>(weight.cols)) return;
-                   Bits element[4];
-                   quad_values(values, quads[0], element);
-                   if constexpr (kDtype == Dtype::kFloat32) {
-                     store_16(to + column, element[0], element[1], element[2], element[3]);
-                   } else {
-                     *reinterpret_cast<uint2*>(to + column) =
-                         make_uint2(element[0] | static_cast<uint32_t>(element[1]) << 16,
-                                    element[2] | static_cast<uint32_t>(element[3]) << 16);
-                   }
-                 });
+  walk_bitmap<kDtype, 1>(weight, row, memory, stages,
+                         [&](uint32_t first, uint32_t offset, const Quad(&quads)[1]) {
+                           const uint32_t column = first + offset;
+                           if (column >= static_cast<uint32_t>(weight.cols)) return;
+                           Bits element[4];
+                           quad_values(quads[0], element);
+                           if constexpr (kDtype == Dtype::kFloat32) {
+                             store_16(to + column, element[0], element[1], element[2], element[3]);
+                           } else {
+                             *reinterpret_cast<uint2*>(to + column) =
+                                 make_uint2(element[0] | static_cast<uint32_t>(element[1]) << 16,
+                                            element[2] | static_cast<uint32_t>(element[3]) << 16);
+                           }
+                         });
 }
 
 template <Dtype kDtype>

@@ -22,10 +22,18 @@ void simt_plan_nm(const NmParams* params, const Device* device, NmPlan* plan) {
   *plan = plan_nm(*params, *device);
 }
 void simt_plan_linear(const PackedLinearParams* params, const Device* device, LinearPlan* plan) {
-  *plan = params->weight.starts != nullptr ? plan_bitmap_linear(params->weight, params->tokens)
+  *plan = params->weight.starts != nullptr ? plan_bitmap_linear(params->weight, params->tokens, *device)
                                            : plan_sparse24_linear(params->weight, params->tokens, *device);
 }
-int simt_bitmap_threads(int64_t cols) { return bitmap_threads(cols); }
+void simt_plan_unpack(const PackedWeight* weight, const Device*, LinearPlan* plan) {
+  *plan = plan_unpack_bitmap(*weight);
+}
+// `rows` of a block (0 tokens: unpacking), `slices` and warps are the test's.
+void simt_linear_plan(const PackedWeight* weight, int64_t tokens, int rows, int slices, int warps,
+                      LinearPlan* plan) {
+  *plan = weight->starts != nullptr ? bitmap_plan(*weight, tokens, rows, warps)
+                                    : sparse24_plan(*weight, tokens, rows, slices, warps);
+}
 int simt_sqnorm_vector(const SqnormParams* params) { return sqnorm_vector(*params); }
 
 void simt_rows(const RowsParams* params, const RowsPlan* plan) { launch_rows(*params, *plan, nullptr); }
@@ -39,8 +47,8 @@ void simt_bitmap_linear(const PackedLinearParams* params, const LinearPlan* plan
 void simt_sparse24_linear(const PackedLinearParams* params, const LinearPlan* plan) {
   launch_sparse24_linear(*params, *plan, nullptr);
 }
-void simt_unpack_bitmap(const PackedWeight* weight, void* dense, int threads) {
-  launch_unpack_bitmap(*weight, dense, threads, nullptr);
+void simt_unpack_bitmap(const PackedWeight* weight, void* dense, const LinearPlan* plan) {
+  launch_unpack_bitmap(*weight, dense, *plan, nullptr);
 }
 void simt_unpack_sparse24(const PackedWeight* weight, void* dense) {
   launch_unpack_sparse24(*weight, dense, nullptr);

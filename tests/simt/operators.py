@@ -55,7 +55,7 @@ _FLOATS = ("distance", "half_width", "first_half_width", "inverse_cols")
 RowsTuning = _struct("", "", *((name, ctypes.c_float) for name in _FLOATS), ("halves", ctypes.c_int))
 RowsPlan = _plan("path quads threads", ("grid", ctypes.c_int64), ("tuning", RowsTuning))
 NmPlan = _plan("path kept threads", ("grid", ctypes.c_int64))
-LinearPlan = _plan("row_tiles token_tiles threads")
+LinearPlan = _plan("rows room slices stages threads")
 Device = _plan("processors shared_bytes")
 DEVICE = Device(4, 227 * 1024)
 ROWS_PATHS = ("staged", "direct", "any")
@@ -164,23 +164,36 @@ class _Packed:
         )
 
 
-def unpack(machine: Machine, packed: tuple[Tensor, ...], *, threads: int | None = None) -> Tensor:
-    """`threads` matter to a bitmap only."""
+def _linear_plan(machine: Machine, weight: _Packed, tokens: int, block: tuple[int, int, int]) -> LinearPlan:
+    """`block`: rows (2:4: 16 or 32, a slice of a row is one), slices, warps at most."""
+    plan = LinearPlan()
+    machine.library.simt_linear_plan(ctypes.byref(weight.struct), ctypes.c_int64(tokens), *block, ctypes.byref(plan))
+    return plan
+
+
+def unpack(machine: Machine, packed: tuple[Tensor, ...], *, warps: int | None = None) -> Tensor:
+    """`warps` of a block matter to a bitmap only."""
     weight = _Packed(packed)
     dense = Buffer(torch.full((weight.rows, weight.cols), math.nan, dtype=weight.dtype), "dense")
-    name = "simt_unpack_bitmap" if len(packed) == 3 else "simt_unpack_sparse24"
-    if threads is None:
-        threads = machine.library.simt_bitmap_threads(ctypes.c_int64(weight.cols))
-    arguments = (threads,) if len(packed) == 3 else ()
-    machine.run(name, [*weight.buffers, dense], ctypes.byref(weight.struct), ctypes.c_void_p(dense.pointer), *arguments)
+    arguments = [ctypes.byref(weight.struct), ctypes.c_void_p(dense.pointer)]
+    name = "simt_unpack_sparse24"
+    if len(packed) == 3:
+        name = "simt_unpack_bitmap"
+        plan = (
+            _planned(machine, "simt_plan_unpack", weight.struct, LinearPlan())
+            if warps is None
+            else _linear_plan(machine, weight, 0, (1, 1, warps))
+        )
+        arguments.append(ctypes.byref(plan))
+    machine.run(name, [*weight.buffers, dense], *arguments)
     return dense.tensor()
 
 
 def packed_linear(
-    machine: Machine, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, *, threads: int | None = None,
-    row_tiles: int | None = None,
+    machine: Machine, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, *,
+    block: tuple[int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [tokens, C_in] of at most 8 tokens (bitmap) or 32 (2:4: `row_tiles` of 16 rows a block)."""
+    """x [tokens, C_in] of at most 8 tokens (bitmap) or 32 (2:4); `block` as in _linear_plan."""
     weight = _Packed(packed)
     inputs = Buffer(x, "x", writable=False)
     added = Buffer(torch.zeros(1) if bias is None else bias, "bias", writable=False)
@@ -189,8 +202,11 @@ def packed_linear(
         weight.struct, inputs.pointer, None if bias is None else added.pointer, y.pointer, x.shape[0]
     )
     buffers = [*weight.buffers, inputs, added, y]
-    plan = _planned(machine, "simt_plan_linear", params, LinearPlan())
-    plan.threads, plan.row_tiles = threads or plan.threads, row_tiles or plan.row_tiles
+    plan = (
+        _planned(machine, "simt_plan_linear", params, LinearPlan())
+        if block is None
+        else _linear_plan(machine, weight, x.shape[0], block)
+    )
     name = "simt_bitmap_linear" if len(packed) == 3 else "simt_sparse24_linear"
     machine.run(name, buffers, ctypes.byref(params), ctypes.byref(plan))
     return y.tensor()

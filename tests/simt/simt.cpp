@@ -19,13 +19,16 @@ Dim3 block_dim, grid_dim;
 
 namespace {
 
-constexpr int kNobody = -1, kSeveral = -2;
+constexpr int kNobody = -1, kSeveral = -2;  // in place of a thread; below: several of a warp
+constexpr int several_of(int warp) { return -3 - warp; }
+constexpr int warp_of(int thread) { return thread >= 0 ? thread / 32 : -3 - thread; }  // kSeveral: of none
 
 enum State { kReady, kAtBarrier, kAtWarp, kDone };
 
 struct Copy {
   void* to;
   const void* from;
+  size_t size;
   int group;
 };
 
@@ -199,7 +202,7 @@ bool is_ordered(const Access& before, const Access& now) {
   if (before.block != now.block) return false;
   if (before.block_epoch < now.block_epoch) return true;
   if (before.thread == now.thread) return true;
-  return before.thread >= 0 && before.thread / 32 == now.thread / 32 && before.warp_epoch < now.warp_epoch;
+  return warp_of(before.thread) == warp_of(now.thread) && before.warp_epoch < now.warp_epoch;
 }
 
 void check_access(uintptr_t address, size_t size, bool is_write, bool is_atomic) {
@@ -231,8 +234,12 @@ void check_access(uintptr_t address, size_t size, bool is_write, bool is_atomic)
         byte.read = is_atomic ? now : Access{};
       } else if (byte.read.thread != kNobody && byte.read.thread != now.thread &&
                  byte.read.block == now.block && byte.read.block_epoch == now.block_epoch) {
+        const int warp = warp_of(now.thread);
+        const uint32_t warp_epoch = std::max(byte.read.warp_epoch, now.warp_epoch);
+        const bool same_warp = warp_of(byte.read.thread) == warp;
         byte.read = now;
-        byte.read.thread = kSeveral;
+        byte.read.thread = same_warp ? several_of(warp) : kSeveral;
+        byte.read.warp_epoch = warp_epoch;
       } else if (byte.read.thread == kNobody || byte.read.block == now.block) {
         byte.read = now;
       } else {
@@ -334,10 +341,23 @@ void exchange(int site, uint32_t mask, uint64_t value, uint64_t (&lanes)[32]) {
   std::copy(results[self], results[self] + 32, lanes);
 }
 
-void warp_barrier(int site, uint32_t mask) {
+void warp_barrier(int site) {
+  ++m.sites[site].visits;
+  if (site == m.disabled) return;
   uint64_t lanes[32];
-  exchange(site, mask, 0, lanes);
+  exchange(site, 0xffffffffu, 0, lanes);
   ++m.threads[m.current].warp_epoch;
+}
+
+void load_matrices(const void* row, uint32_t (&part)[4]) {
+  uint64_t rows[32];
+  exchange(-1, 0xffffffffu, reinterpret_cast<uint64_t>(row), rows);
+  for (int i = 0; i < 4; ++i) {
+    if (rows[8 * i + lane() / 4] % 16 != 0) fail("ldmatrix: a row is not 16-byte aligned");
+    const uint64_t from = rows[8 * i + lane() / 4] + 4 * (lane() % 4);
+    check_access(from, 4, false, false);
+    std::memcpy(&part[i], reinterpret_cast<const void*>(from), 4);
+  }
 }
 
 uint32_t atomic_add(uint32_t* address, uint32_t value) {
@@ -348,17 +368,17 @@ uint32_t atomic_add(uint32_t* address, uint32_t value) {
 }
 
 void copy_now(const Copy& copy) {
-  check_access(reinterpret_cast<uintptr_t>(copy.to), 16, true, false);
+  check_access(reinterpret_cast<uintptr_t>(copy.to), copy.size, true, false);
   if (copy.from == nullptr) {
-    std::memset(copy.to, 0, 16);
+    std::memset(copy.to, 0, copy.size);
     return;
   }
-  check_access(reinterpret_cast<uintptr_t>(copy.from), 16, false, false);
-  std::memcpy(copy.to, copy.from, 16);
+  check_access(reinterpret_cast<uintptr_t>(copy.from), copy.size, false, false);
+  std::memcpy(copy.to, copy.from, copy.size);
 }
 // Copies land as late as they may, or, in random order, at once.
-void copy_async(void* to, const void* from) {
-  const Copy copy{to, from, m.threads[m.current].groups};
+void copy_async(void* to, const void* from, size_t size) {
+  const Copy copy{to, from, size, m.threads[m.current].groups};
   if (m.order == kRandom) {
     copy_now(copy);
   } else {

@@ -44,11 +44,13 @@ void block_barrier(int site);
 uint32_t mask_at(int site, uint32_t mask);
 // Deposits `value`, waits for the lanes of `mask`; what lane i deposited is then in lanes[i].
 void exchange(int site, uint32_t mask, uint64_t value, uint64_t (&lanes)[32]);
-void warp_barrier(int site, uint32_t mask);
+void warp_barrier(int site);
 uint32_t lane();
 void fail(const std::string& text);  // stops the launch: fibers are abandoned where they are
 uint32_t atomic_add(uint32_t* address, uint32_t value);
-void copy_async(void* to, const void* from);  // nullptr: zeros
+void copy_async(void* to, const void* from, size_t size);  // nullptr: zeros
+// Of each of the four matrices of ldmatrix.
+void load_matrices(const void* row, uint32_t (&part)[4]);
 void copy_commit();
 void copy_wait(int site, int pending);
 float half_to_float(uint16_t bits);
@@ -129,6 +131,7 @@ inline float canonical(float value) {  // the device's only NaN
 
 #define __log2f(x) std::log2(x)  // the C library declares a function of that name
 #define __syncthreads() ::simt::block_barrier(SIMT_SITE(kBarrier))
+#define __syncwarp() ::simt::warp_barrier(SIMT_SITE(kBarrier))
 #define __shfl_sync(mask, value, source) SIMT_MASKED(shuffle, mask, value, (source) & 31)
 #define __shfl_xor_sync(mask, value, step) SIMT_MASKED(shuffle, mask, value, ::simt::lane() ^ (step))
 #define __shfl_up_sync(mask, value, step) SIMT_MASKED(shuffle, mask, value, ::simt::lane() - (step))
@@ -185,8 +188,29 @@ int resident_blocks(Kernel*, const Shape&, int64_t& blocks) {
   blocks = 1;
   return 0;
 }
-inline void copy_async_16(void* shared, const void* global, bool is_there = true) {
-  simt::copy_async(shared, is_there ? global : nullptr);
+template <class Kernel>
+int allow_shared(Kernel*, int64_t) {
+  return 0;
+}
+inline void copy_async_16(void* shared, const void* global, bool is_there) {
+  simt::copy_async(shared, is_there ? global : nullptr, 16);
+}
+using SharedAddress = uint32_t;  // from the block's shared memory on
+inline SharedAddress shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - simt::dynamic_shared());
+}
+inline void store_shared(SharedAddress to, uint32_t a, uint32_t b) {
+  *reinterpret_cast<uint2*>(simt::dynamic_shared() + to) = make_uint2(a, b);
+}
+template <class T>
+T load_shared(SharedAddress from) {
+  return *reinterpret_cast<const T*>(simt::dynamic_shared() + from);
+}
+inline void copy_async_16(SharedAddress to, const void* global) {
+  simt::copy_async(simt::dynamic_shared() + to, global, 16);
+}
+inline void copy_async_8(SharedAddress to, const void* global) {
+  simt::copy_async(simt::dynamic_shared() + to, global, 8);
 }
 inline void copy_async_commit() { simt::copy_commit(); }
 #define copy_async_wait SIMT_COPY_WAIT{SIMT_SITE(kCopyWait)}.wait
@@ -197,7 +221,10 @@ struct SIMT_COPY_WAIT {
     simt::copy_wait(site, kPending);
   }
 };
-inline uint32_t opaque(uint32_t value) { return value; }
+template <class T>
+T opaque(T value) {
+  return value;
+}
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;
@@ -215,6 +242,9 @@ uint32_t permute_bytes(uint32_t low, uint32_t high) {
 inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
 inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   *static_cast<uint4*>(to) = {a, b, c, d};
+}
+inline void load_matrices(SharedAddress row, uint32_t (&part)[4]) {
+  simt::load_matrices(simt::dynamic_shared() + row, part);
 }
 inline float half_to_float(uint16_t bits) { return simt::half_to_float(bits); }
 inline uint16_t float_to_half(float value) { return simt::float_to_half(value); }
