@@ -1,4 +1,4 @@
-"""What the compilers made of each GPU kernel, without a GPU: registers, spills, 128-bit accesses, instructions.
+"""What the compilers made of each GPU kernel, without a GPU: registers, local memory, 128-bit accesses, instructions.
 
     python -m benchmarks.sass            writes benchmarks/results/sass.csv (make sass)
     python -m benchmarks.sass --check    says where that file differs from what the compiler makes now
@@ -6,12 +6,12 @@
 Needs nvcc (CUDA_HOME or PATH), nvdisasm (the toolkit's, or the one in Triton's wheel) and Triton, whose kernels
 benchmarks/triton_ptx.py compiles.
 
-Columns: `compiler` and its version; `registers`, `shared_bytes` (static), `spill_bytes` (stores + loads);
-`global_128`/`global_all`: the global memory instructions that move 16 bytes a lane (LDG, STG, LDGSTS) among all of them
-on the common path, but for FEW; `common`/`rare` split the SASS instructions by source line, see RARE; `elements` a
-thread handles in one pass of the kernel's code, and `per_element` = common / elements; `loop`: of the common ones,
-those of the longest innermost loop with global memory in it. Unrolled code counts as often as it stands there, a loop
-that was not unrolled once. Triton's kernels are loops: no `rare`, no `per_element`.
+Columns: `compiler` and its version; `registers`, `shared_bytes` (static), `local_bytes` (spills, and arrays that are
+not in registers); `global_128`/`global_all`: the global memory instructions that move 16 bytes a lane (LDG, STG,
+LDGSTS) among all of them on the common path, but for FEW; `common`/`rare` split the SASS instructions by source line,
+see RARE; `elements` a thread handles in one pass of the kernel's code, and `per_element` = common / elements; `loop`:
+of the common ones, those of the longest innermost loop with global memory in it. Unrolled code counts as often as it
+stands there, a loop that was not unrolled once. Triton's kernels are loops: no `rare`, no `per_element`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CUDA_SOURCES = ROOT / "csrc" / "cuda"
 RESULT = ROOT / "benchmarks" / "results" / "sass.csv"
 ARCHITECTURES = (80, 90)
 COLUMNS = (
-    "kernel", "arch", "compiler", "registers", "shared_bytes", "spill_bytes", "global_128", "global_all", "common",
+    "kernel", "arch", "compiler", "registers", "shared_bytes", "local_bytes", "global_128", "global_all", "common",
     "rare", "elements", "per_element", "loop",
 )  # fmt: skip
 
@@ -186,14 +186,14 @@ def _compile(source: Path, arch: int, target: Path) -> str:
 
 
 def _resources(log: str) -> dict[str, tuple[int, int, int]]:
-    """Mangled kernel -> registers, static shared bytes, spill bytes, from ptxas -v."""
+    """Mangled kernel -> registers, static shared bytes, bytes of local memory, from ptxas -v."""
     found = {}
     for part in log.split("Compiling entry function '")[1:]:
-        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part.split("Used")[0]))
+        stack = re.search(r"(\d+) bytes stack frame", part)
         shared = re.search(r"(\d+) bytes smem", part)
         registers = re.search(r"Used (\d+) registers", part)
         assert registers
-        found[part.split("'")[0]] = (int(registers[1]), int(shared[1]) if shared else 0, spills)
+        found[part.split("'")[0]] = (int(registers[1]), int(shared[1]) if shared else 0, int(stack[1]) if stack else 0)
     return found
 
 
@@ -229,7 +229,7 @@ def _row(name: str, arch: int, compiler: str, resources: tuple[int, int, int], c
     elements = _elements(name)
     return {
         "kernel": name, "arch": arch, "compiler": compiler,
-        "registers": resources[0], "shared_bytes": resources[1], "spill_bytes": resources[2],
+        "registers": resources[0], "shared_bytes": resources[1], "local_bytes": resources[2],
         "global_128": sum(".128" in text for text in bulk), "global_all": len(bulk),
         "common": len(common), "rare": len(lines) - len(common), "elements": elements or "",
         "per_element": round(len(common) / elements, 1) if elements else "", "loop": code.loop() or "",

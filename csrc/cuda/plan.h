@@ -126,18 +126,23 @@ inline RowsPlan plan_rows(const RowsParams& params, const Device& device) {
                     warp_instructions(22, cols) < warp_instructions(16, cols);
   const int quads = cols <= 2048 ? 4 : wide ? 22 : 16;
   if (!staged) return rows_plan(params, RowsPath::kDirect, quads, 0);
-  // Two rows in flight for each block, as long as 512 threads a processor fit that way: blocks that wait for
-  // one another's loads are no match for loads that are there. Else one and a half, or one.
-  for (const int halves : {4, 3}) {
-    const RowsPlan plan = rows_plan(params, RowsPath::kStaged, quads, halves);
-    const int64_t blocks = std::max<int64_t>(1, 512 / plan.threads);
-    const bool has_whole_halves = 4 * quads * bytes / 16 % 2 == 0;  // which is what three buffers take
-    if (rows_shared_bytes(plan, params.dtype) <= device.shared_bytes / blocks - kReservedBytes &&
-        (halves != 3 || has_whole_halves)) {
-      return plan;
+  // About 512 threads a processor, and as many halves of rows on their way as its shared memory holds.
+  RowsPlan best = rows_plan(params, RowsPath::kStaged, quads, 2);
+  int64_t most = 0;
+  for (const int64_t blocks : {divide_up(512, best.threads), std::max<int64_t>(1, 512 / best.threads)}) {
+    for (const int halves : {4, 3, 2}) {
+      const bool has_whole_halves = 4 * quads * bytes / 16 % 2 == 0;  // which is what three buffers take
+      const RowsPlan plan = rows_plan(params, RowsPath::kStaged, quads, halves);
+      const int64_t needed = rows_shared_bytes(plan, params.dtype);
+      if (needed > device.shared_bytes / blocks - (blocks > 1 ? kReservedBytes : 0)) continue;
+      if (halves == 3 && !has_whole_halves) continue;
+      if (blocks * halves > most || (blocks * halves == most && halves > best.tuning.halves)) {
+        most = blocks * halves;
+        best = plan;
+      }
     }
   }
-  return rows_plan(params, RowsPath::kStaged, quads, 2);
+  return best;
 }
 
 // ---- nm.cuh, nm_any.cuh, and rows_any.cuh for greater groups.

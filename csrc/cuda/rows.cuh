@@ -73,8 +73,8 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
 
   // Of the element that is bit `bit` of a set's word `i`.
   WANDA_DEVICE uint32_t key_at(uint32_t column, int i, int bit) const {
-    const typename Part::Bits* const from =
-        !kStaged ? row : staged[Part::half_of(Part::quad_of(i, bit) / kQuadsPerChunk)];
+    const bool is_first = Part::half_of(Part::quad_of(i, bit) / kQuadsPerChunk) == 0;
+    const typename Part::Bits* const from = !kStaged ? row : is_first ? staged[0] : staged[1];
     return __float_as_uint(score_of<kDtype>(from[column], __ldg(params.norm + column)));
   }
 
@@ -259,6 +259,7 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
     if (row >= params.rows) break;
     block.row = static_cast<Bits*>(params.weight) + row * params.row_stride;
     if constexpr (kStaged) {
+#pragma unroll
       for (int half = 0; half < 2; ++half) {
         block.read_from(half, buffer);
         buffer = buffer + 1 == tuning.halves ? 0 : buffer + 1;
@@ -289,6 +290,7 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
     }
     const bool is_selected = bracket.found && block.select(bracket, inside, pruned, kth);
     const auto make_way = [&] {
+#pragma unroll
       for (int half = 0; half < 2; ++half) block.refill_from(half, 2 * step + half + tuning.halves);
     };
     ScoreSums sums[1] = {{0, block.all}};

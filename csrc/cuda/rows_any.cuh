@@ -77,6 +77,7 @@ WANDA_DEVICE void write_sums(const ScoreSums (&sums)[kRows], int64_t count, floa
   __syncthreads();
   if (thread >= kSums || thread >= 2 * count) return;
   float total = 0;
+#pragma unroll 1
   for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w)
     total = __fadd_rn(total, slots[w * kSums + thread]);
   row_sums[thread] = total;
