@@ -106,6 +106,4 @@ for _name, _schema in schemas().items():
         _library.define(_schema)
         _library.impl(_name, getattr(reference, _name), "CPU")
     if cuda_kernels(_name) != "cuda":
-        _library.impl(
-            _name, in_triton(_name) if cuda_kernels(_name) == "triton" else getattr(reference, _name), "CUDA"
-        )
+        _library.impl(_name, in_triton(_name) if cuda_kernels(_name) == "triton" else getattr(reference, _name), "CUDA")

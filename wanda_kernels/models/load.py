@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,17 @@ _BAD_CONFIG = "cannot be made from its config.json"
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device where torch sees one, else the CPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got '{name}'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no CUDA device")
+    """``auto`` is the first CUDA device where torch sees one, else the CPU; ``cuda`` the current one, ``cuda:1`` the
+    second."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got '{name}'")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch sees no CUDA device")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    _, _, index = name.partition(":")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA device(s)")
     return torch.device(name)
 
 
@@ -202,7 +207,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
     Args:
         model: a hub id, a folder as ``save_pretrained`` writes it, or a ``.gguf`` file.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         device_map: as transformers takes it, instead of ``device``: ``auto`` spreads the model over all GPUs.
 
     Raises:
