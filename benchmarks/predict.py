@@ -301,13 +301,13 @@ def sparse24(card: Card, height: int, cols: int, tokens: int = 1) -> Work:
 
 def sqnorm(card: Card, tokens: int, cols: int) -> Work:
     """Blocks of all tokens by 32 columns; a warp has eight loads a thread on their way, an item. After
-    every 2,048 all blocks add their warps up at once."""
+    every 4,096 all blocks add their warps up at once."""
     threads, grid, shared, *_ = _plan("sqnorm", tokens, cols)
     sass = _sass("sqnorm_columns_kernel<bfloat16, 8>", card)
-    load, chunks = WARP * 8 * 16, -(-tokens // 2048)
+    load, chunks = WARP * 8 * 16, -(-tokens // 4096)
     adding = (
         2 * BARRIER + (sass.common - 2 * sass.loop) * STALL * card.cycle
-    )  # the loop is there with and without masks
+    )  # with and without masks
     return Work(
         "add_sqnorm_", (tokens, cols), "bfloat16", sass.registers, threads, grid, shared=shared, items=tokens / 1024,
         load=load, slots=sass.loop, serial=sass.loop, waits=LATENCY, in_flight=load, customers=threads // WARP,

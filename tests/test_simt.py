@@ -178,7 +178,7 @@ def draw_sqnorm(machine: Machine, seed: int) -> None:
     machine.order, machine.seed = draw.choice(ORDERS), seed
     dtype = draw.choice(DTYPES)
     is_vector, is_shared = draw.random() < 0.6, draw.random() < 0.4
-    sequences, tokens = draw.randint(1, 3), draw.choice([1, 5, 127, 128, 129, 300, 1100, 2100])
+    sequences, tokens = draw.randint(1, 3), draw.choice([1, 5, 127, 128, 129, 300, 1100, 4100])
     most = 40 if tokens <= 300 else 2
     cols = draw.randint(1, most) * 8 if is_vector else draw.randint(1, 2 * most)
     generator = torch.Generator().manual_seed(seed)

@@ -215,7 +215,7 @@ inline LinearPlan plan_sparse24_linear(const PackedWeight& weight, int64_t token
 
 // ---- sqnorm.cuh.
 
-constexpr int64_t kSqnormChunk = 2048;  // tokens that are added in float32
+constexpr int64_t kSqnormChunk = 4096;  // tokens that are added in float32
 constexpr int kSqnormWarps = 16;
 constexpr int kSqnormLanes = 4;   // of a token: 64 bytes
 constexpr int kSqnormRows = 128;  // tokens of a block at a time

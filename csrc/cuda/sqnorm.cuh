@@ -3,8 +3,8 @@
 // Algorithm: a block takes all tokens of a sequence and a few columns, so that no other block has a part of
 // its sums: no workspace, no second launch, no atomics. 16 warps take 128 tokens at a time, eight each: lanes
 // g * 4 to g * 4 + 3 the columns of 64 bytes of token g. A lane adds the squares of its tokens in float32
-// with fused multiply-add, 16 of each 2,048; then its warp adds the eight tokens as a tree, and the first
-// warp the sixteen warps. Sums of 2,048 tokens are added in float64, in order, rounded once and added to
+// with fused multiply-add, 32 of each 4,096; then its warp adds the eight tokens as a tree, and the first
+// warp the sixteen warps. Sums of 4,096 tokens are added in float64, in order, rounded once and added to
 // sqnorm. Nothing depends on the device: the same bits on every GPU, and for any split of whole sequences
 // into calls.
 //
