@@ -90,6 +90,28 @@ def test_a_gpu_by_its_number(monkeypatch):
         join("cuda:1")
 
 
+def test_a_model_goes_straight_to_its_gpu(monkeypatch, tmp_path):
+    """No second copy in the CPU's memory: from_pretrained is told the device, and nothing is moved after it."""
+    model = tiny.model("llama tied")
+    save_pretrained(tmp_path / "m", model, saved.tokenizer())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    load, asked, moved = AutoModelForCausalLM.from_pretrained, [], []
+
+    def on_the_cpu(name, device_map=None, **options):
+        asked.append(device_map)
+        return load(name, device_map=device_map and {"": "cpu"}, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", on_the_cpu)
+    monkeypatch.setattr(type(model), "to", lambda self, device: moved.append(device) or self)
+    loaded = load_model(str(tmp_path / "m"), device="cuda:1")
+    assert (asked, moved) == ([{"": torch.device("cuda", 1)}], [])
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    monkeypatch.setattr("wanda_kernels.models.load._has_accelerate", lambda: False)
+    load_model(str(tmp_path / "m"), device="cuda:1")
+    assert (asked[1:], moved) == ([None], [torch.device("cuda", 1)])
+
+
 def test_the_stopwatch_records_on_the_device_that_it_follows(monkeypatch):
     """With a clock for each device; the current device's stands still."""
     clocks = {torch.device("cuda", 1): 0.0, torch.device("cuda", 2): 500.0}

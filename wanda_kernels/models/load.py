@@ -47,7 +47,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _source(model: str) -> tuple[str, dict[str, str]]:
+def _source(model: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` is to be called with; errors for paths that cannot hold a model."""
     if not model:
         raise ValueError("model must be a hub id, a folder or a .gguf file, got nothing")
@@ -191,12 +191,16 @@ def weight_bytes(model: str, dtype: str = "auto") -> int | None:
     return sum(width * torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
 
 
+def _has_accelerate() -> bool:
+    return importlib.util.find_spec("accelerate") is not None
+
+
 def check_choices(dtype: str, device: str, device_map: str | None = None) -> torch.device:
     """The device. Raises ValueError or ImportError for what no model can be loaded with."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
     target = choose_device(device)
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+    if device_map is not None and not _has_accelerate():
         raise ImportError("device_map needs the accelerate package: pip install 'wanda_kernels[stream]'")
     return target
 
@@ -229,8 +233,13 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
         checkpoint = _checkpoint(model, name)
         if checkpoint is not None:
             _check_fits(model, config, checkpoint)
+    # Straight to the card. transformers needs accelerate for that; without it, tensors of the files' own dtype are
+    # pages of the files until they are moved, one by one.
+    is_straight = target.type == "cuda" and "gguf_file" not in options and _has_accelerate()
     if device_map is not None:
         options["device_map"] = device_map
+    elif is_straight:
+        options["device_map"] = {"": target}
     try:
         loaded, info = chosen.from_pretrained(
             name,
@@ -241,6 +250,8 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
+    except torch.OutOfMemoryError:  # the files are not to blame
+        raise
     except Exception as error:
         quantised = getattr(config, "quantization_config", None) is not None
         raise _explain(model, error, *([_BAD_QUANTISED] if quantised else [])) from error
@@ -250,7 +261,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
             f"model {model} has a LoRA adapter beside it: merge it into the model first (merge_and_unload)"
         )
     loaded.config._name_or_path = os.path.basename(os.path.normpath(model)) if Path(model).exists() else model
-    return loaded.eval() if device_map is not None else loaded.eval().to(target)
+    return loaded.eval() if device_map is not None or is_straight else loaded.eval().to(target)
 
 
 def _check_fits(model: str, config: Any, checkpoint: Checkpoint) -> None:
