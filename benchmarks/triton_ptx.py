@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MODULES = ("rms_norm_sqnorm", "act_mul_sqnorm", "sqnorm", "partials", "norm_of_sequences")
+MODULES = ("rms_norm_sqnorm", "act_mul_sqnorm", "sqnorm", "partials", "norm_of_sequences", "sparsegpt_block")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     """(name, kernel, pointers' types, constants, warps) of what runs for LLaMA's shapes: aligned, without a mask."""
     modules = {name: importlib.import_module(f"wanda_kernels.triton.{name}") for name in MODULES}
-    rms, act, alone, partials, norms = (modules[name] for name in MODULES)
+    rms, act, alone, partials, norms, sparsegpt = (modules[name] for name in MODULES)
     run = {"MASKED": False, "OVERLAP": arch >= 90}
     for dtype, name in DTYPES.items():
         for cols in (4096, 8192, 16384):
@@ -42,6 +42,11 @@ def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
     yield "total_kernel", partials.total_kernel, {}, constants, 4
     constants = {"AHEAD": norms.AHEAD, "BLOCK": norms.BLOCK}
     yield "mean_kernel", norms.mean_kernel, {"mean": "*fp32"}, constants, 1
+    pointers = {"work": "*fp32", "upper": "*fp32", "scale": "*fp32", "errors": "*fp32"}
+    for name, pruned, n, m in (("mask", "*u8", 0, 0), ("2:4", "*fp32", 2, 4)):
+        constants = {"N": n, "M": m, "SQUARED": True, "ROWS": sparsegpt.ROWS, "BLOCK": 128}
+        types = {"pruned": pruned, **pointers}
+        yield f"sparsegpt_block_kernel<{name}>", sparsegpt.sparsegpt_block_kernel, types, constants, 1
 
 
 def compile_ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, arch: int) -> str:
