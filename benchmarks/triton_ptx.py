@@ -43,7 +43,7 @@ def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
     constants = {"AHEAD": norms.AHEAD, "BLOCK": norms.BLOCK}
     yield "mean_kernel", norms.mean_kernel, {"mean": "*fp32"}, constants, 1
     pointers = {"work": "*fp32", "upper": "*fp32", "scale": "*fp32", "errors": "*fp32"}
-    for name, pruned, n, m in (("mask", "*u8", 0, 0), ("2:4", "*fp32", 2, 4)):
+    for name, pruned, n, m in (("decided", "*u8", 0, 0), ("2:4", "*fp32", 2, 4)):
         constants = {"N": n, "M": m, "SQUARED": True, "ROWS": sparsegpt.ROWS, "BLOCK": 128}
         types = {"pruned": pruned, **pointers}
         yield f"sparsegpt_block_kernel<{name}>", sparsegpt.sparsegpt_block_kernel, types, constants, 1
