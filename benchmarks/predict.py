@@ -313,11 +313,13 @@ def sqnorm(card: Card, tokens: int, cols: int) -> Work:
 
 
 def _totals(card: Card, chunks: int, cols: int) -> float:
-    """Seconds of the kernel that adds partial sums, 64 chunks at a time, and of writing them. On compute capability 9
-    it is there when the first one ends."""
+    """Seconds of the kernel that adds partial sums, 128 chunks at a time, and of writing them. On compute capability 9
+    it is there when the first one ends. It waits for that, for its first loads, and at six barriers a sum."""
+    sass, turns = _sass("total_kernel", card), -(-chunks // 128)
     launch = RAMP if card.arch < 90 else 0.0
-    serial = _sass("total_kernel", card).common * STALL * card.cycle
-    return launch + 2 * LATENCY + -(-chunks // 64) * CACHED + BARRIER + serial + chunks * cols * 4 / card.copy
+    serial = (sass.common + (turns - 1) * sass.loop) * STALL * card.cycle
+    waits = 2 * LATENCY + (turns - 1) * CACHED + 6 * turns * BARRIER
+    return launch + waits + serial + chunks * cols * 4 / card.copy
 
 
 def rms_norm(card: Card, tokens: int, cols: int) -> Work:

@@ -19,8 +19,8 @@ from triton.language.extra.cuda import gdc_wait
 
 from .._checks import check_sqnorm
 
-TOTAL_BLOCK = 32  # columns a program
-TOTAL_ROWS = 64  # chunks at a time
+TOTAL_BLOCK = 16  # columns a program: whole sectors
+TOTAL_ROWS = 128  # chunks at a time: as many as 2,048 tokens have, so that all are loaded at once
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks"])
