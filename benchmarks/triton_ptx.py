@@ -24,9 +24,9 @@ def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
     run = {"MASKED": False, "OVERLAP": arch >= 90}
     for dtype, name in DTYPES.items():
         for cols in (4096, 8192, 16384):
-            shape = rms.block_shape(cols)
+            shape = rms.block_shape(cols, int(dtype[-2:]) // 8)
             warps = shape.pop("num_warps")
-            constants = {"UNIT_OFFSET": False, **run, "CHUNK": rms.CHUNK, "STAGES": rms.STAGES, **shape}
+            constants = {"UNIT_OFFSET": False, **run, "CHUNK": rms.CHUNK, **shape}
             pointers = {"x": f"*{dtype}", "weight": f"*{dtype}", "y": f"*{dtype}"}
             yield f"rms_norm_sqnorm_kernel<{name}, {cols}>", rms.rms_norm_sqnorm_kernel, pointers, constants, warps
         constants = {"UNIT_OFFSET": False, **run, "CHUNK": rms.CHUNK, "BLOCK": rms.WIDE_BLOCK}

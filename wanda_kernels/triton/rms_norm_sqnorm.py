@@ -12,7 +12,8 @@ from .._checks import check_rms_norm_sqnorm
 from .partials import Partials, Tokens, counted_tokens, on_device_of
 
 CHUNK = 16  # tokens a program: 2,048 tokens make 128 programs, about as many as a card has processors
-STAGES = 3  # the rows of two steps are on their way to shared memory while those of one are worked on
+AHEAD = 2  # steps whose rows are on their way to shared memory while those of one are worked on
+AHEAD_BYTES = 65536  # that they may take: every card since compute capability 8 has them
 WIDEST = 16384  # columns of a row that a program holds in registers
 WIDE_BLOCK = 1024  # columns at a time beyond
 
@@ -98,11 +99,13 @@ def rms_norm_sqnorm_wide_kernel(
         tl.store(partial + row.to(tl.int64) * cols + columns, sums, mask=valid)
 
 
-def block_shape(block: int) -> dict[str, int]:
-    """Tokens at a time and warps for rows of at most ``block`` columns: 16 bytes of a bf16 row a lane, and 8,192
-    elements at a time, so that 64 registers a thread let a processor hold two programs."""
+def block_shape(block: int, bytes_of_value: int) -> dict[str, int]:
+    """Tokens at a time, stages and warps for rows of at most ``block`` columns: 16 bytes of a bf16 row a lane, and
+    8,192 elements at a time, so that 64 registers a thread let a processor hold two programs."""
+    rows = max(min(4, 8192 // block), 1)
+    is_ahead = AHEAD * rows * block * bytes_of_value <= AHEAD_BYTES
     warps = min(max(block // 256, 1), 16)
-    return {"BLOCK": block, "ROWS": max(min(4, 8192 // block), 1), "num_warps": warps}
+    return {"BLOCK": block, "ROWS": rows, "STAGES": 1 + AHEAD * is_ahead, "num_warps": warps}
 
 
 def rms_norm_sqnorm(
@@ -123,7 +126,7 @@ def rms_norm_sqnorm(
     with on_device_of(x):
         if sums.cols <= WIDEST:
             block = triton.next_power_of_2(sums.cols)
-            rms_norm_sqnorm_kernel[grid](*arguments, **options, STAGES=STAGES, **block_shape(block))
+            rms_norm_sqnorm_kernel[grid](*arguments, **options, **block_shape(block, x.element_size()))
         else:
             rms_norm_sqnorm_wide_kernel[grid](*arguments, **options, BLOCK=WIDE_BLOCK, num_warps=16)
         sums.add_totals()
