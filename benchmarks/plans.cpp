@@ -91,17 +91,15 @@ void plan_of_sparse24(int64_t rows, int64_t cols, int64_t tokens, int64_t proces
   out[6] = sparse24_shared_bytes(plan, static_cast<int>(tokens) * plan.slices);
 }
 
-// threads, grid, shared bytes; threads and grid of the second kernel.
+// threads, grid, shared bytes.
 void plan_of_sqnorm(int64_t tokens, int64_t cols, int64_t* out) {
   const SqnormParams params{
-      somewhere<float>(), somewhere<void>(), nullptr, nullptr, 1, tokens, cols, tokens * cols, cols, true,
+      somewhere<float>(), somewhere<void>(), nullptr, 1, tokens, cols, tokens * cols, cols, true,
       Dtype::kBFloat16};
-  const Shape shape = sqnorm_shape(params, sqnorm_vector(params)), total = sqnorm_total_shape(params);
+  const Shape shape = sqnorm_shape(params, sqnorm_vector(params));
   out[0] = shape.threads;
   out[1] = shape.grid;
   out[2] = shape.shared_bytes;
-  out[3] = total.threads;
-  out[4] = total.grid;
 }
 
 }  // extern "C"

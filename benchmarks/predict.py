@@ -80,7 +80,6 @@ LINE = 1.23  # cycles of the load unit for each line that a load touches
 STORED = 0.33  # of what a store takes, that its block waits for
 MOST = 0.965  # of copy speed
 DENSE = 0.95  # of copy speed, at which a dense product of few rows of x reads its weight
-TOTALS = RAMP + 6 * LATENCY  # of the kernel that adds partial sums
 REPEATED = 250  # instructions of a row kernel's warp for the elements of its bracket, beyond those in the table
 
 
@@ -311,37 +310,51 @@ def sparse24(card: Card, height: int, cols: int, tokens: int = 1) -> Work:
 
 
 def sqnorm(card: Card, tokens: int, cols: int) -> Work:
-    """Blocks of 128 tokens by 256 columns, six loads a thread on their way; a second kernel adds."""
+    """Blocks of all tokens by 32 columns; a warp has eight loads a thread on their way, an item. After
+    every 4,096 all blocks add their warps up at once."""
     threads, grid, shared, *_ = _plan("sqnorm", tokens, cols)
-    sass = _sass("sqnorm_partial_kernel<bfloat16, 8>", card)
-    load, serial = threads * 16 * 6, sass.loop / 8 * 6
+    sass = _sass("sqnorm_columns_kernel<bfloat16, 8>", card)
+    load, chunks = WARP * 8 * 16, -(-tokens // 4096)
+    adding = 2 * BARRIER + (sass.common - 2 * sass.loop) * STALL * card.cycle  # with and without masks
     return Work(
-        "add_sqnorm_", (tokens, cols), "bfloat16", sass.registers, threads, grid, shared=shared, items=16 / 6,
-        load=load, slots=serial * threads / WARP, serial=serial, waits=LATENCY + 2 * BARRIER, in_flight=load,
-        after=TOTALS,
+        "add_sqnorm_", (tokens, cols), "bfloat16", sass.registers, threads, grid, shared=shared, items=tokens / 1024,
+        load=load, slots=sass.loop, serial=sass.loop, waits=LATENCY, in_flight=load, customers=threads // WARP,
+        after=LATENCY + chunks * adding,
     )  # fmt: skip
 
 
+def _totals(card: Card, chunks: int, cols: int) -> float:
+    """Seconds of the kernel that adds partial sums, 128 chunks at a time, and of writing them. On compute capability 9
+    it is there when the first one ends. It waits for that, for its first loads, and at six barriers a sum."""
+    sass, turns = _sass("total_kernel", card), -(-chunks // 128)
+    launch = RAMP if card.arch < 90 else 0.0
+    serial = (sass.common + (turns - 1) * sass.loop) * STALL * card.cycle
+    waits = 2 * LATENCY + (turns - 1) * CACHED + 6 * turns * BARRIER
+    return launch + waits + serial + chunks * cols * 4 / card.copy
+
+
 def rms_norm(card: Card, tokens: int, cols: int) -> Work:
-    """Programs of 16 tokens, four at a time: an item."""
+    """Programs of 16 tokens; an item is the tokens of a step, and those of two more are on their way."""
     block = 1 << max(12, (cols - 1).bit_length())  # narrower ones are taken for as costly
     sass = _sass(f"rms_norm_sqnorm_kernel<bfloat16, {block}>", card)
-    threads, load = WARP * min(block // 256, 16), 4 * cols * 2
+    step = max(8192 // block, 1)
+    threads, load = WARP * min(block // 256, 16), step * cols * 2
     return Work(
-        "rms_norm_sqnorm", (tokens, cols), "bfloat16", sass.registers, threads, -(-tokens // 16), shared=1024, items=4,
-        load=load, store=load, slots=sass.loop * threads / WARP, serial=sass.loop, waits=LATENCY + 3 * BARRIER,
-        in_flight=load, after=TOTALS,
+        "rms_norm_sqnorm", (tokens, cols), "bfloat16", sass.registers, threads, -(-tokens // 16),
+        shared=2 * step * block * 2 + 1024, items=16 / step, load=load, store=load, slots=sass.loop * threads / WARP,
+        serial=sass.loop, waits=LATENCY + 3 * BARRIER, in_flight=2 * load, ahead=2,
+        after=_totals(card, -(-tokens // 16), cols),
     )  # fmt: skip
 
 
 def silu_mul(card: Card, tokens: int, cols: int) -> Work:
-    """Programs of 128 tokens by 512 columns, eight tokens at a time: an item."""
+    """Programs of 64 tokens by 512 columns, four tokens at a time: an item."""
     sass = _sass("act_mul_sqnorm_kernel<bfloat16, silu>", card)
-    load = 2 * 8 * 512 * 2
+    load = 2 * 4 * 512 * 2
     return Work(
-        "silu_mul_sqnorm", (tokens, cols), "bfloat16", sass.registers, 128, -(-tokens // 128) * -(-cols // 512),
-        shared=1024, items=16, load=load, store=load / 2, slots=sass.loop * 4, serial=sass.loop, waits=LATENCY,
-        in_flight=load, after=TOTALS,
+        "silu_mul_sqnorm", (tokens, cols), "bfloat16", sass.registers, 128, -(-tokens // 64) * -(-cols // 512),
+        shared=2048, items=16, load=load, store=load / 2, slots=sass.loop * 4, serial=sass.loop, waits=LATENCY,
+        in_flight=load, after=_totals(card, -(-tokens // 64), cols),
     )  # fmt: skip
 
 

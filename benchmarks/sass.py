@@ -73,7 +73,7 @@ class Instruction:
     @property
     def is_bulk(self) -> bool:
         """Whether it accesses global memory for many elements."""
-        return not self.few and re.match(r"(@!?U?P\d+ )?(LDG|STG)", self.text) is not None
+        return not self.few and re.match(r"(@!?U?P\d+ )?(LDG|LDGSTS|STG)\.", self.text) is not None
 
 
 @dataclass

@@ -13,32 +13,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MODULES = ("rms_norm_sqnorm", "act_mul_sqnorm", "sqnorm", "partials")
+MODULES = ("rms_norm_sqnorm", "act_mul_sqnorm", "sqnorm", "partials", "norm_of_sequences", "sparsegpt_block")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     """(name, kernel, pointers' types, constants, warps) of what runs for LLaMA's shapes: aligned, without a mask."""
     modules = {name: importlib.import_module(f"wanda_kernels.triton.{name}") for name in MODULES}
-    rms, act, alone, partials = (modules[name] for name in MODULES)
+    rms, act, alone, partials, norms, sparsegpt = (modules[name] for name in MODULES)
+    run = {"MASKED": False, "OVERLAP": arch >= 90}
     for dtype, name in DTYPES.items():
         for cols in (4096, 8192, 16384):
-            shape = rms.block_shape(cols)
+            shape = rms.block_shape(cols, int(dtype[-2:]) // 8)
             warps = shape.pop("num_warps")
-            constants = {"UNIT_OFFSET": False, "MASKED": False, "CHUNK": rms.CHUNK, **shape}
+            constants = {"UNIT_OFFSET": False, **run, "CHUNK": rms.CHUNK, **shape}
             pointers = {"x": f"*{dtype}", "weight": f"*{dtype}", "y": f"*{dtype}"}
             yield f"rms_norm_sqnorm_kernel<{name}, {cols}>", rms.rms_norm_sqnorm_kernel, pointers, constants, warps
-        constants = {"UNIT_OFFSET": False, "MASKED": False, "CHUNK": rms.CHUNK, "BLOCK": rms.WIDE_BLOCK}
+        constants = {"UNIT_OFFSET": False, **run, "CHUNK": rms.CHUNK, "BLOCK": rms.WIDE_BLOCK}
         yield f"rms_norm_sqnorm_wide_kernel<{name}>", rms.rms_norm_sqnorm_wide_kernel, pointers, constants, 16
         for activation in ("silu", "gelu_tanh"):
             pointers = {"gate": f"*{dtype}", "up": f"*{dtype}", "y": f"*{dtype}"}
-            constants = {"MASKED": False, "CHUNK": act.CHUNK, "ROWS": act.ROWS, "BLOCK": act.BLOCK}
+            constants = {**run, "CHUNK": act.CHUNK, "ROWS": act.ROWS, "BLOCK": act.BLOCK}
             constants["ACTIVATION"] = activation
             yield f"act_mul_sqnorm_kernel<{name}, {activation}>", act.act_mul_sqnorm_kernel, pointers, constants, 4
-        constants = {"MASKED": False, "CHUNK": alone.CHUNK, "ROWS": alone.ROWS, "BLOCK": alone.BLOCK}
+        constants = {**run, "CHUNK": alone.CHUNK, "ROWS": alone.ROWS, "BLOCK": alone.BLOCK}
         yield f"sqnorm_kernel<{name}>", alone.sqnorm_kernel, {"x": f"*{dtype}"}, constants, 4
-    constants = {"SHARED": False, "ROWS": partials.TOTAL_ROWS, "BLOCK": partials.TOTAL_BLOCK}
+    constants = {"SHARED": False, "OVERLAP": arch >= 90, "ROWS": partials.TOTAL_ROWS, "BLOCK": partials.TOTAL_BLOCK}
     yield "total_kernel", partials.total_kernel, {}, constants, 4
+    constants = {"AHEAD": norms.AHEAD, "BLOCK": norms.BLOCK}
+    yield "mean_kernel", norms.mean_kernel, {"mean": "*fp32"}, constants, 1
+    pointers = {"work": "*fp32", "upper": "*fp32", "scale": "*fp32", "errors": "*fp32"}
+    for name, pruned, n, m in (("decided", "*u8", 0, 0), ("2:4", "*fp32", 2, 4)):
+        constants = {"N": n, "M": m, "SQUARED": True, "ROWS": sparsegpt.ROWS, "BLOCK": 128}
+        types = {"pruned": pruned, **pointers}
+        yield f"sparsegpt_block_kernel<{name}>", sparsegpt.sparsegpt_block_kernel, types, constants, 1
 
 
 def compile_ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, arch: int) -> str:
@@ -58,7 +66,7 @@ def compile_ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]
 
 def main() -> None:
     directory, arch = Path(sys.argv[1]), int(sys.argv[2])
-    for name, kernel, pointers, constants, warps in variants():
+    for name, kernel, pointers, constants, warps in variants(arch):
         (directory / f"{name}.ptx").write_text(compile_ptx(kernel, pointers, constants, warps, arch))
 
 

@@ -297,7 +297,7 @@ inline at::Tensor tokens_of(const at::Tensor& x, const SqnormShape& shape) {
   return plain.dim() == 3 ? plain : plain.unflatten(0, {shape.sequences, shape.tokens});
 }
 
-// What a kernel takes, but for the workspace, and the tensors that it points into.
+// What a kernel takes, and the tensors that it points into.
 struct SqnormArguments {
   SqnormParams params{};
   at::Tensor x, token_mask;
@@ -314,7 +314,6 @@ inline SqnormArguments check_add_sqnorm(const char* op, const at::Tensor& sqnorm
   made.params = {sqnorm.mutable_data_ptr<float>(),
                  made.x.const_data_ptr(),
                  token_mask ? made.token_mask.const_data_ptr<bool>() : nullptr,
-                 nullptr,
                  shape.sequences,
                  shape.tokens,
                  shape.cols,

@@ -206,7 +206,7 @@ def test_fitted_exponents():
     [
         (["--suite", "sparsity"], "--suite must be one of end-to-end, select, stats, nm, sparse, scaling"),
         (["--models", "8B"], "model must be one of 7B"),
-        (["--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
         (["--compare", "none.csv", "none.csv"], "result file none.csv does not exist"),
     ],
 )

@@ -132,7 +132,7 @@ BAD = [
     (["--damping", "0.1"], 2, "damping is an option of sparsegpt"),
     (["--propagate", "x"], 2, "propagate must be one of pruned, dense, got 'x'"),
     (["--dtype", "int8"], 2, "dtype must be one of"),
-    (["--device", "tpu"], 2, "device must be auto, cpu or cuda, got 'tpu'"),
+    (["--device", "tpu"], 2, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     (["--samples", "0"], 2, "--samples"),
     (["--samples", "5000"], 1, "5000 samples are required"),
     (["--length", "512"], 1, "--length 512 is longer than the model's context of 256 tokens"),

@@ -16,7 +16,8 @@ from strategies import DTYPES, same_bits
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from wanda_kernels import ops
+from wanda_kernels import ops, reference
+from wanda_kernels.pruning.statistics import norm_of_sequences
 
 BACKENDS = backends.statistics_names()
 CPU = [name for name in BACKENDS if name.startswith("cpu")]
@@ -160,3 +161,28 @@ def test_special_values_are_rounded_as_pytorch_rounds():
                 expected = torch.nn.functional.silu(every) * up
                 assert torch.equal(y.isnan(), expected.isnan())
                 assert same_bits(y.nan_to_num(nan=0), expected.nan_to_num(nan=0))
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize(("sequences", "cols"), [(1, 1), (15, 33), (16, 32), (130, 40)])
+def test_triton_averages_sequences_as_the_official_code_does(backend, sequences, cols):
+    """To the bit: every float32 step rounded for itself, in sample order."""
+    from wanda_kernels import triton
+
+    generator = torch.Generator().manual_seed(sequences)
+    sqnorm = torch.rand(sequences, cols, generator=generator) * 10.0 ** torch.randint(-40, 38, (cols,))
+    sqnorm[:, -1] = torch.tensor([0.0, float("nan"), float("inf")])[sequences % 3]
+    on_device = sqnorm.cuda() if backend == "cuda" else sqnorm
+    got = triton.norm_of_sequences(on_device).cpu()
+    assert same_bits(got.nan_to_num(nan=-1.0), reference.norm_of_sequences(sqnorm).nan_to_num(nan=-1.0))
+
+
+@pytest.mark.gpu
+def test_the_driver_averages_sequences_in_a_few_launches():
+    sqnorm = torch.rand(128, 4096, device="cuda")
+    norm_of_sequences(sqnorm)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        norm_of_sequences(sqnorm)
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 1 <= len(kernels) <= 4

@@ -9,16 +9,19 @@ import itertools
 import re
 from pathlib import Path
 
+import backends
 import pytest
 import tiny
 import torch
 
 from benchmarks import official_methods as official
 from wanda_kernels import Owl, PruneSpec, methods, prune
+from wanda_kernels.methods import sparsegpt
 from wanda_kernels.methods.inputs import LayerInputs, factor_of
 from wanda_kernels.methods.owl import outlier_ratio
 from wanda_kernels.methods.ria import Ria
 from wanda_kernels.methods.select import Group, kth_smallest
+from wanda_kernels.methods.sparsegpt import Score, _walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,6 +98,57 @@ def test_ablations(metric, order, pattern):
 
     ours, plain, _ = both(rule, method=f"ablate_{metric}_{order}", pattern=pattern)
     assert_masks_and_weights(ours, plain, bits=12)
+
+
+@pytest.mark.parametrize("backend", backends.statistics_names()[-1:])
+@pytest.mark.parametrize("pattern", [None, (2, 4), (3, 8), (1, 5)])
+@pytest.mark.parametrize("is_squared", [True, False])
+def test_sparsegpt_walks_a_block_in_one_launch(backend, pattern, is_squared):
+    """The zeros of the loop over columns, and its values to the rounding of up to 128 updates, 6e-8 each."""
+    from wanda_kernels.triton import sparsegpt_block
+
+    if backend not in ("triton-interpreter", "cuda"):
+        pytest.skip("Triton's interpreter does not run here")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    for columns, rows in ((40, 19), (128, 8), (5, 3)):
+        columns -= columns % (pattern[1] if pattern else 1)
+        if columns == 0:
+            continue
+        inputs = torch.randn(3 * columns, 2 * columns, generator=generator)
+        upper = factor_of(inputs.T @ inputs, 0.01).upper[columns:, columns:]
+        work = torch.randn(columns, rows, generator=generator).mul(4).round().div(4)  # ties
+        pruned = None if pattern else torch.rand(columns, rows, generator=generator) < 0.5
+        score = Score(torch.rand(columns, generator=generator).mul(4).ceil(), is_squared)
+        want = work.clone()
+        want_errors = _walk(want, upper, pruned, score, pattern and methods.Pattern(*pattern))
+        got = work.to(device)
+        mask = None if pruned is None else pruned.to(device)
+        n, m = pattern or (0, 0)
+        errors = sparsegpt_block(got, upper.to(device), mask, score.scale.to(device), is_squared, n, m)
+        assert torch.equal(got.cpu() == 0, want == 0)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(errors.cpu(), want_errors, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("method", ["sparsegpt", "ablate_wanda_seq", "ablate_mag_iter"])
+def test_sparsegpt_solves_a_layer_in_triton_as_in_the_loop(method, target, monkeypatch):
+    if not backends.has_interpreter() or torch.cuda.is_available():
+        pytest.skip("for Triton's interpreter")
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(300, 80, generator=generator)
+    inputs = LayerInputs(tokens.norm(dim=0), 2 / 300 * tokens.T @ tokens)
+    spec = PruneSpec(method=method, block_size=32, **target)
+    found = []
+    for walk in (sparsegpt._walk, sparsegpt._walk_in_triton):
+        monkeypatch.setattr(sparsegpt, "_walk", walk)
+        weight = torch.randn(24, 80, generator=torch.Generator().manual_seed(2))
+        found.append((weight, spec.method.prune_(weight, inputs, 0.5, spec.pattern)))
+    (loop, sums), (kernel, other_sums) = found
+    assert torch.equal(kernel == 0, loop == 0)
+    torch.testing.assert_close(kernel, loop, rtol=1e-5, atol=1e-5)
+    assert float(other_sums.sums[0, 0]) == pytest.approx(float(sums.sums[0, 0]), rel=1e-5)
 
 
 def test_sparsegpt_loses_less_than_its_mask_alone():

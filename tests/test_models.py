@@ -11,8 +11,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from wanda_kernels.distributed import join
 from wanda_kernels.models import load_model, load_tokenizer, save_pretrained
+from wanda_kernels.models.load import choose_device
 from wanda_kernels.models.save import check_output, check_space
+from wanda_kernels.pruning.stopwatch import Stopwatch
 
 
 def test_round_trip(tmp_path):
@@ -65,11 +68,79 @@ def test_broken_gguf(tmp_path, content):
 def test_wrong_names():
     with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, .* got 'int8'"):
         load_model("x", dtype="int8")
-    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'tpu'"):
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'tpu'"):
         load_model("x", device="tpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees no CUDA device"):
             load_model("x", device="cuda")
+
+
+def test_a_gpu_by_its_number(monkeypatch):
+    for name in ("cuda:", "cuda:-1", "cuda:x", "cpu:0", "cuda:1 "):
+        with pytest.raises(ValueError, match=f"device must be auto, cpu, cuda or cuda:N, got '{name}'"):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cuda") == choose_device("auto") == torch.device("cuda")
+    with pytest.raises(ValueError, match=r"device cuda:2 was asked for, but torch sees 2 CUDA device\(s\)"):
+        load_model("x", device="cuda:2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'cuda:1'"):
+        join("cuda:1")
+
+
+def test_a_model_goes_straight_to_its_gpu(monkeypatch, tmp_path):
+    """No second copy in the CPU's memory: from_pretrained is told the device, and nothing is moved after it."""
+    model = tiny.model("llama tied")
+    save_pretrained(tmp_path / "m", model, saved.tokenizer())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    load, asked, moved = AutoModelForCausalLM.from_pretrained, [], []
+
+    def on_the_cpu(name, device_map=None, **options):
+        asked.append(device_map)
+        return load(name, device_map=device_map and {"": "cpu"}, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", on_the_cpu)
+    monkeypatch.setattr(type(model), "to", lambda self, device: moved.append(device) or self)
+    loaded = load_model(str(tmp_path / "m"), device="cuda:1")
+    assert (asked, moved) == ([{"": torch.device("cuda", 1)}], [])
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    monkeypatch.setattr("wanda_kernels.models.load._has_accelerate", lambda: False)
+    load_model(str(tmp_path / "m"), device="cuda:1")
+    assert (asked[1:], moved) == ([None], [torch.device("cuda", 1)])
+
+
+def test_the_stopwatch_records_on_the_device_that_it_follows(monkeypatch):
+    """With a clock for each device; the current device's stands still."""
+    clocks = {torch.device("cuda", 1): 0.0, torch.device("cuda", 2): 500.0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self, stream):
+            self.at = clocks[stream]
+
+        def synchronize(self):
+            assert self.at is not None
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    first, second = clocks
+    stopwatch = Stopwatch(first)
+    with stopwatch.measure("forward"):
+        clocks[first] += 2000
+        with stopwatch.measure("statistics"):
+            clocks[first] += 1000
+        stopwatch.follow(second)
+    with stopwatch.measure("forward"):
+        clocks[second] += 4000
+    assert stopwatch.seconds() == {"forward": 6.0, "statistics": 1.0}
 
 
 def test_a_hub_id_that_cannot_be_had():

@@ -366,6 +366,82 @@ def test_dispatch_times_once_remembers_and_can_be_fixed(tmp_path, monkeypatch):
             dispatch.load(tmp_path / path)
 
 
+def test_a_second_forward_pass_makes_no_name_and_checks_nothing_again(monkeypatch):
+    for form in ("bitmap", "2:4"):
+        dense = torch.nn.Linear(64, 8)
+        dense.weight.data[:, ::2] = 0
+        layer = PackedLinear.from_linear(dense, form)
+        x = torch.randn(3, 64)
+        expected = layer(x)
+        with monkeypatch.context() as patch:
+            for function in ("name_of", "choose", "choices"):
+                patch.setattr(dispatch, function, lambda *_: pytest.fail("asked again"))
+            patch.setattr(PackedLinear, "validate", lambda *_: pytest.fail("validated again"))
+            assert torch.equal(layer(x), expected)
+        dispatch.clear()
+
+
+class FakeGPU:
+    """What dispatch asks of torch.cuda, with a clock of its own that each way advances."""
+
+    def __init__(self, milliseconds):
+        self.milliseconds, self.clock, self.log = milliseconds, 0.0, []
+
+    def install(self, patch):
+        cuda, gpu = torch.cuda, self
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                assert enable_timing
+
+            def record(self, stream=None):
+                self.at = gpu.clock
+                gpu.log.append("event")
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class Guard:
+            def __init__(self, device):
+                gpu.log.append(f"on {device}")
+
+            __enter__ = __exit__ = lambda *_: None
+
+        class Buffer:
+            def __init__(self, size, dtype, device):
+                gpu.log.append(f"buffer of {size * dtype.itemsize}")
+
+            def zero_(self):
+                gpu.log.append("flush")
+                gpu.clock += 100
+
+        patch.setattr(cuda, "Event", Event)
+        patch.setattr(cuda, "device", Guard)
+        patch.setattr(cuda, "get_device_name", lambda device: "a card")
+        patch.setattr(cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(cuda, "synchronize", lambda device: gpu.log.append(f"wait for {device}"))
+        patch.setattr(cuda, "get_device_properties", lambda device: type("Properties", (), {"L2_cache_size": 1000}))
+        patch.setattr(torch, "empty", Buffer)
+
+    def product(self, way):
+        self.log.append(way)
+        self.clock += self.milliseconds[way].pop(0)
+        return torch.zeros(1)
+
+
+def test_on_a_gpu_dispatch_times_by_events_of_the_tensors_device_on_cold_data(monkeypatch):
+    """The first product of a way loads kernels and does not count; one wait in all, for this device."""
+    gpu = FakeGPU({"packed": [900.0, 3.0, 1.0, 3.0], "unpack": [1.0, 2.0, 2.0, 2.0]})
+    gpu.install(monkeypatch)
+    key = ("2:4", torch.bfloat16, 64, 64, 3, torch.device("cuda", 1), 2)
+    assert dispatch.choose(key, ("packed", "unpack"), gpu.product) == "packed"
+    assert dispatch.choices() == {"2:4 bfloat16 64x64 tokens 8 a card": "packed"}
+    assert dispatch.known(key) == "packed"
+    assert gpu.log[:4] == ["on cuda:1", "packed", "unpack", "buffer of 2000"]
+    assert gpu.log[4:-1] == ["flush", "event", "packed", "event", "flush", "event", "unpack", "event"] * 3
+    assert gpu.log[-1] == "wait for cuda:1"
+
+
 def test_prefill_copies_that_cannot_be():
     layer = torch.nn.Linear(64, 32).to(torch.bfloat16)
     layer.weight.data[:, ::2] = 0

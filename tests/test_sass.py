@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import pytest
 
@@ -43,6 +44,8 @@ def check_bars(table: list[dict[str, str]]) -> None:
         ("pack_24_kernel<float16, select>", 12),
     ):
         assert float(by_name[kernel, "90"]["per_element"]) <= bar, by_name[kernel, "90"]
+    for arch, activation in itertools.product(("80", "90"), ("silu", "gelu_tanh")):  # eight programs a processor
+        assert int(by_name[f"act_mul_sqnorm_kernel<bfloat16, {activation}>", arch]["registers"]) <= 64
     # 11,008 columns take four warps of 22 quads a thread, and leave 2 % of them idle.
     common = int(by_name["rows_kernel<bfloat16, 22, prune, staged>", "90"]["common"])
     assert common * 4 * 32 / 11008 <= 25

@@ -63,14 +63,14 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 extension, cpu_status = _load_extension()
 _built_cuda = extension.build_info().get("cuda") if extension else None
 _has_triton = importlib.util.find_spec("triton") is not None
-_FUSED = ("rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm")
+_NOT_IN_CUDA = ("rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block")
 
 
 def cuda_kernels(name: str) -> str:
-    """What runs an operator on CUDA tensors: ``cuda``, ``triton`` or ``reference``."""
-    if _built_cuda and name not in _FUSED:
+    """What runs an operator, or a step of the driver, on CUDA tensors: ``cuda``, ``triton`` or ``reference``."""
+    if _built_cuda and name not in _NOT_IN_CUDA:
         return "cuda"
-    return "triton" if _has_triton and name in (*_FUSED, "add_sqnorm_") else "reference"
+    return "triton" if _has_triton and name in (*_NOT_IN_CUDA, "add_sqnorm_") else "reference"
 
 
 def serves_reference(device_type: str) -> bool:
@@ -90,7 +90,9 @@ def _describe_cuda() -> str:
     return status if torch.cuda.is_available() else f"{status}; torch sees no CUDA device"
 
 
-def _in_triton(name: str) -> Callable[..., Any]:
+def in_triton(name: str) -> Callable[..., Any]:
+    """The launcher of that name."""
+
     def call(*args: Any) -> Any:
         from . import triton  # takes a moment, and only CUDA tensors need it
 
@@ -108,6 +110,4 @@ for _name, _schema in schemas().items():
         _library.define(_schema)
         _library.impl(_name, getattr(reference, _name), "CPU")
     if cuda_kernels(_name) != "cuda":
-        _library.impl(
-            _name, _in_triton(_name) if cuda_kernels(_name) == "triton" else getattr(reference, _name), "CUDA"
-        )
+        _library.impl(_name, in_triton(_name) if cuda_kernels(_name) == "triton" else getattr(reference, _name), "CUDA")

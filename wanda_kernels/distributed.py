@@ -323,11 +323,13 @@ def join(device: str, timeout_s: float = TIMEOUT_S, on_loss: Callable[[str], Non
         timeout_s, on_loss: as for :class:`Processes`.
 
     Raises:
-        ValueError: no GPU for this process.
+        ValueError: no GPU for this process, or one that was named.
         RuntimeError: the others did not come.
     """
     end = time.monotonic() + float(os.environ.get("WANDA_KERNELS_START_S", START_S))
     place = choose_device(device)
+    if place.index is not None:
+        raise ValueError(f"processes take the GPUs of their numbers: device must be auto, cpu or cuda, got '{device}'")
     if place.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     ours.add_argument("--calibration", default="c4", help="c4, wikitext2, a hub id or a file [default: c4]")
     ours.add_argument("--text", default="wikitext2", help="what perplexity is measured on [default: wikitext2]")
     ours.add_argument("--length", type=int, default=None, help=f"tokens a sequence [the model's context, <= {LONGEST}]")
-    ours.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    ours.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     ours.add_argument("--dtype", default=None, help="[default: float16 on CUDA, the checkpoint's on the CPU]")
     ours.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return arguments

@@ -68,7 +68,6 @@ struct SqnormParams {
   float* sqnorm;           // [sequences, cols] or [cols] (`is_shared`): each sequence's sum is added
   const void* x;           // [sequences, tokens, cols]
   const bool* token_mask;  // nullptr, or [sequences, tokens] contiguous: false = the token does not count
-  float* workspace;        // CUDA: [sequences * chunks of tokens, cols], see sqnorm_chunks
   int64_t sequences;
   int64_t tokens;  // per sequence
   int64_t cols;

@@ -98,12 +98,9 @@ at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, 
 // ---- Column sums of squares.
 
 void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& token_mask) {
-  SqnormArguments arguments = check_add_sqnorm("add_sqnorm_", sqnorm, x, token_mask);
-  SqnormParams& params = arguments.params;
+  const SqnormArguments arguments = check_add_sqnorm("add_sqnorm_", sqnorm, x, token_mask);
+  const SqnormParams& params = arguments.params;
   if (params.sequences == 0) return;
-  const at::Tensor workspace =
-      at::empty({params.sequences * sqnorm_chunks(params.tokens), params.cols}, sqnorm.options());
-  params.workspace = workspace.mutable_data_ptr<float>();
   on_device("add_sqnorm_", x, [&](const Device&, CUstream_st* stream) {
     return launch_sqnorm(params, sqnorm_vector(params), stream);
   });

@@ -294,11 +294,14 @@ inline LinearPlan plan_sparse24_linear(const PackedWeight& weight, int64_t token
 
 // ---- sqnorm.cuh.
 
-constexpr int64_t kSqnormChunk = 128;  // tokens of one partial sum
-constexpr int kSqnormWarps = 8;
+constexpr int64_t kSqnormChunk = 4096;  // tokens that are added in float32
+constexpr int kSqnormWarps = 16;
+constexpr int kSqnormLanes = 4;   // of a token: 64 bytes
+constexpr int kSqnormRows = 128;  // tokens of a block at a time
 
-// Partial sums of a sequence.
-constexpr int64_t sqnorm_chunks(int64_t tokens) { return divide_up(tokens, kSqnormChunk); }
+// Columns of a block, for so many a lane.
+template <int kVector>
+constexpr int kSqnormCols = kVector == 1 ? kWarp : kSqnormLanes * kVector;
 
 // Columns of a lane: one, or those of 16 bytes.
 inline int sqnorm_vector(const SqnormParams& params) {
@@ -309,12 +312,9 @@ inline int sqnorm_vector(const SqnormParams& params) {
 }
 
 inline Shape sqnorm_shape(const SqnormParams& params, int vector) {
-  return {divide_up(params.cols, kWarp * vector) * params.sequences * sqnorm_chunks(params.tokens),
-          kSqnormWarps * kWarp, kSqnormWarps * vector * (kWarp + 1) * static_cast<int64_t>(sizeof(float))};
-}
-
-inline Shape sqnorm_total_shape(const SqnormParams& params) {
-  return {divide_up(params.cols * (params.is_shared ? 1 : params.sequences), 256), 256, 0};
+  const int cols = vector == 1 ? kSqnormCols<1> : vector == 4 ? kSqnormCols<4> : kSqnormCols<8>;
+  return {divide_up(params.cols, cols) * (params.is_shared ? 1 : params.sequences), kSqnormWarps * kWarp,
+          kSqnormWarps * cols * static_cast<int64_t>(sizeof(float))};
 }
 
 }  // namespace wanda::cuda

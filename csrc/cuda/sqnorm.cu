@@ -6,14 +6,12 @@
 namespace wanda::cuda {
 
 int launch_sqnorm(const SqnormParams& params, int vector, CUstream_st* stream) {
-  const int error = by_dtype(params.dtype, [&](auto dtype) {
+  return by_dtype(params.dtype, [&](auto dtype) {
     constexpr Dtype kDtype = decltype(dtype)::value;
     const Shape shape = sqnorm_shape(params, vector);
-    if (vector == 1) return launch(&sqnorm_partial_kernel<kDtype, 1>, shape, stream, params);
-    return launch(&sqnorm_partial_kernel<kDtype, Element<kDtype>::kChunk>, shape, stream, params);
+    if (vector == 1) return launch(&sqnorm_columns_kernel<kDtype, 1>, shape, stream, params);
+    return launch(&sqnorm_columns_kernel<kDtype, Element<kDtype>::kChunk>, shape, stream, params);
   });
-  if (error != 0) return error;
-  return launch(&sqnorm_total_kernel, sqnorm_total_shape(params), stream, params);
 }
 
 }  // namespace wanda::cuda

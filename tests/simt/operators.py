@@ -40,7 +40,7 @@ PackedLinearParams = type(
     },
 )
 SqnormParams = _struct(
-    "sqnorm x token_mask workspace",
+    "sqnorm x token_mask",
     "sequences tokens cols sequence_stride token_stride",
     ("is_shared", ctypes.c_bool),
     _DTYPE,
@@ -220,13 +220,12 @@ def add_sqnorm(
     sequences, tokens, cols = x.shape
     target, inputs = Buffer(sqnorm, "sqnorm"), Buffer(x, "x", writable=False, offset=offset)
     counts = Buffer(torch.ones(1, dtype=torch.bool) if token_mask is None else token_mask, "token_mask", writable=False)
-    workspace = Buffer(torch.full((sequences * -(-tokens // 128), cols), math.nan), "workspace")
     params = SqnormParams(
-        target.pointer, inputs.pointer, None if token_mask is None else counts.pointer, workspace.pointer, sequences,
-        tokens, cols, tokens * cols, cols, sqnorm.dim() == 1, DTYPES[x.dtype],
+        target.pointer, inputs.pointer, None if token_mask is None else counts.pointer, sequences, tokens,
+        cols, tokens * cols, cols, sqnorm.dim() == 1, DTYPES[x.dtype],
     )  # fmt: skip
     vector = machine.library.simt_sqnorm_vector(ctypes.byref(params))
     if is_vector is not None:
         vector = 16 // x.element_size() if is_vector else 1
-    machine.run("simt_sqnorm", [target, inputs, counts, workspace], ctypes.byref(params), vector)
+    machine.run("simt_sqnorm", [target, inputs, counts], ctypes.byref(params), vector)
     return target.tensor()

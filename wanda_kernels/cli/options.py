@@ -58,7 +58,7 @@ def _set_debug(value: bool) -> bool:
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, or a .gguf file (dequantised).")]
-Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to run.")]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -164,9 +164,9 @@ def _circumstances(model: Any) -> dict[str, Any]:
 
     from .info import processor_name
 
-    on_cuda = next(model.parameters()).device.type == "cuda"
+    device = next(model.parameters()).device
     return {
-        "device": torch.cuda.get_device_name() if on_cuda else processor_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

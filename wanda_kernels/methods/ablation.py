@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .base import Method, Needs, Outcome, Pattern, option
 from .inputs import LayerInputs
-from .magnitude import Magnitude, magnitude_score
-from .sparsegpt import BLOCK_SIZE, DAMPING, check_solver, reconstruct_
-from .wanda import Wanda, wanda_score
+from .magnitude import Magnitude
+from .sparsegpt import BLOCK_SIZE, DAMPING, Score, check_solver, reconstruct_
+from .wanda import Wanda
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,8 @@ class Ablation(Method):
 
     def prune_(self, weight: Tensor, inputs: LayerInputs | None, sparsity: float, pattern: Pattern | None) -> Outcome:
         assert inputs is not None
-        norm = inputs.norm
         is_magnitude = self.baseline == Magnitude.name
-
-        def score(work: Tensor, columns: slice) -> Tensor:
-            return magnitude_score(work) if is_magnitude else wanda_score(work, norm[columns].unsqueeze(1))
-
+        score = Score(torch.ones_like(inputs.norm) if is_magnitude else inputs.norm)
         mask = None
         if self.update == "sequential":
             alone = weight.clone()

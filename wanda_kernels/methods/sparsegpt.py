@@ -6,18 +6,30 @@ Float32 throughout. The weight is kept transposed, so that a column of it is con
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from .. import _backend
 from .base import Method, Needs, Outcome, Pattern, option
 from .inputs import Factor, LayerInputs
 from .select import GROUP, Group, kth_smallest, prune_masked_
+from .wanda import wanda_score
 
-# (weights [columns, C_out], their columns) -> scores of the same shape
-Score = Callable[[Tensor, slice], Tensor]
+
+@dataclass(frozen=True)
+class Score:
+    """``W^2 / scale^2`` (``is_squared``) or ``|W| * scale``; ``scale``: [C_in], float32."""
+
+    scale: Tensor
+    is_squared: bool = False
+
+    def __call__(self, work: Tensor, columns: slice) -> Tensor:
+        """``work``: those columns, [columns, C_out]."""
+        scale = self.scale[columns].unsqueeze(1)
+        return sparsegpt_score(work, scale) if self.is_squared else wanda_score(work, scale)
 
 
 def sparsegpt_score(weight: Tensor, diagonal: Tensor) -> Tensor:
@@ -25,6 +37,8 @@ def sparsegpt_score(weight: Tensor, diagonal: Tensor) -> Tensor:
     code compares. Source: SparseGPT (arXiv 2301.00774), section 3."""
     return weight.float().square() / diagonal.square()
 
+
+MOST_IN_TRITON = 1024  # columns of a block that a program's registers hold
 
 BLOCK_SIZE = "sparsegpt, ablate: columns a block. \\[default: 128]"
 DAMPING = "sparsegpt, ablate: share of the Hessian's diagonal. \\[default: 0.01]"
@@ -67,10 +81,7 @@ class SparseGPT(Method):
         factor = inputs.factor(self.damping)
         diagonal = factor.upper.diagonal()
         if self.weight_update:
-
-            def score(work: Tensor, columns: slice) -> Tensor:
-                return sparsegpt_score(work, diagonal[columns].unsqueeze(1))
-
+            score = Score(diagonal.contiguous(), is_squared=True)
             return reconstruct_(weight, factor, score, sparsity, pattern, self.block_size)
         # the root has the order of W^2 / d^2, which the official code compares, but for the rounding of equals
         root = sparsegpt_score(weight, diagonal).sqrt_()
@@ -104,30 +115,58 @@ def reconstruct_(
     left = weight.float().t().contiguous()
     left[factor.dead] = 0
     total = float(((factor.hessian @ left) * left).sum(dtype=torch.float64))
-    lost = 0.0
+    lost = torch.zeros((), dtype=torch.float64, device=left.device)
+    walk = _walk
+    if left.is_cuda and block_size <= MOST_IN_TRITON and _backend.cuda_kernels("sparsegpt_block") == "triton":
+        walk = _walk_in_triton
     for begin in range(0, left.shape[0], block_size):
         work = left[begin : begin + block_size]
         end = begin + work.shape[0]
-        upper = factor.upper[begin:end, begin:end]
+        pruned: Tensor | None = None
         if mask is not None:
             pruned = mask[:, begin:end].t().contiguous()
         elif pattern is None:
             scores = score(work, slice(begin, end))
             pruned = scores <= kth_smallest(scores, int(scores.numel() * sparsity) + 1)
-        else:
-            pruned = torch.zeros_like(work, dtype=torch.bool)
-        errors = torch.empty_like(work)
-        for i in range(work.shape[0]):
-            if mask is None and pattern is not None and i % pattern.m == 0:
-                group = slice(i, i + pattern.m)
-                scores = score(work[group], slice(begin + i, begin + i + pattern.m))
-                order = torch.sort(scores, dim=0, stable=True).indices
-                pruned[group] = torch.zeros_like(pruned[group]).scatter_(0, order[: pattern.m - pattern.n], True)
-            kept = work[i].masked_fill(pruned[i], 0)
-            errors[i] = (work[i] - kept) / upper[i, i]
-            work[i] = kept
-            work[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+        own = Score(score.scale[begin:end], score.is_squared)
+        errors = walk(work, factor.upper[begin:end, begin:end], pruned, own, pattern)
         left[end:].addmm_(factor.upper[begin:end, end:].t(), errors, alpha=-1)
-        lost += float(errors.square().sum(dtype=torch.float64))
+        lost += errors.square().sum(dtype=torch.float64)
     weight.copy_(left.t())
-    return Outcome.of(lost, total, factor.damping)
+    return Outcome.of(float(lost), total, factor.damping)
+
+
+def _walk(work: Tensor, upper: Tensor, pruned: Tensor | None, score: Score, pattern: Pattern | None) -> Tensor:
+    """Prune a block's columns one after the other, and update those behind.
+
+    Args:
+        work: [columns, C_out], changed in place.
+        upper: [columns, columns].
+        pruned: [columns, C_out], bool; None: by ``score`` and ``pattern``, when a group's turn comes.
+
+    Returns:
+        [columns, C_out]: what each column lost, over its diagonal element of ``upper``.
+    """
+    is_decided = pruned is not None
+    if pruned is None:
+        pruned = torch.zeros_like(work, dtype=torch.bool)
+    errors = torch.empty_like(work)
+    for i in range(work.shape[0]):
+        if not is_decided and pattern is not None and i % pattern.m == 0:
+            group = slice(i, i + pattern.m)
+            order = torch.sort(score(work[group], group), dim=0, stable=True).indices
+            pruned[group] = torch.zeros_like(pruned[group]).scatter_(0, order[: pattern.m - pattern.n], True)
+        kept = work[i].masked_fill(pruned[i], 0)
+        errors[i] = (work[i] - kept) / upper[i, i]
+        work[i] = kept
+        work[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+    return errors
+
+
+def _walk_in_triton(
+    work: Tensor, upper: Tensor, pruned: Tensor | None, score: Score, pattern: Pattern | None
+) -> Tensor:
+    """The same in one launch, where the loop has seven a column."""
+    n, m = (0, 0) if pattern is None else (pattern.n, pattern.m)
+    arguments = (work, upper, pruned, score.scale, score.is_squared, n, m)
+    return cast(Tensor, _backend.in_triton("sparsegpt_block")(*arguments))

@@ -7,7 +7,9 @@ saved. Code that comes with a model is never run.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,21 @@ _BAD_CONFIG = "cannot be made from its config.json"
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device where torch sees one, else the CPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got '{name}'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no CUDA device")
+    """``auto`` is the first CUDA device where torch sees one, else the CPU; ``cuda`` the current one, ``cuda:1`` the
+    second."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got '{name}'")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch sees no CUDA device")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    _, _, index = name.partition(":")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA device(s)")
     return torch.device(name)
 
 
-def _source(model: str) -> tuple[str, dict[str, str]]:
+def _source(model: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` is to be called with; errors for paths that cannot hold a model."""
     if not model:
         raise ValueError("model must be a hub id, a folder or a .gguf file, got nothing")
@@ -179,6 +185,10 @@ def weight_bytes(model: str, dtype: str = "auto") -> int | None:
     return sum(width * torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
 
 
+def _has_accelerate() -> bool:
+    return importlib.util.find_spec("accelerate") is not None
+
+
 def check_choices(dtype: str, device: str, device_map: str | None = None) -> torch.device:
     """The device. Raises ValueError or ImportError for what no model can be loaded with."""
     if dtype not in DTYPES:
@@ -195,7 +205,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
     Args:
         model: a hub id, a folder as ``save_pretrained`` writes it, or a ``.gguf`` file.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         device_map: as transformers takes it, instead of ``device``: ``auto`` spreads the model over all GPUs.
 
     Raises:
@@ -217,8 +227,13 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
         checkpoint = _checkpoint(model, name)
         if checkpoint is not None:
             _check_fits(model, config, checkpoint)
+    # Straight to the card. transformers needs accelerate for that; without it, tensors of the files' own dtype are
+    # pages of the files until they are moved, one by one.
+    is_straight = target.type == "cuda" and "gguf_file" not in options and _has_accelerate()
     if device_map is not None:
         options["device_map"] = device_map
+    elif is_straight:
+        options["device_map"] = {"": target}
     try:
         loaded, info = chosen.from_pretrained(
             name,
@@ -229,6 +244,8 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
+    except torch.OutOfMemoryError:  # the files are not to blame
+        raise
     except Exception as error:
         quantised = getattr(config, "quantization_config", None) is not None
         raise _explain(model, error, *([_BAD_QUANTISED] if quantised else [])) from error
@@ -238,7 +255,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", device_map
             f"model {model} has a LoRA adapter beside it: merge it into the model first (merge_and_unload)"
         )
     loaded.config._name_or_path = os.path.basename(os.path.normpath(model)) if Path(model).exists() else model
-    return loaded.eval() if device_map is not None else loaded.eval().to(target)
+    return loaded.eval() if device_map is not None or is_straight else loaded.eval().to(target)
 
 
 def _check_fits(model: str, config: Any, checkpoint: Checkpoint) -> None:

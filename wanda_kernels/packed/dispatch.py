@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,64 +18,95 @@ from torch import Tensor
 WAYS = ("packed", "unpack", "semi_structured")
 _ENVIRONMENT = "WANDA_KERNELS_DISPATCH"
 _ROUNDS = 3
+DIRECT_TOKENS = 16  # of every form and device, see direct_tokens
 
-Key = tuple[str, torch.dtype, int, int, int, torch.device]
+# (form, dtype, C_out, C_in, bits of tokens - 1, device, threads): cheap to make and to look up in a forward pass.
+Key = tuple[str, torch.dtype, int, int, int, torch.device, int]
 
 _choices: dict[str, str] = {}
+_known: dict[Key, str] = {}  # the same choices, without making a name
 _is_loaded = False
+
+known = _known.get
 
 
 def direct_tokens(form: str, device: torch.device) -> int:
     """Rows of x that the operators multiply with the packed weight as it is; they unpack it for more."""
-    return 32 if device.type == "cpu" or form.startswith("2:4") else 16
+    return 32 if device.type == "cpu" or form.startswith("2:4") else DIRECT_TOKENS
+
+
+def unasked(form: str, device: torch.device, tokens: int) -> str:
+    """The way where nothing can be timed."""
+    return "packed" if tokens <= direct_tokens(form, device) else "unpack"
 
 
 def name_of(key: Key) -> str:
     """``bitmap bfloat16 4096x11008 tokens 4 cpu 2``: tokens up to the next power of two, a CPU's threads."""
-    form, dtype, rows, cols, tokens, device = key
-    bucket = 1 << max(tokens - 1, 0).bit_length()
-    where = f"cpu {torch.get_num_threads()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return f"{form} {str(dtype).removeprefix('torch.')} {rows}x{cols} tokens {bucket} {where}"
+    form, dtype, rows, cols, bits, device, threads = key
+    where = f"cpu {threads}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{form} {str(dtype).removeprefix('torch.')} {rows}x{cols} tokens {1 << bits} {where}"
 
 
-def run(key: Key, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
-    """The result of the candidate that is fastest for the key: ``packed``, or ``unpack`` and a dense product."""
-    form, tokens, device = key[0], key[4], key[5]
-    is_direct = tokens <= direct_tokens(form, device)
-    unasked = "packed" if is_direct else "unpack"
-    if tokens == 0 or torch.compiler.is_compiling():
-        return candidates[unasked]()
-    if device.type == "cuda" and not is_direct:  # launch after launch would read the weight as often
-        candidates = {way: call for way, call in candidates.items() if way != "packed"}
-    if len(candidates) == 1:
-        return candidates[unasked]()
+def choose(key: Key, ways: Sequence[str], product: Callable[[str], Tensor]) -> str:
+    """The fastest of ``ways`` for a key that is not :func:`known`: as was chosen before, or timed now.
+
+    Args:
+        ways: ``packed``, ``unpack`` (and a dense product), perhaps ``semi_structured``.
+        product: what is timed, by way.
+    """
+    form, bits, device = key[0], key[4], key[5]
+    default = unasked(form, device, 1 << bits)
+    if device.type == "cuda" and default != "packed":  # launch after launch would read the weight as often
+        ways = [way for way in ways if way != "packed"]
+    if len(ways) == 1:
+        return _known.setdefault(key, default)
     name = name_of(key)
     chosen = choices().get(name)
     if chosen is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return candidates[unasked]()  # nothing can be timed now
+            return default  # nothing can be timed now
         # Many tokens take long enough to be timed twice only.
-        chosen = _choices[name] = _fastest(candidates, device, _ROUNDS if is_direct else 2)
-    if chosen not in candidates:
-        raise ValueError(f"dispatch ({_ENVIRONMENT}) has '{chosen}' for {name}, it must be {' or '.join(candidates)}")
-    return candidates[chosen]()
+        chosen = _choices[name] = _fastest(ways, product, device, _ROUNDS if default == "packed" else 2)
+    if chosen not in ways:
+        raise ValueError(f"dispatch ({_ENVIRONMENT}) has '{chosen}' for {name}, it must be {' or '.join(ways)}")
+    return _known.setdefault(key, chosen)
 
 
-def _fastest(candidates: Mapping[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> str:
-    seconds = dict.fromkeys(candidates, float("inf"))
-    for _ in range(rounds):
-        for name, candidate in candidates.items():
-            _wait(device)
-            start = time.perf_counter()
-            candidate()
-            _wait(device)
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return min(seconds, key=lambda name: seconds[name])
+def _fastest(ways: Sequence[str], product: Callable[[str], Tensor], device: torch.device, rounds: int) -> str:
+    turns = [way for _ in range(rounds) for way in ways]
+    times = _on_gpu(turns, product, device) if device.type == "cuda" else _on_cpu(turns, product)
+    return min(zip(times, turns, strict=True))[1]
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def _on_cpu(turns: Sequence[str], product: Callable[[str], Tensor]) -> list[float]:
+    """Seconds of each turn."""
+    times = []
+    for way in turns:
+        start = time.perf_counter()
+        product(way)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _on_gpu(turns: Sequence[str], product: Callable[[str], Tensor], device: torch.device) -> list[float]:
+    """Milliseconds of each turn on the device, without the host's part, with a weight that comes from memory as it does
+    in a model: what L2 held is overwritten before each turn. Meanwhile the host gets ahead."""
+    with torch.cuda.device(device):
+        for way in dict.fromkeys(turns):
+            product(way)  # loads kernels, and lets cuBLAS choose
+        flush = torch.empty(
+            2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device
+        )
+        spans = []
+        for way in turns:
+            flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            product(way)
+            end.record()
+            spans.append((start, end))
         torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in spans]
 
 
 def choices() -> dict[str, str]:
@@ -99,6 +130,7 @@ def load(path: str | Path) -> None:
         ways = f"{', '.join(WAYS[:-1])} or {WAYS[-1]}"
         raise ValueError(f"dispatch file {path} ({_ENVIRONMENT}) must map shapes to {ways}: {str(wrong[0])[:200]}")
     _choices.update(found)
+    _known.clear()
 
 
 def save(path: str | Path) -> None:
@@ -109,3 +141,4 @@ def save(path: str | Path) -> None:
 def clear() -> None:
     """Forget all choices."""
     _choices.clear()
+    _known.clear()

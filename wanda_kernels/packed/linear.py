@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 
-from ..ops import bitmap_linear, sparse24_linear, unpack_bitmap, unpack_sparse24
+from ..ops import unpack_bitmap, unpack_sparse24
 from . import dispatch
 from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
 
@@ -23,6 +23,9 @@ from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, validate_bitma
 # Zen 3, float32,  1 thread,  256 tokens    1.22    1.10    1.05
 BAND_BYTES = 4 << 20  # of a thread
 MOST_BYTES = 16 << 20  # of all: the allocator keeps no larger ones
+
+# The operators without their wrappers: finding them is a tenth of a small layer's time.
+_PRODUCTS = {"bitmap": torch.ops.wanda.bitmap_linear.default, "2:4": torch.ops.wanda.sparse24_linear.default}
 
 
 class PackedLinear(nn.Module):
@@ -117,32 +120,52 @@ class PackedLinear(nn.Module):
             self._is_valid = True
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if kind == "meta":  # shapes alone
+        if x.is_meta:  # shapes alone
             return x.new_empty(*x.shape[:-1], self.out_features)
+        kind = "cpu" if x.is_cpu else x.device.type  # the latter takes 0.3 us
+        # As packed(), past nn.Module.__getattr__: four names would be a fifth of nn.Linear's time for a small layer.
+        buffers = self._buffers
+        if self.form == "bitmap":
+            codes: Any = (buffers["weight_bitmap"], buffers["weight_starts"])
+        else:
+            codes = (buffers["weight_indices"],)
+        values: Any = self._parameters["weight"]
+        bias: Tensor | None = self._parameters.get("bias")
         if torch.is_autocast_enabled(kind):  # as nn.Linear: x, weight and bias in autocast's type
             dtype = torch.get_autocast_dtype(kind)
+            bias = None if bias is None else bias.to(dtype)
             with torch.autocast(kind, enabled=False):
-                return self._multiply(x.to(dtype), dtype)
-        return self._multiply(x, self.weight.dtype)
+                return self._multiply(x.to(dtype), (values.to(dtype), *codes), bias)
+        return self._multiply(x, (values, *codes), bias)
 
-    def _multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        self.validate()
-        values, *codes = self.packed()
-        packed = (values.to(dtype), *codes)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        if torch.is_grad_enabled() and x.requires_grad:  # the operators have no gradient
+    def _multiply(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        if not self._is_valid:
+            self.validate()
+        dtype, device, form = packed[0].dtype, x.device, self.form
+        if x.requires_grad and torch.is_grad_enabled():  # the operators have no gradient
             return linear(x, self.unpacked().to(dtype), bias)
         tokens = x.numel() // self.in_features
-        candidates = {
-            "packed": lambda: self._packed_product(x, packed, bias),
-            "unpack": lambda: self._dense_product(x, packed, bias),
-        }
-        form, copy = self.form, self._prefill
-        if copy is not None and dtype == copy.dtype:
+        if tokens == 0 or torch.compiler.is_compiling():
+            return self._product(dispatch.unasked(form, device, tokens), x, packed, bias)
+        if self._prefill is not None and dtype == self._prefill.dtype:
             form += " + copy"
-            candidates["semi_structured"] = lambda: linear(x, copy, bias)
-        return dispatch.run((form, dtype, self.out_features, self.in_features, tokens, x.device), candidates)
+        bits = (tokens - 1).bit_length()
+        key = (form, dtype, self.out_features, self.in_features, bits, device, torch.get_num_threads())
+        way = dispatch.known(key)
+        if way == "packed" and tokens <= dispatch.DIRECT_TOKENS:
+            return _PRODUCTS[self.form](x, *packed, bias)
+        if way is None:
+            ways = dispatch.WAYS if form != self.form else dispatch.WAYS[:2]
+            way = dispatch.choose(key, ways, lambda way: self._product(way, x, packed, bias))
+        return self._product(way, x, packed, bias)
+
+    def _product(self, way: str, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        if way == "packed":
+            return self._packed_product(x, packed, bias)
+        if way == "unpack":
+            return self._dense_product(x, packed, bias)
+        assert self._prefill is not None
+        return linear(x, self._prefill, bias)
 
     def keep_prefill_copy(self) -> None:
         """Keep the weight as torch's semi-structured tensor too, for products with many tokens: 9/16 of the dense size
@@ -176,7 +199,7 @@ class PackedLinear(nn.Module):
         # As many tokens at a time as the operators multiply without unpacking: for processors whose dense product is
         # slow in 16-bit types. Without AVX-512, 256 tokens of bfloat16 took 0.30 of torch's dense time (Zen 3, 4096 x
         # 4096).
-        product: Callable[..., Tensor] = bitmap_linear if self.form == "bitmap" else sparse24_linear
+        product = _PRODUCTS[self.form]
         most = dispatch.direct_tokens(self.form, x.device)
         if x.numel() <= most * self.in_features:
             return product(x, *packed, bias)

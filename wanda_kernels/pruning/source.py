@@ -89,7 +89,9 @@ class BlockSource:
     @contextmanager
     def holding(self, index: int) -> Iterator[None]:
         """Inside, block ``index`` holds its weights, in memory that can be written."""
-        mapped = in_files(matrix.weight for matrix in self.blocks[index].matrices.values())
+        weights = [matrix.weight for matrix in self.blocks[index].matrices.values()]
+        self._stopwatch.follow(weights[0].device)
+        mapped = in_files(weights)
         if mapped:
             with self._stopwatch.measure("load"):
                 take_from_files(mapped)

@@ -62,7 +62,7 @@ def stream_prune(
         input_ids, spec, arguments, processes, progress: as for :func:`wanda_kernels.prune`. The first of several
             processes writes; none keeps a state.
         dtype: ``auto``, or the checkpoint's own.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         offload: folder for activations; beside ``out`` if None.
         activation_memory: bytes that the activations may take in memory; beyond, one batch at a time is in memory.
         resume: go on with the run that ended before its end, if there is one.

@@ -4,7 +4,16 @@ Imported by ``_backend.py`` where Triton is installed. Each launcher has the sig
 """
 
 from .act_mul_sqnorm import gelu_tanh_mul_sqnorm, silu_mul_sqnorm
+from .norm_of_sequences import norm_of_sequences
 from .rms_norm_sqnorm import rms_norm_sqnorm
+from .sparsegpt_block import sparsegpt_block
 from .sqnorm import add_sqnorm_
 
-__all__ = ["add_sqnorm_", "gelu_tanh_mul_sqnorm", "rms_norm_sqnorm", "silu_mul_sqnorm"]
+__all__ = [
+    "add_sqnorm_",
+    "gelu_tanh_mul_sqnorm",
+    "norm_of_sequences",
+    "rms_norm_sqnorm",
+    "silu_mul_sqnorm",
+    "sparsegpt_block",
+]

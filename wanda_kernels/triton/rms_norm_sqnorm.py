@@ -6,11 +6,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .._checks import check_rms_norm_sqnorm
 from .partials import Partials, Tokens, counted_tokens, on_device_of
 
 CHUNK = 16  # tokens a program: 2,048 tokens make 128 programs, about as many as a card has processors
+AHEAD = 2  # steps whose rows are on their way to shared memory while those of one are worked on
+AHEAD_BYTES = 65536  # that they may take: every card since compute capability 8 has them
 WIDEST = 16384  # columns of a row that a program holds in registers
 WIDE_BLOCK = 1024  # columns at a time beyond
 
@@ -26,9 +29,12 @@ def scale_and_weigh(value, scale, weight, dtype: tl.constexpr, UNIT_OFFSET: tl.c
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def rms_norm_sqnorm_kernel(
     x, weight, y, partial, token_mask, tokens, chunks, cols, sequence_stride, token_stride, eps,
-    UNIT_OFFSET: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, MASKED: tl.constexpr, OVERLAP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of tokens, whole rows of at most BLOCK columns in registers."""
+    if OVERLAP:
+        gdc_launch_dependents()
     row = tl.program_id(0)  # of the partial sums
     sequence = (row // chunks).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -36,28 +42,32 @@ def rms_norm_sqnorm_kernel(
     x += sequence * sequence_stride
     y += sequence * tokens * cols
     dtype: tl.constexpr = y.dtype.element_ty
-    weights = tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+    weights = tl.load(weight + columns, mask=valid, other=0.0)
     sums = tl.zeros([BLOCK], tl.float32)
-    for step in range(0, CHUNK, ROWS):
+    for step in tl.range(0, CHUNK, ROWS, num_stages=STAGES):
         token = row % chunks * CHUNK + step + tl.arange(0, ROWS)
         inside = (token < tokens)[:, None] & valid[None, :]
         at = token.to(tl.int64)[:, None]
         value = tl.load(x + at * token_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, axis=1) / cols + eps)
-        out = scale_and_weigh(value, scale[:, None], weights[None, :], dtype, UNIT_OFFSET)
+        scale = tl.where(token < tokens, scale, 0.0)  # without a token 1 / 0, where eps is 0
+        out = scale_and_weigh(value, scale[:, None], weights.to(tl.float32)[None, :], dtype, UNIT_OFFSET)
         tl.store(y + at * cols + columns[None, :], out, mask=inside)
         rounded = out.to(tl.float32)
-        counts = counted_tokens(token_mask, sequence, token, tokens, MASKED)[:, None]
-        sums += tl.sum(tl.where(counts, rounded * rounded, 0.0), axis=0)
+        if MASKED:
+            rounded = tl.where(counted_tokens(token_mask, sequence, token, tokens)[:, None], rounded, 0.0)
+        sums += tl.sum(rounded * rounded, axis=0)
     tl.store(partial + row.to(tl.int64) * cols + columns, sums, mask=valid)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def rms_norm_sqnorm_wide_kernel(
     x, weight, y, partial, token_mask, tokens, chunks, cols, sequence_stride, token_stride, eps,
-    UNIT_OFFSET: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, MASKED: tl.constexpr, OVERLAP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of tokens in two passes over its columns; the second reads x from cache."""
+    if OVERLAP:
+        gdc_launch_dependents()
     row = tl.program_id(0)  # of the partial sums
     sequence = (row // chunks).to(tl.int64)
     x += sequence * sequence_stride
@@ -73,7 +83,9 @@ def rms_norm_sqnorm_wide_kernel(
         value = tl.load(x + at * token_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         squares += tl.sum(value * value, axis=1)
     scale = tl.rsqrt(squares / cols + eps)[:, None]
-    counts = counted_tokens(token_mask, sequence, token, tokens, MASKED)[:, None]
+    counts = inside
+    if MASKED:
+        counts = counted_tokens(token_mask, sequence, token, tokens)[:, None]
     for begin in range(0, cols, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         valid = columns < cols
@@ -87,11 +99,13 @@ def rms_norm_sqnorm_wide_kernel(
         tl.store(partial + row.to(tl.int64) * cols + columns, sums, mask=valid)
 
 
-def block_shape(block: int) -> dict[str, int]:
-    """Tokens at a time and warps for rows of at most ``block`` columns: 16 bytes of a bf16 row a lane, four tokens on
-    their way, as long as the registers hold them."""
+def block_shape(block: int, bytes_of_value: int) -> dict[str, int]:
+    """Tokens at a time, stages and warps for rows of at most ``block`` columns: 16 bytes of a bf16 row a lane, and
+    8,192 elements at a time, so that 64 registers a thread let a processor hold two programs."""
+    rows = max(min(4, 8192 // block), 1)
+    is_ahead = AHEAD * rows * block * bytes_of_value <= AHEAD_BYTES
     warps = min(max(block // 256, 1), 16)
-    return {"BLOCK": block, "ROWS": max(min(4, 16384 // block), 1), "num_warps": warps}
+    return {"BLOCK": block, "ROWS": rows, "STAGES": 1 + AHEAD * is_ahead, "num_warps": warps}
 
 
 def rms_norm_sqnorm(
@@ -107,12 +121,12 @@ def rms_norm_sqnorm(
         inputs.x, weight.contiguous(), y, sums.partial, sums.token_mask, sums.tokens, sums.chunks, sums.cols,
         *inputs.strides, eps,
     )  # fmt: skip
-    options = {"UNIT_OFFSET": unit_offset, "MASKED": sums.is_masked, "CHUNK": CHUNK}
+    options = {"UNIT_OFFSET": unit_offset, "MASKED": sums.is_masked, "OVERLAP": sums.overlaps, "CHUNK": CHUNK}
     grid = (sums.sequences * sums.chunks,)
     with on_device_of(x):
         if sums.cols <= WIDEST:
             block = triton.next_power_of_2(sums.cols)
-            rms_norm_sqnorm_kernel[grid](*arguments, **options, **block_shape(block))
+            rms_norm_sqnorm_kernel[grid](*arguments, **options, **block_shape(block, x.element_size()))
         else:
             rms_norm_sqnorm_wide_kernel[grid](*arguments, **options, BLOCK=WIDE_BLOCK, num_warps=16)
         sums.add_totals()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .partials import Partials, Tokens, counted_tokens, on_device_of
 
@@ -16,8 +17,10 @@ BLOCK = 512  # columns a program: a warp and a row at a time, 16 bytes a lane
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def sqnorm_kernel(
     x, partial, token_mask, tokens, chunks, cols, sequence_stride, token_stride,
-    MASKED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, OVERLAP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     blocks = tl.cdiv(cols, BLOCK)
     row = tl.program_id(0) // blocks  # of the partial sums: a chunk of a sequence
     sequence = row // chunks
@@ -27,9 +30,11 @@ def sqnorm_kernel(
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(0, CHUNK, ROWS):
         token = row % chunks * CHUNK + step + tl.arange(0, ROWS)
-        counts = counted_tokens(token_mask, sequence, token, tokens, MASKED)[:, None] & valid[None, :]
+        counts = token < tokens
+        if MASKED:
+            counts = counted_tokens(token_mask, sequence, token, tokens)
         at = token.to(tl.int64)[:, None] * token_stride + columns[None, :]
-        value = tl.load(base + at, mask=counts, other=0.0).to(tl.float32)
+        value = tl.load(base + at, mask=counts[:, None] & valid[None, :], other=0.0).to(tl.float32)
         sums += value * value
     tl.store(partial + row.to(tl.int64) * cols + columns, tl.sum(sums, axis=0), mask=valid)
 
@@ -42,6 +47,6 @@ def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> 
     with on_device_of(x):
         sqnorm_kernel[(triton.cdiv(sums.cols, BLOCK) * sums.sequences * sums.chunks,)](
             inputs.x, sums.partial, sums.token_mask, sums.tokens, sums.chunks, sums.cols, *inputs.strides,
-            MASKED=sums.is_masked, CHUNK=CHUNK, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
+            MASKED=sums.is_masked, OVERLAP=sums.overlaps, CHUNK=CHUNK, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
         sums.add_totals()
