@@ -87,19 +87,36 @@ def _close(run: Callable[[Inputs], Any], expected: Callable[[Inputs], Any], most
     return check
 
 
+SUMS = " + sums"  # of an operator that also gives the sums of squared scores, as the driver asks
+
+
+def with_sums(run: Callable[..., Any]) -> Callable[[Inputs], Any]:
+    """``run(weight, norm, score_sums)``."""
+
+    def summed(inputs: tuple[Tensor, Tensor]) -> None:
+        weight, norm = inputs
+        run(weight, norm, torch.empty(weight.shape[0], 2, device=weight.device))
+
+    return summed
+
+
 def select(settings: Settings, shapes: Shapes) -> Iterator[Case]:
     """Unstructured selection, half of each row."""
     for dtype in WIDTHS:
         for rows, cols in shapes:
+            yield from _selection(settings, rows, cols, dtype, "prune_rows_" + SUMS)
             yield from _selection(settings, rows, cols, dtype, "prune_rows_")
         yield from _selection(settings, *shapes[0], dtype, "row_mask")
 
 
-def _selection(settings: Settings, rows: int, cols: int, dtype: torch.dtype, operator: str) -> Iterator[Case]:
+def _selection(settings: Settings, rows: int, cols: int, dtype: torch.dtype, name: str) -> Iterator[Case]:
+    operator = name.removesuffix(SUMS)
     run: Callable[[Inputs], Any] = lambda inputs: getattr(ops, operator)(*inputs, 0.5)  # noqa: E731
+    if operator != name:
+        run = with_sums(lambda weight, norm, sums: ops.prune_rows_(weight, norm, 0.5, sums))
     check = rows_are_equal(run, lambda weight, norm: getattr(reference, operator)(weight, norm, 0.5))
-    found = peers.select_peers(settings.device) if operator == "prune_rows_" else {}
-    yield from _on_rows("select", operator, settings, rows, cols, dtype, run, check, found)
+    found = peers.select_peers(settings.device) if name == "prune_rows_" else {}
+    yield from _on_rows("select", name, settings, rows, cols, dtype, run, check, found)
 
 
 def nm(settings: Settings, shapes: Shapes) -> Iterator[Case]:
@@ -115,12 +132,20 @@ def nm(settings: Settings, shapes: Shapes) -> Iterator[Case]:
                     found = found if operator == "prune_nm_" else {}
                     name = f"{operator} {n}:{m}"
                     yield from _on_rows("nm", name, settings, rows, cols, dtype, run, check, found)
+            for rows, cols in shapes:
+                summed = with_sums(partial(_run_nm_sums, n=n, m=m))
+                check = rows_are_equal(summed, partial(reference.prune_nm_, n=n, m=m))
+                yield from _on_rows("nm", f"prune_nm_ {n}:{m}{SUMS}", settings, rows, cols, dtype, summed, check, {})
     for rows, cols in shapes:
         yield from _packing(settings, rows, cols)
 
 
 def _run_nm(operator: Callable[..., Any], inputs: tuple[Tensor, Tensor], n: int, m: int) -> Any:
     return operator(*inputs, n, m)
+
+
+def _run_nm_sums(weight: Tensor, norm: Tensor, sums: Tensor, n: int, m: int) -> None:
+    ops.prune_nm_(weight, norm, n, m, sums)
 
 
 def _on_rows(

@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import OURS
+from benchmarks.operators import SUMS
 from benchmarks.places import RESULTS
 from benchmarks.records import Row, key_of, number, read
 from benchmarks.sass import RESULT
@@ -218,7 +219,7 @@ def _sass(kernel: str, card: Card) -> Sass:
 
 
 def _named(kernel: str, sums: bool) -> str:
-    return kernel + " + sums" * sums
+    return kernel + SUMS * sums
 
 
 def _tokens(kernel: str, tokens: int) -> str:
@@ -405,7 +406,7 @@ def show(lines: list[dict[str, object]]) -> None:
 def _work_of(row: Row, card: Card) -> Work | None:
     """What a line of a result file has measured, where it is something that is predicted."""
     height, cols = (int(number) for number in row["shape"].split(" x "))
-    operator, is_16_bit = row["operator"].removesuffix(" + sums"), row["dtype"] == "bfloat16"
+    operator, is_16_bit = row["operator"].removesuffix(SUMS), row["dtype"] == "bfloat16"
     sums = operator != row["operator"]
     if operator == "prune_rows_":
         return rows(card, height, cols, row["dtype"], sums)

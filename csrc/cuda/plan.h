@@ -92,11 +92,11 @@ inline float gaussian_distance(double share) {
   return static_cast<float>(std::log2(2 * (std::sqrt(half * half - log / 0.147) - half)) / 2 + 0.973);
 }
 
-// What a row of `cols` columns costs: SASS instructions of one thread (bf16, sm_90: 461 and 16 an element)
+// What a row of `cols` columns costs: SASS instructions of one thread (bf16, sm_90: 520 and 14 an element)
 // times warps. 22 quads rather than 16 leave 11,008 columns 2 % idle instead of 10 %, and 5,120 8 % instead
 // of 17 %.
 constexpr int64_t warp_instructions(int quads, int64_t cols) {
-  return divide_up(cols, warp_columns(quads)) * (461 + 16 * 4 * quads);
+  return divide_up(cols, warp_columns(quads)) * (520 + 14 * 4 * quads);
 }
 
 // What follows from path, quads and halves.

@@ -94,10 +94,10 @@ struct RowPart {
     staged[half] = buffers + (buffer - half) * static_cast<int>(capacity());
   }
   WANDA_DEVICE void refill_from(int half, int number) {
-    const int64_t row_index = blockIdx.x + int64_t{gridDim.x} * (number / 2);
-    const int64_t shift = (number % 2 - half) * static_cast<int64_t>(capacity());
+    const int64_t row_index = blockIdx.x + int64_t{gridDim.x} * (number >> 1);
+    const int shift = ((number & 1) - half) * static_cast<int>(capacity());
     next[half] = static_cast<const Bits*>(params.weight) + row_index * params.row_stride + shift;
-    limit[half] = static_cast<uint32_t>(row_index < params.rows ? max(params.cols - shift, int64_t{0}) : 0);
+    limit[half] = row_index < params.rows ? max(static_cast<int>(params.cols) - shift, 0) : 0;
   }
 
   // The next chunk on its way into the place of chunk `c`, which nobody reads any more. Past a row's end:
