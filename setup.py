@@ -62,6 +62,13 @@ def wheels() -> list[Path]:
     return sorted(folder for place in places for folder in Path(place).iterdir() if folder.is_dir())
 
 
+def is_index_nvcc() -> bool:
+    """Rather than a toolkit's: ``wanda-kernels info`` says so."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return Path(CUDA_HOME or "") in wheels()
+
+
 def linkable_runtime() -> list[str]:
     """A folder with libcudart.so, where the toolkit has it under another name alone, as the wheels do."""
     from torch.utils.cpp_extension import CUDA_HOME
@@ -135,7 +142,12 @@ def extension_arguments() -> dict:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
         sources += files("csrc/cuda", "*.cpp", "*.cu")
         flags = {
-            "cxx": [*flags["cxx"], "-DWANDA_WITH_CUDA", *cusparse_flags()],
+            "cxx": [
+                *flags["cxx"],
+                "-DWANDA_WITH_CUDA",
+                f"-DWANDA_INDEX_NVCC={int(is_index_nvcc())}",
+                *cusparse_flags(),
+            ],
             "nvcc": [*NVCC_FLAGS, *cusparse_flags()],
         }
     extension = (CppExtension if no_cuda else CUDAExtension)(

@@ -50,6 +50,7 @@ std::map<std::string, std::string> build_info() {
   return {{"torch", TORCH_VERSION},
 #if defined(WANDA_WITH_CUDA)
           {"cuda", std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10)},
+          {"nvcc", WANDA_INDEX_NVCC ? "the package index's" : "the CUDA toolkit's"},
 #endif
 #if defined(__clang__)
           {"compiler", "clang " __clang_version__},

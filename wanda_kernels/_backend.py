@@ -84,8 +84,9 @@ def _describe_cuda() -> str:
         status = f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}"
     else:
         status = (
-            f"this build has no CUDA kernels (`make CUDA=1 install` in a checkout, or pip install --no-build-isolation "
-            f"where nvcc is, builds them): the PyTorch reference serves CUDA tensors, and {triton} their statistics"
+            "this build has no CUDA kernels (`make CUDA=1 install` in a checkout builds them, with the package index's "
+            "nvcc where there is no toolkit; or pip install --no-build-isolation where nvcc is): the PyTorch reference "
+            f"serves CUDA tensors, and {triton} their statistics"
         )
     return status if torch.cuda.is_available() else f"{status}; torch sees no CUDA device"
 
