@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MODULES = ("rms_norm_sqnorm", "act_mul_sqnorm", "sqnorm", "partials", "norm_of_sequences", "sparsegpt_block")
+MODULES = ("rms_norm_sqnorm", "act_mul_sqnorm", "sqnorm", "partials", "norm_of_sequences", "sparsegpt_block", "packing")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     """(name, kernel, pointers' types, constants, warps) of what runs for LLaMA's shapes: aligned, without a mask."""
     modules = {name: importlib.import_module(f"wanda_kernels.triton.{name}") for name in MODULES}
-    rms, act, alone, partials, norms, sparsegpt = (modules[name] for name in MODULES)
+    rms, act, alone, partials, norms, sparsegpt, packing = (modules[name] for name in MODULES)
     run = {"MASKED": False, "OVERLAP": arch >= 90}
     for dtype, name in DTYPES.items():
         for cols in (4096, 8192, 16384):
@@ -47,6 +47,12 @@ def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
         constants = {"N": n, "M": m, "SQUARED": True, "ROWS": sparsegpt.ROWS, "BLOCK": 128}
         types = {"pruned": pruned, **pointers}
         yield f"sparsegpt_block_kernel<{name}>", sparsegpt.sparsegpt_block_kernel, types, constants, 1
+
+    for bits in ("i16", "i32"):
+        pointers = {"weight": f"*{bits}", "values": f"*{bits}", "indices": "*u8", "overfull": "*i32"}
+        yield f"pack_sparse24_kernel<{bits}>", packing.pack_sparse24_kernel, pointers, {"PAIRS": packing.PAIRS}, 4
+        pointers = {"weight": f"*{bits}", "values": f"*{bits}", "bitmap": "*u8", "starts": "*i32"}
+        yield f"pack_bitmap_kernel<{bits}>", packing.pack_bitmap_kernel, pointers, {"BLOCK": packing.BLOCK}, 4
 
 
 def compile_ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, arch: int) -> str:

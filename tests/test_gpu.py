@@ -260,3 +260,13 @@ def test_a_packed_layer_is_the_dense_one(form, tokens):
         assert error <= 1.5 * (dense(x).double() - exact).abs().max() + 1e-6
     if "copy" in form:
         assert layer.cpu().prefill_bytes() == 0
+
+
+@pytest.mark.parametrize(("pack", "seed"), [(pack_bitmap, 0), (pack_bitmap, 1), (pack_sparse24, 0), (pack_sparse24, 1)])
+def test_a_weight_is_packed_on_the_card_as_on_the_cpu(pack, seed):
+    weight = sparse(seed)
+    for got, want in zip(pack(weight.cuda()), pack(weight), strict=True):
+        assert same_bits(got.cpu(), want)
+    if pack is pack_sparse24:
+        with pytest.raises(ValueError, match="keep 4 weights"):
+            pack(matrix(seed=seed)[0].cuda())

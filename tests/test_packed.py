@@ -11,7 +11,7 @@ from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
 
 from wanda_kernels import ops, reference
 from wanda_kernels.packed import pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
-from wanda_kernels.packed.format import PADDING, choose_format, is_24, packed_bytes
+from wanda_kernels.packed.format import PADDING, bits_of, choose_format, is_24, packed_bytes
 from wanda_kernels.packed.linear import banded_linear, rows_of_band
 
 BACKENDS = backends.names()
@@ -51,6 +51,25 @@ def test_24_is_lossless(backend, weight):
     packed = pack_sparse24(weight)
     validate_sparse24(*packed)
     assert same_bits(backends.implementation(backend, "unpack_sparse24")(*packed), weight)
+
+
+@pytest.mark.skipif(not backends.has_interpreter(), reason="no Triton that interprets its kernels here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py packs on a GPU")
+@settings(max_examples=40, deadline=None)
+@given(weight=sparse_weights())
+def test_a_card_packs_as_the_cpu_does(weight):
+    from wanda_kernels import triton
+
+    values, bitmap, starts = pack_bitmap(weight)
+    filled = torch.zeros_like(values)
+    assert torch.equal(triton.pack_bitmap(bits_of(weight), starts, bits_of(filled)), bitmap)
+    assert same_bits(filled, values)
+    got = triton.pack_sparse24(bits_of(weight))
+    if is_24(weight):
+        values, indices = pack_sparse24(weight)
+        assert same_bits(got[0].view(weight.dtype), values)
+        assert torch.equal(got[1], indices)
+    assert got[2] == int((weight.view(BITS[weight.dtype]) != 0).view(-1, 4).sum(dim=1).max())
 
 
 def test_minus_zero_and_nan_payloads_are_kept():

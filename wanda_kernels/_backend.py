@@ -63,7 +63,10 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 extension, cpu_status = _load_extension()
 _built_cuda = extension.build_info().get("cuda") if extension else None
 _has_triton = importlib.util.find_spec("triton") is not None
-_NOT_IN_CUDA = ("rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block")
+_NOT_IN_CUDA = (
+    "rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block", "pack_bitmap",
+    "pack_sparse24",
+)  # fmt: skip
 
 
 def cuda_kernels(name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _backend
 from .._checks import FLOATS
 
 FORMATS = ("bitmap", "2:4")
@@ -19,9 +20,18 @@ PADDING = 32  # values that kernels may read past the last one of a bitmap
 _INTEGERS = {4: torch.int32, 2: torch.int16}
 
 
+def bits_of(weight: Tensor) -> Tensor:
+    """As integers: what copies 16-bit floats may quiet a NaN."""
+    return weight.contiguous().view(_INTEGERS[weight.element_size()])
+
+
 def kept(weight: Tensor) -> Tensor:
     """[C_out, C_in] bool: every weight but +0 (-0.0 is kept)."""
-    return weight.contiguous().view(_INTEGERS[weight.element_size()]) != 0
+    return bits_of(weight) != 0
+
+
+def _in_triton(name: str, weight: Tensor) -> bool:
+    return weight.is_cuda and _backend.cuda_kernels(name) == "triton"
 
 
 def pack_bitmap(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +43,9 @@ def pack_bitmap(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"weight keeps {int(counts.sum())} values, 2^31 - 1 is the most that a bitmap counts")
     starts = torch.zeros(weight.shape[0] + 1, dtype=torch.int32, device=weight.device)
     starts[1:] = counts.cumsum(0)
+    if _in_triton("pack_bitmap", weight):
+        values = weight.new_zeros(int(starts[-1]) + PADDING)
+        return values, _backend.in_triton("pack_bitmap")(bits_of(weight), starts, bits_of(values)), starts
     values = torch.cat([weight.contiguous()[mask], weight.new_zeros(PADDING)])
     bits = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=weight.device)
     bitmap = (mask.view(weight.shape[0], -1, 8) * bits).sum(dim=2, dtype=torch.uint8)
@@ -49,16 +62,22 @@ def is_24(weight: Tensor) -> bool:
 def pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[C_out, C_in] -> (values [C_out, C_in / 2], indices [C_out, C_in / 8])."""
     _check_columns(weight)
-    mask = kept(weight).view(weight.shape[0], -1, 4)
-    most = int(mask.sum(dim=2).max())
+    pack = _backend.in_triton("pack_sparse24") if _in_triton("pack_sparse24", weight) else _pack_sparse24
+    values, indices, most = pack(bits_of(weight))
     if most > 2:
         raise ValueError(f"weight is not 2:4: four of its columns keep {most} weights")
+    return values.view(weight.dtype), indices
+
+
+def _pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(values, indices, how many columns of a group are kept at most) of integers."""
+    groups = weight.view(weight.shape[0], -1, 4)
+    mask = groups != 0
     # What is kept first, then as many zeros as make two; both in the order of their columns.
     columns = torch.sort(mask.int(), dim=2, descending=True, stable=True).indices[..., :2].sort(dim=2).values
-    # As integers: gather() of 16-bit floats quiets NaN.
-    values = weight.contiguous().view(_INTEGERS[weight.element_size()]).view(mask.shape).gather(2, columns).flatten(1)
     codes = (columns[..., 0] | columns[..., 1] << 2).view(weight.shape[0], -1, 2)
-    return values.view(weight.dtype), (codes[..., 0] | codes[..., 1] << 4).to(torch.uint8)
+    indices = (codes[..., 0] | codes[..., 1] << 4).to(torch.uint8)
+    return groups.gather(2, columns).flatten(1), indices, int(mask.sum(dim=2).max())
 
 
 def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:

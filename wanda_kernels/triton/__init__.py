@@ -5,6 +5,7 @@ Imported by ``_backend.py`` where Triton is installed. Each launcher has the sig
 
 from .act_mul_sqnorm import gelu_tanh_mul_sqnorm, silu_mul_sqnorm
 from .norm_of_sequences import norm_of_sequences
+from .packing import pack_bitmap, pack_sparse24
 from .rms_norm_sqnorm import rms_norm_sqnorm
 from .sparsegpt_block import sparsegpt_block
 from .sqnorm import add_sqnorm_
@@ -13,6 +14,8 @@ __all__ = [
     "add_sqnorm_",
     "gelu_tanh_mul_sqnorm",
     "norm_of_sequences",
+    "pack_bitmap",
+    "pack_sparse24",
     "rms_norm_sqnorm",
     "silu_mul_sqnorm",
     "sparsegpt_block",
