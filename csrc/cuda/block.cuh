@@ -8,12 +8,6 @@ namespace wanda::cuda {
 
 WANDA_DEVICE int lane_of(int thread) { return thread & (kWarp - 1); }
 
-WANDA_DEVICE float warp_sum(float value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullMask, value, step);
-  return value;
-}
-
 // Lane i gets the warp's sum of value[i % kCount], kCount a power of two up to 32; overwrites `value`. At
 // each step a lane gives away the half of its sums that its partner keeps.
 template <int kCount>
@@ -37,14 +31,6 @@ WANDA_DEVICE float warp_sums(float (&value)[kCount]) {
 
 // `slots` [32] in shared memory. One barrier, between the writes and the reads: the caller sees to it that
 // another barrier passes before the slots are written again.
-WANDA_DEVICE float block_sum(float value, float* slots) {
-  const int thread = threadIdx.x;
-  value = warp_sum(value);
-  if (lane_of(thread) == 0) slots[thread / kWarp] = value;
-  __syncthreads();
-  return warp_sum(lane_of(thread) < static_cast<int>(blockDim.x) / kWarp ? slots[lane_of(thread)] : 0.0f);
-}
-
 WANDA_DEVICE uint32_t block_sum(uint32_t value, uint32_t* slots) {
   const int lane = lane_of(threadIdx.x);
   value = __reduce_add_sync(kFullMask, value);
