@@ -16,6 +16,7 @@ from torch import Tensor
 import wanda_kernels
 from wanda_kernels import ops, reference
 from wanda_kernels.packed import PackedLinear, dispatch, pack_bitmap, pack_sparse24
+from wanda_kernels.static import StaticDecoder
 
 pytestmark = pytest.mark.gpu
 
@@ -260,3 +261,20 @@ def test_a_packed_layer_is_the_dense_one(form, tokens):
         assert error <= 1.5 * (dense(x).double() - exact).abs().max() + 1e-6
     if "copy" in form:
         assert layer.cpu().prefill_bytes() == 0
+
+
+@pytest.mark.parametrize("form", [None, "bitmap", "2:4"])
+def test_decoding_by_replays_gives_the_tokens_of_plain_steps(form):
+    """The graph's kernels are those of the warm-up, on the same addresses: the same bits."""
+    model = tiny.model(hidden_size=128, intermediate_size=192, dtype=torch.bfloat16)
+    if form is not None:
+        wanda_kernels.prune(model, tiny.ids(), **({"pattern": "2:4"} if form == "2:4" else {"sparsity": 0.5}))
+        wanda_kernels.compress(model)
+    model, prompt = model.cuda(), tiny.ids(2, 7).cuda()
+    decoder = StaticDecoder(model, prompt, 12)
+    found, _ = decoder.generate(prompt)
+    again, _ = decoder.generate(prompt)
+    decoder._advance = decoder._step
+    plain, _ = decoder.generate(prompt)
+    assert torch.equal(found, again)
+    assert torch.equal(found, plain)
