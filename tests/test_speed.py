@@ -16,6 +16,7 @@ from wanda_kernels.cli.app import main
 from wanda_kernels.cli.speed import differences
 from wanda_kernels.memory import added_peak
 from wanda_kernels.models import save_pretrained
+from wanda_kernels.static import CaptureError
 
 
 def run(*arguments: str) -> int:
@@ -83,6 +84,16 @@ def test_static_tokens_that_differ_are_told(monkeypatch):
     assert differences(rows) == ["dense, static: its tokens are not generate's at batch 2 from token 3 on"]
 
 
+def test_a_step_that_cannot_be_captured_ends_the_command(tmp_path, monkeypatch, capsys):
+    def refuse(*_arguments):
+        raise CaptureError("a decode step cannot be captured as a CUDA graph: no")
+
+    monkeypatch.setattr(speed, "StaticDecoder", refuse)
+    dense = str(saved.save_model(tmp_path / "dense"))
+    assert run("speed", dense, "--batches", "1", "--prompt", "5", "--tokens", "3", "--static") == 1
+    assert "--static: a decode step cannot be captured" in capsys.readouterr().err
+
+
 PEAKS = """
 import torch
 from wanda_kernels.memory import added_peak
@@ -140,7 +151,7 @@ def test_command_line(tmp_path, capsys):
     assert {row["way"] for row in result["rows"]} == {"generate"}
     assert run("speed", dense, packed, *options, "--static", "--json", str(out)) == 0
     shown = capsys.readouterr()
-    assert "packed, static" in shown.out
+    assert shown.out.count("│ static") == shown.out.count("│ generate") == 4
     assert "no graph on the CPU" in shown.out + shown.err
     assert "all tokens are those of generate" in shown.out + shown.err
     assert len(json.loads(out.read_text())["rows"]) == 8

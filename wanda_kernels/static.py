@@ -23,6 +23,10 @@ from transformers import StaticCache
 WARM_UPS = 2  # eager steps; the shortest cache has room for three
 
 
+class CaptureError(ValueError):
+    """A step does what a graph cannot hold, such as a decision, or a tensor made, on the host."""
+
+
 def check_static(model: Any, length: int) -> None:
     """Raises ValueError where a step for caches of ``length`` tokens would not be the same for every token."""
     if not getattr(model, "_can_compile_fullgraph", False):  # transformers' own word for it
@@ -40,6 +44,9 @@ class StaticDecoder:
         model: on one device.
         prompt: [batch, length], int64, on that device: what the warm-up runs on, and the shape of all later prompts.
         tokens: that will be generated, at least 2.
+
+    Raises:
+        ValueError: :func:`check_static` refuses the model, or its step cannot be captured (:class:`CaptureError`).
     """
 
     def __init__(self, model: Any, prompt: Tensor, tokens: int) -> None:
@@ -113,7 +120,7 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     """``step`` as the replay of a CUDA graph, after it ran ``WARM_UPS`` times on a side stream.
 
     Raises:
-        ValueError: it does what a graph cannot hold, such as a decision on the host.
+        CaptureError: it cannot be captured.
     """
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
@@ -127,7 +134,7 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
             with torch.cuda.graph(graph):
                 step()
         except RuntimeError as error:
-            raise ValueError(f"its decode step cannot be captured as a CUDA graph: {error}") from error
+            raise CaptureError(f"a decode step cannot be captured as a CUDA graph: {error}") from error
     replay: Callable[[], None] = graph.replay
     return replay
 

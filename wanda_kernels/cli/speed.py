@@ -43,7 +43,7 @@ def speed_command(
     from ..packed import dispatch, keep_prefill_copies
     from ..packed.model import dense_layers, packed_layers, stayed_dense
     from ..speed import WAYS, measure
-    from ..static import check_static
+    from ..static import CaptureError, check_static
     from .display import bar, quiet_libraries, say, screen, tell_reference, working
 
     names = [dense, *(sparse or [])]
@@ -72,7 +72,10 @@ def speed_command(
         say("--static: no graph on the CPU, the step runs as it is")
     with bar() as shown:
         task = shown.add_task("generating", total=len(sizes) * (rounds + 2) * len(models) * len(ways))
-        rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task), ways)
+        try:
+            rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task), ways)
+        except CaptureError as error:
+            raise ValueError(f"--static: {error}") from error
     screen(110).print(draw(rows, prompt, tokens))
     for line in [*verdicts(rows, dense), *differences(rows)]:
         say(line)
@@ -97,13 +100,23 @@ def _parse_batches(text: str) -> list[int]:
 def draw(rows: list[dict[str, Any]], prompt: int, tokens: int) -> Table:
     title = f"prompts of {prompt} tokens, {tokens} generated, medians; peak: weights and what generating adds to them"
     table = Table(title=title, title_justify="left")
-    headings = ("model", "batch", "first token s", "prefill tokens/s", "decode tokens/s", "x first", "weights MiB")
+    ways = ["way"] if any(row["way"] == "static" for row in rows) else []
+    headings = (
+        "model",
+        *ways,
+        "batch",
+        "first token s",
+        "prefill tokens/s",
+        "decode tokens/s",
+        "x first",
+        "weights MiB",
+    )
     for heading in (*headings, "peak MiB"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading in ("model", "way") else "right")
     for row in rows:
         peak = row["peak_bytes"]
         table.add_row(
-            _name(row), str(row["batch"]), f"{row['first_token_s']:.3f}", f"{row['prefill_tokens_s']:.1f}",
+            row["model"], *(row[way] for way in ways), str(row["batch"]), f"{row['first_token_s']:.3f}", f"{row['prefill_tokens_s']:.1f}",
             f"{row['decode_tokens_s']:.1f}", f"{row['decode_ratio']:.2f}", f"{row['weight_bytes'] / 2**20:.0f}",
             "not measured" if peak is None else f"{peak / 2**20:.0f}",
         )  # fmt: skip
