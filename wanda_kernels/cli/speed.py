@@ -116,7 +116,8 @@ def draw(rows: list[dict[str, Any]], prompt: int, tokens: int) -> Table:
     for row in rows:
         peak = row["peak_bytes"]
         table.add_row(
-            row["model"], *(row[way] for way in ways), str(row["batch"]), f"{row['first_token_s']:.3f}", f"{row['prefill_tokens_s']:.1f}",
+            row["model"], *(row[way] for way in ways), str(row["batch"]),
+            f"{row['first_token_s']:.3f}", f"{row['prefill_tokens_s']:.1f}",
             f"{row['decode_tokens_s']:.1f}", f"{row['decode_ratio']:.2f}", f"{row['weight_bytes'] / 2**20:.0f}",
             "not measured" if peak is None else f"{peak / 2**20:.0f}",
         )  # fmt: skip
