@@ -100,6 +100,9 @@ def plan(parts: Path) -> list[Stage]:
     beside = [python, "-m", "benchmarks.predict", "--beside", str(parts)]
     llama = [python, "-m", "benchmarks.random_llama"]
     tiny_llama = [*llama, "--device", "cpu", "--quick", "--blocks", "2", "--samples", "2", "--length", "16"]
+    decode = [python, "-m", "benchmarks.decode_7b"]
+    tiny_decode = [*decode, "--device", "cpu", "--quick", "--blocks", "2"]
+    tiny_decode += ["--prompt", "8", "--tokens", "4", "--rounds", "1"]
     tests = [python, "-m", "pytest", "-m", "gpu and not slow", "--tb=short", "--maxfail", "30"]
     tests += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *_test_files()]
     # A card's clocks are not ours to set.
@@ -112,18 +115,19 @@ def plan(parts: Path) -> list[Stage]:
         Stage("smoke", 35, own("smoke"), tiny("smoke")),
         Stage("ceilings", 15, own("ceilings"), tiny("ceilings")),
         bench("select", 35),
-        bench("sparse", 35),
-        Stage("llama-7b", 60, llama, tiny_llama),
-        bench("end-to-end", 30),
+        bench("sparse", 40),
+        Stage("llama-7b", 45, llama, tiny_llama),
+        Stage("decode-7b", 45, decode, tiny_decode),
+        bench("end-to-end", 25),
         Stage("repeats", 20, own("repeats"), tiny("repeats")),
-        Stage("tests", 50, tests, [*tests, "--collect-only"]),
+        Stage("tests", 45, tests, [*tests, "--collect-only"]),
         bench("nm", 20),
         bench("stats", 15),
         Stage("predictions", 7, beside, beside),
         bench("scaling", 25, spare=True),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        Stage("ncu", 30, [*profile, *own("main")], tiny("main"), tool="ncu"),
+        Stage("ncu", 30, [*profile, *own("main")], tiny("main"), tool="ncu", spare=True),
     ]
 
 

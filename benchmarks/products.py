@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from wanda_kernels.packed import PackedLinear, dispatch, pack_bitmap, pack_spars
 
 BATCHES = (1, 4, 16)
 MANY_TOKENS = (32, 64, 256)  # through PackedLinear, which chooses
+PREFILL_TOKENS = (512, 2048, 8192)
+PREFILL = [(rows, 4096, tokens) for rows in (4096, 11008) for tokens in PREFILL_TOKENS] + [(8192, 8192, 8192)]
+PREFILL_QUICK = [(64, 512, 64)]
 FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Tensor]]] = {
     "bitmap": ("bitmap_linear", pack_bitmap, ops.bitmap_linear),
     "2:4": ("sparse24_linear", pack_sparse24, ops.sparse24_linear),
@@ -63,6 +67,52 @@ def _product(settings: Settings, rows: int, cols: int, tokens: int, form: str, t
         lambda inputs: product(inputs[0], *inputs[2]), lambda inputs: _check(inputs, product(inputs[0], *inputs[2])),
         rows * cols * 2 * 9 // 16 + tokens * (rows + cols) * 2, others, tokens=tokens, threads=threads,
     )  # fmt: skip
+
+
+def prefill(settings: Settings) -> Iterator[Case]:
+    """The products of a prompt on CUDA: a 2:4 layer against cuBLAS and, where torch takes the shape, its
+    semi-structured tensor (cuSPARSELt or CUTLASS, as torch chooses). On a CPU with --quick alone, to have run once."""
+    wanted = PREFILL_QUICK if settings.quick else PREFILL if settings.device.type == "cuda" else []
+    for rows, cols, tokens in wanted:
+        case = _layer(
+            settings, rows, cols, tokens, "2:4", (os.cpu_count() or 1) if settings.device.type == "cpu" else ""
+        )
+        refusal = _refusal(settings.device, rows, cols, tokens)
+        if refusal is None:
+            semi = _SemiStructured()
+            case.peers["torch semi-structured"] = semi
+            case.check = partial(_check_both, semi)
+        else:
+            print(f"{case}: no semi-structured tensor: {refusal}", flush=True)
+        yield case
+
+
+class _SemiStructured:
+    """The product with torch's semi-structured tensor of a case's weight, made at the first call: it is one for all
+    copies of the inputs, and what else runs in a turn is larger than a cache."""
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        if self._weight is None:
+            self._weight = peers.semi_structured(inputs[1])
+        return linear(inputs[0], self._weight)
+
+
+def _refusal(device: torch.device, rows: int, cols: int, tokens: int) -> str | None:
+    """Why torch has no semi-structured product of this shape, or None."""
+    try:
+        weight = peers.semi_structured(torch.zeros(rows, cols, dtype=torch.bfloat16, device=device))
+        linear(torch.zeros(tokens, cols, dtype=torch.bfloat16, device=device), weight)
+    except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
+        return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return None
+
+
+def _check_both(semi: _SemiStructured, inputs: Inputs) -> str:
+    theirs = _check(inputs, semi(inputs)).split(",")[0]
+    return f"{_check(inputs, inputs[2](inputs[0]))}, semi-structured: {theirs}"
 
 
 def _layer(settings: Settings, rows: int, cols: int, tokens: int, form: str, threads: int | str) -> Case:

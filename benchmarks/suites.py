@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ KERNELS: dict[str, Callable[[Settings, operators.Shapes], Iterator[Case]]] = {
     "select": operators.select,
     "stats": operators.stats,
     "nm": operators.nm,
-    "sparse": products.sparse,
+    "sparse": lambda settings, wanted: chain(products.sparse(settings, wanted), products.prefill(settings)),
 }
 MODELS = {"cpu": ("7B", "13B"), "cuda": tuple(shapes.MODELS)}  # measured where nothing else is asked for
 SPARSE_MODELS = {"cpu": ("7B",), "cuda": ("7B", "65B", "3-8B", "3-70B")}

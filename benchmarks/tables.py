@@ -95,7 +95,7 @@ def layers(rows: list[Row]) -> str:
     """More tokens than the packed product takes at a time: what a packed layer then does, against nn.Linear."""
     cells = []
     for row in native(rows):
-        if row["operator"].startswith("PackedLinear") and row["implementation"] != OURS:
+        if row["operator"].startswith("PackedLinear") and row["implementation"] == "torch linear":
             form = row["operator"].removeprefix("PackedLinear ")
             cells.append([form, row["shape"], row["threads"], row["tokens"], _ms(row), _times(row)])
     if not cells:

@@ -64,6 +64,28 @@ def test_a_red_check_times_nothing():
         measure(case(check=check, run=lambda _: pytest.fail("was run")), QUICK)
 
 
+def test_prefill_shapes_that_torch_refuses_are_told(capsys):
+    """A CPU's torch has no semi-structured product: the reason is printed, and the rest is measured."""
+    (case,) = products.prefill(QUICK)
+    assert set(case.peers) == {"torch linear"}
+    assert "no semi-structured tensor: " in capsys.readouterr().out
+    assert [row["implementation"] for row in measure(case, QUICK)] == [OURS, "torch linear"]
+    assert not list(products.prefill(Settings()))  # CUDA's
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_prefill_beside_a_semi_structured_tensor(monkeypatch, is_right):
+    monkeypatch.setattr(peers, "semi_structured", lambda weight: weight if is_right else weight + 1)
+    (case,) = products.prefill(QUICK)
+    if is_right:
+        rows = measure(case, QUICK)
+        assert [row["implementation"] for row in rows] == [OURS, "torch linear", "torch semi-structured"]
+        assert "semi-structured: relative error" in rows[0]["check"]
+    else:
+        with pytest.raises(WrongResultError, match="off by"):
+            measure(case, QUICK)
+
+
 @pytest.mark.parametrize("suite", ["select", "nm", "stats", "sparse"])
 def test_checks_notice_wrong_results(suite, monkeypatch):
     """Each operator of each suite, made wrong in one element."""

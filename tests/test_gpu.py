@@ -16,6 +16,7 @@ from torch import Tensor
 import wanda_kernels
 from wanda_kernels import ops, reference
 from wanda_kernels.packed import PackedLinear, dispatch, pack_bitmap, pack_sparse24
+from wanda_kernels.static import StaticDecoder
 
 pytestmark = pytest.mark.gpu
 
@@ -270,3 +271,20 @@ def test_a_weight_is_packed_on_the_card_as_on_the_cpu(pack, seed):
     if pack is pack_sparse24:
         with pytest.raises(ValueError, match="keep 4 weights"):
             pack(matrix(seed=seed)[0].cuda())
+
+
+@pytest.mark.parametrize("form", [None, "bitmap", "2:4"])
+def test_decoding_by_replays_gives_the_tokens_of_plain_steps(form):
+    """The graph's kernels are those of the warm-up, on the same addresses: the same bits."""
+    model = tiny.model(hidden_size=128, intermediate_size=192, dtype=torch.bfloat16)
+    if form is not None:
+        wanda_kernels.prune(model, tiny.ids(), **({"pattern": "2:4"} if form == "2:4" else {"sparsity": 0.5}))
+        wanda_kernels.compress(model)
+    model, prompt = model.cuda(), tiny.ids(2, 7).cuda()
+    decoder = StaticDecoder(model, prompt, 12)
+    found, _ = decoder.generate(prompt)
+    again, _ = decoder.generate(prompt)
+    decoder._advance = decoder._step
+    plain, _ = decoder.generate(prompt)
+    assert torch.equal(found, again)
+    assert torch.equal(found, plain)

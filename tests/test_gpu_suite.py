@@ -320,8 +320,8 @@ def test_the_plan():
     stages = gpu_suite.plan(Path("parts"))
     names = [stage.name for stage in stages]
     assert names[7:] == [
-        "llama-7b", "bench end-to-end", "repeats", "tests", "bench nm", "bench stats", "predictions", "bench scaling",
-        "memcheck", "racecheck", "ncu",
+        "llama-7b", "decode-7b", "bench end-to-end", "repeats", "tests", "bench nm", "bench stats", "predictions",
+        "bench scaling", "memcheck", "racecheck", "ncu",
     ]  # fmt: skip
     assert len(gpu_suite.short_plan(Path("parts"))) == len(gpu_suite.SHORT) == 8
     assert len(names) + 2 <= 25  # the summary fits one screen
@@ -382,7 +382,7 @@ def test_dry_run_of_a_clone_that_is_not_installed(tmp_path):
     rows = records.read(out / "rows.csv")
     assert {row["suite"] for row in rows} == {"select", "nm", "stats", "sparse", "scaling", "end-to-end"}
     figures = [json.loads(line) for line in text(out, "figures.jsonl").splitlines()]
-    assert [next(iter(figure)) for figure in figures] == ["ceilings", "random_llama"]
+    assert [next(iter(figure)) for figure in figures] == ["ceilings", "random_llama", "decode_7b"]
     environment = json.loads(text(out, "environment.json"))
     assert environment["versions"]["gguf"] == "not installed"
     assert "circumstances" in environment

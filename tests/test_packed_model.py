@@ -442,6 +442,26 @@ def test_on_a_gpu_dispatch_times_by_events_of_the_tensors_device_on_cold_data(mo
     assert gpu.log[-1] == "wait for cuda:1"
 
 
+def test_dispatch_in_a_capture_times_nothing(monkeypatch):
+    """What is known is taken, by key or by name; else the untimed default, which is not remembered."""
+    gpu = FakeGPU({"packed": [9.0] * 4, "unpack": [1.0] * 4})
+    gpu.install(monkeypatch)
+    keys = [("2:4", torch.bfloat16, 64, 64, bits, torch.device("cuda", 1), 2) for bits in (0, 4, 6)]
+    is_capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    assert dispatch.choose(keys[0], ("packed", "unpack"), gpu.product) == "packed"
+    assert dispatch.choose(keys[2], ("packed", "unpack", "semi_structured"), gpu.product) == "unpack"
+    assert not gpu.log
+    assert not dispatch.choices()
+    assert dispatch.known(keys[0]) is None
+    dispatch.choices()[dispatch.name_of(keys[1])] = "unpack"  # as read from a file
+    assert dispatch.choose(keys[1], ("packed", "unpack"), gpu.product) == "unpack"
+    is_capturing = False
+    assert dispatch.choose(keys[0], ("packed", "unpack"), gpu.product) == "unpack"  # timed now
+    is_capturing = True
+    assert dispatch.choose(keys[0], ("packed", "unpack"), gpu.product) == "unpack"
+
+
 def test_prefill_copies_that_cannot_be():
     layer = torch.nn.Linear(64, 32).to(torch.bfloat16)
     layer.weight.data[:, ::2] = 0

@@ -13,8 +13,10 @@ import torch
 
 from wanda_kernels import compress, memory, prune, speed
 from wanda_kernels.cli.app import main
+from wanda_kernels.cli.speed import differences
 from wanda_kernels.memory import added_peak
 from wanda_kernels.models import save_pretrained
+from wanda_kernels.static import CaptureError
 
 
 def run(*arguments: str) -> int:
@@ -31,7 +33,8 @@ def packed_model():
 
 
 def test_generation_is_timed_token_by_token():
-    first, gaps = speed.time_generation(tiny.model(), tiny.ids(2, 7), 5)
+    first, gaps, tokens = speed.time_generation(tiny.model(), tiny.ids(2, 7), 5)
+    assert tokens.shape == (2, 5)
     assert first > 0
     assert len(gaps) == 4
     assert all(gap > 0 for gap in gaps)
@@ -49,6 +52,46 @@ def test_rows():
     assert rows[0]["decode_ratio"] == 1
     assert rows[1]["decode_ratio"] == pytest.approx(rows[1]["decode_tokens_s"] / rows[0]["decode_tokens_s"])
     assert rows[1]["weight_bytes"] < rows[0]["weight_bytes"]
+
+
+def test_rows_of_the_static_way():
+    """Beside those of generate; ratios are to the dense model of the same way."""
+    steps = []
+    models = {"dense": tiny.model(hidden_size=128, intermediate_size=192), "packed": packed_model()}
+    rows = speed.measure(models, (1, 3), 6, 4, rounds=1, on_step=lambda: steps.append(1), ways=speed.WAYS)
+    assert len(steps) == 2 * 3 * 2 * 2
+    names = [("generate", "dense"), ("generate", "packed"), ("static", "dense"), ("static", "packed")]
+    assert [(row["way"], row["model"]) for row in rows] == names * 2
+    for dense, packed in zip(rows[::2], rows[1::2], strict=True):
+        assert dense["decode_ratio"] == 1
+        assert packed["decode_ratio"] == pytest.approx(packed["decode_tokens_s"] / dense["decode_tokens_s"])
+    assert [row.get("first_difference", "none") for row in rows[:4]] == ["none", "none", None, None]
+    (row,) = speed.measure({"dense": models["dense"]}, (1,), 6, 4, rounds=1, ways=("static",))
+    assert row["first_difference"] is None
+
+
+def test_static_tokens_that_differ_are_told(monkeypatch):
+    generate = speed.StaticDecoder.generate
+
+    def wrong(self, prompt):
+        tokens, times = generate(self, prompt)
+        tokens[-1, 2:] += 1
+        return tokens, times
+
+    monkeypatch.setattr(speed.StaticDecoder, "generate", wrong)
+    rows = speed.measure({"dense": tiny.model()}, (2,), 6, 4, rounds=1, ways=speed.WAYS)
+    assert rows[1]["first_difference"] == 3
+    assert differences(rows) == ["dense, static: its tokens are not generate's at batch 2 from token 3 on"]
+
+
+def test_a_step_that_cannot_be_captured_ends_the_command(tmp_path, monkeypatch, capsys):
+    def refuse(*_arguments):
+        raise CaptureError("a decode step cannot be captured as a CUDA graph: no")
+
+    monkeypatch.setattr(speed, "StaticDecoder", refuse)
+    dense = str(saved.save_model(tmp_path / "dense"))
+    assert run("speed", dense, "--batches", "1", "--prompt", "5", "--tokens", "3", "--static") == 1
+    assert "--static: a decode step cannot be captured" in capsys.readouterr().err
 
 
 PEAKS = """
@@ -105,7 +148,16 @@ def test_command_line(tmp_path, capsys):
     result = json.loads(out.read_text())
     assert [row["batch"] for row in result["rows"]] == [1, 1, 2, 2]
     assert set(result["dispatch"].values()) <= {"packed", "unpack"}
+    assert {row["way"] for row in result["rows"]} == {"generate"}
+    assert run("speed", dense, packed, *options, "--static", "--json", str(out)) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("│ static") == shown.out.count("│ generate") == 4
+    assert "no graph on the CPU" in shown.out + shown.err
+    assert "all tokens are those of generate" in shown.out + shown.err
+    assert len(json.loads(out.read_text())["rows"]) == 8
+    windowed = str(saved.save_model(tmp_path / "windowed", "mistral"))
     for arguments, code, message in (
+        ([windowed, *options, "--tokens", "9", "--static"], 1, "--static (with --prompt 5, --tokens 9): "),
         ([dense, "--batches", "1,0"], 2, "--batches must be numbers from 1 on, with commas between them, got '1,0'"),
         ([dense, dense], 2, "each model may be named once"),
         ([dense, "--json", str(tmp_path / "no" / "x.json")], 1, "its folder does not exist"),

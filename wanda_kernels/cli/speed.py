@@ -24,6 +24,12 @@ def speed_command(
             "--prefill-copy", help="CUDA: 2:4 layers also keep torch's semi-structured tensor, for many tokens."
         ),
     ] = False,
+    static: Annotated[
+        bool,
+        typer.Option(
+            "--static", help="Also with a static cache; on CUDA each token is then the replay of one CUDA graph."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -36,7 +42,8 @@ def speed_command(
     from ..models.save import check_file
     from ..packed import dispatch, keep_prefill_copies
     from ..packed.model import dense_layers, packed_layers, stayed_dense
-    from ..speed import measure
+    from ..speed import WAYS, measure
+    from ..static import CaptureError, check_static
     from .display import bar, quiet_libraries, say, screen, tell_reference, working
 
     names = [dense, *(sparse or [])]
@@ -55,11 +62,22 @@ def speed_command(
             models[name] = load_model(name, dtype, device)
             if prefill_copy and packed_layers(models[name]):
                 keep_prefill_copies(models[name])
+        if static:
+            try:
+                check_static(models[name], prompt + tokens)
+            except ValueError as error:
+                raise ValueError(f"--static (with --prompt {prompt}, --tokens {tokens}): {name}: {error}") from error
+    ways = WAYS if static else WAYS[:1]
+    if static and place.type != "cuda":
+        say("--static: no graph on the CPU, the step runs as it is")
     with bar() as shown:
-        task = shown.add_task("generating", total=len(sizes) * (rounds + 2) * len(models))
-        rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task))
+        task = shown.add_task("generating", total=len(sizes) * (rounds + 2) * len(models) * len(ways))
+        try:
+            rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task), ways)
+        except CaptureError as error:
+            raise ValueError(f"--static: {error}") from error
     screen(110).print(draw(rows, prompt, tokens))
-    for line in verdicts(rows, dense):
+    for line in [*verdicts(rows, dense), *differences(rows)]:
         say(line)
     for name, model in models.items():
         if packed_layers(model):
@@ -82,23 +100,50 @@ def _parse_batches(text: str) -> list[int]:
 def draw(rows: list[dict[str, Any]], prompt: int, tokens: int) -> Table:
     title = f"prompts of {prompt} tokens, {tokens} generated, medians; peak: weights and what generating adds to them"
     table = Table(title=title, title_justify="left")
-    headings = ("model", "batch", "first token s", "prefill tokens/s", "decode tokens/s", "x first", "weights MiB")
+    ways = ["way"] if any(row["way"] == "static" for row in rows) else []
+    headings = (
+        "model",
+        *ways,
+        "batch",
+        "first token s",
+        "prefill tokens/s",
+        "decode tokens/s",
+        "x first",
+        "weights MiB",
+    )
     for heading in (*headings, "peak MiB"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading in ("model", "way") else "right")
     for row in rows:
         peak = row["peak_bytes"]
         table.add_row(
-            row["model"], str(row["batch"]), f"{row['first_token_s']:.3f}", f"{row['prefill_tokens_s']:.1f}",
+            row["model"], *(row[way] for way in ways), str(row["batch"]),
+            f"{row['first_token_s']:.3f}", f"{row['prefill_tokens_s']:.1f}",
             f"{row['decode_tokens_s']:.1f}", f"{row['decode_ratio']:.2f}", f"{row['weight_bytes'] / 2**20:.0f}",
             "not measured" if peak is None else f"{peak / 2**20:.0f}",
         )  # fmt: skip
     return table
 
 
+def _name(row: dict[str, Any]) -> str:
+    return row["model"] + (", static" if row["way"] == "static" else "")
+
+
 def verdicts(rows: list[dict[str, Any]], dense: str) -> list[str]:
     """Where a model decodes slower than the dense one, in words."""
     return [
-        f"{row['model']} decodes slower than {dense} at batch {row['batch']}: {row['decode_ratio']:.2f} x"
+        f"{_name(row)} decodes slower than {dense} at batch {row['batch']}: {row['decode_ratio']:.2f} x"
         for row in rows
         if row["decode_ratio"] < 1
     ]
+
+
+def differences(rows: list[dict[str, Any]]) -> list[str]:
+    """Where static tokens are not those of ``generate``: a mask makes attention add in another order, and from a tie on
+    a sequence is another one."""
+    static = [row for row in rows if row["way"] == "static"]
+    found = [
+        f"{_name(row)}: its tokens are not generate's at batch {row['batch']} from token {row['first_difference']} on"
+        for row in static
+        if row["first_difference"] is not None
+    ]
+    return found or (["static: all tokens are those of generate"] if static else [])

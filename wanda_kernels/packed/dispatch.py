@@ -2,6 +2,10 @@
 
 ``WANDA_KERNELS_DISPATCH=FILE`` reads choices from a JSON file and times nothing that is in it: fixed choices give the
 same bits in every run.
+
+While a CUDA graph is captured nothing can be timed: a choice that is known, or in the file, is taken, or else the
+untimed default (:func:`unasked`), which the graph keeps and this module does not remember. A loop runs its step once
+before (docs/deploy.md).
 """
 
 from __future__ import annotations
