@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -37,6 +38,25 @@ def test_more_in_flight_fewer_instructions_and_more_blocks_are_never_slower():
 def test_blocks_of_a_processor(registers, threads, shared, blocks):
     """As CUDA's occupancy calculator has it: 65,536 registers, 2,048 threads, 32 blocks, 228 KB and 1 KB a block."""
     assert predict.resident(registers, threads, shared, H100) == blocks
+
+
+@pytest.mark.parametrize(
+    ("processors", "shared"), [(132, 227 << 10), (108, 163 << 10), (84, 99 << 10), (20, 64 << 10), (1, 48 << 10)]
+)
+def test_plans_of_rows_fit_the_device(processors, shared):
+    """For every width that is whole chunks of 16 bytes, and some that are not."""
+    most_threads = {4: 128, 16: 896, 22: 256}  # as __launch_bounds__ has it
+    for dtype, size in ((0, 4), (1, 2)):
+        for cols in itertools.chain(range(16 // size, 60_000, 16 // size), range(1, 60_000, 997)):
+            path, quads, threads, halves, needed, *_ = predict._plan("rows", 9, cols, dtype, 0, processors, shared)
+            assert (path == 2) == (cols > 57344)
+            if path == 2:
+                continue
+            assert needed <= shared, (cols, dtype, quads, halves)
+            assert threads <= most_threads[quads]
+            assert (threads - 32) * 4 * quads < cols <= threads * 4 * quads
+            chunks = 4 * quads * size // 16
+            assert halves in ((2, 4) if chunks % 2 else (2, 3, 4)) if path == 0 else halves == 0, (cols, dtype)
 
 
 @pytest.mark.parametrize("product", ["bitmap", "sparse24"])

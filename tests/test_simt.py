@@ -80,7 +80,7 @@ def draw_rows(machine: Machine, seed: int) -> int:
         cols = -(-cols // whole) * whole
     weight, norm = draw_matrix(draw, draw.randint(1, 6), cols, dtype)
     k = int(cols * draw.choice([0.0, 0.01, 0.3, 0.5, 0.5, 0.5, 0.7, 0.99]))
-    if path == "any" and draw.random() < 0.1:
+    if path == "any" and draw.random() < 0.5:
         k = cols
     quads = draw.choice([4, 16, 22] if cols <= 2048 else [16, 22])
     got = simt.rows(
