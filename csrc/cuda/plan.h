@@ -120,12 +120,17 @@ inline RowsPlan plan_rows(const RowsParams& params, const Device& device) {
             std::min<int64_t>(params.rows, 4LL * device.processors),
             {}};
   }
-  const bool staged = has_aligned_rows(params) && cols * (params.mask == nullptr ? bytes : 1) % 16 == 0 &&
-                      divide_up(cols, 2048) * 2048 * bytes + kRowsSharedBytes <= device.shared_bytes;
-  const bool wide = staged && cols <= warp_columns(22) * rows_threads(22) / kWarp &&
+  const auto fits = [&](int quads) {
+    return rows_shared_bytes(rows_plan(params, RowsPath::kStaged, quads, 2), params.dtype) <=
+           device.shared_bytes;
+  };
+  const bool wide = cols > 2048 && cols <= warp_columns(22) * rows_threads(22) / kWarp && fits(22) &&
                     warp_instructions(22, cols) < warp_instructions(16, cols);
-  const int quads = cols <= 2048 ? 4 : wide ? 22 : 16;
-  if (!staged) return rows_plan(params, RowsPath::kDirect, quads, 0);
+  const int narrow = cols <= 2048 ? 4 : 16;
+  if (!has_aligned_rows(params) || cols * (params.mask == nullptr ? bytes : 1) % 16 != 0 || !fits(narrow)) {
+    return rows_plan(params, RowsPath::kDirect, narrow, 0);
+  }
+  const int quads = wide ? 22 : narrow;
   // About 512 threads a processor, and as many halves of rows on their way as its shared memory holds.
   RowsPlan best = rows_plan(params, RowsPath::kStaged, quads, 2);
   int64_t most = 0;

@@ -186,7 +186,7 @@ int allow_shared(Kernel* kernel, int64_t bytes) {
   return error;
 }
 
-// How many blocks of that shape the device holds at once. Lets the kernel have that much shared memory.
+// How many blocks of that shape the device holds at once, with as much shared memory as they ask for.
 template <class Kernel>
 int resident_blocks(Kernel* kernel, const Shape& shape, int64_t& blocks) {
   int device = 0, processors = 0, on_one = 0;
@@ -194,10 +194,7 @@ int resident_blocks(Kernel* kernel, const Shape& shape, int64_t& blocks) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
-  }
+  if (error == cudaSuccess) error = static_cast<cudaError_t>(allow_shared(kernel, shape.shared_bytes));
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_one, kernel, static_cast<int>(shape.threads),
                                                           shape.shared_bytes);

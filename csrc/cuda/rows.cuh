@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
     };
     ScoreSums sums[1] = {{0, block.all}};
     if (is_selected) {
-      if (threadIdx.x == 0 && kth > 0) {
+      if (threadIdx.x == 0 && kth > 0 && kth <= 3e38f) {  // an infinite one teaches nothing
         shared.rows_learnt = fminf(shared.rows_learnt + 1, 8.0f);
         shared.distance += __fdividef(__log2f(kth) - mean_log - shared.distance, shared.rows_learnt);
       }

@@ -21,9 +21,8 @@ struct RowPart {
   Bits* row = nullptr;  // in device memory
   // The staged kernel: half h of the row of step s is number 2s + h of a stream of halves. Its buffer is that
   // number modulo `halves`, and goes to the half `halves` later. For each half of the row: it lies at
-  // `staged`
-  // + column of shared memory. What takes its place once it is written comes from `next` + column of device
-  // memory, for columns below `limit`.
+  // `staged` + column of shared memory. What takes its place once it is written comes from `next` + column of
+  // device memory, for columns below `limit`.
   Bits* buffers;
   int halves;
   Bits* staged[2];
