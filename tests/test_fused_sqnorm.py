@@ -105,7 +105,7 @@ def test_triton_adds_alone(backend):
 @pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("cols", [16, 20000])
 def test_triton_gives_the_same_bits_for_any_split_of_whole_sequences(backend, cols):
-    x = torch.randn(3, 40, cols, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 40 if cols == 16 else 17, cols, generator=torch.Generator().manual_seed(0))
     weight = torch.ones(cols)
     together, apart = torch.zeros(3, cols), torch.zeros(3, cols)
     rms_norm_sqnorm = backends.implementation(backend, "rms_norm_sqnorm")

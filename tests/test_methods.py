@@ -111,7 +111,7 @@ def test_sparsegpt_walks_a_block_in_one_launch(backend, pattern, is_squared):
         pytest.skip("Triton's interpreter does not run here")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    for columns, rows in ((40, 19), (128, 8), (5, 3)):
+    for columns, rows in ((40, 7), (128, 3), (5, 3)):
         columns -= columns % (pattern[1] if pattern else 1)
         if columns == 0:
             continue
@@ -143,7 +143,7 @@ def test_sparsegpt_solves_a_layer_in_triton_as_in_the_loop(method, target, monke
     found = []
     for walk in (sparsegpt._walk, sparsegpt._walk_in_triton):
         monkeypatch.setattr(sparsegpt, "_walk", walk)
-        weight = torch.randn(24, 80, generator=torch.Generator().manual_seed(2))
+        weight = torch.randn(9, 80, generator=torch.Generator().manual_seed(2))
         found.append((weight, spec.method.prune_(weight, inputs, 0.5, spec.pattern)))
     (loop, sums), (kernel, other_sums) = found
     assert torch.equal(kernel == 0, loop == 0)
