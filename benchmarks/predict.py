@@ -459,6 +459,8 @@ def main() -> int:
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="of result files that a GPU wrote")
     options = parser.parse_args()
     if options.beside is not None:
+        if not options.beside.is_dir():
+            parser.error(f"--beside {options.beside} is no folder")
         return beside(options.beside)
     lines = [cells(predict(work, card)) for card in CARDS.values() for work in suite(card)]
     with PREDICTIONS.open("w", newline="") as file:
