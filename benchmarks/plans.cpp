@@ -12,6 +12,18 @@ T* somewhere() {
   return reinterpret_cast<T*>(uintptr_t{4096});
 }
 
+Device device_of(int64_t processors, int64_t shared) {
+  return {static_cast<int>(processors), static_cast<int>(shared)};
+}
+
+// `counts`: how many are pruned, or are kept of how many.
+template <class Params, class... Counts>
+Params selection_of(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, Counts... counts) {
+  float* const score_sums = sums != 0 ? somewhere<float>() : nullptr;
+  return {somewhere<void>(), somewhere<float>(),       nullptr, score_sums, rows, cols, cols,
+          counts...,         static_cast<Dtype>(dtype)};
+}
+
 PackedWeight weight_of(int64_t rows, int64_t cols) {
   return {somewhere<void>(), somewhere<uint8_t>(), nullptr, rows, cols, Dtype::kBFloat16};
 }
@@ -23,16 +35,8 @@ extern "C" {
 // path (0: staged), quads, threads, halves of rows, shared bytes.
 void plan_of_rows(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, int64_t processors, int64_t shared,
                   int64_t* out) {
-  const RowsParams params{somewhere<void>(),
-                          somewhere<float>(),
-                          nullptr,
-                          sums != 0 ? somewhere<float>() : nullptr,
-                          rows,
-                          cols,
-                          cols,
-                          cols / 2,
-                          static_cast<Dtype>(dtype)};
-  const RowsPlan plan = plan_rows(params, {static_cast<int>(processors), static_cast<int>(shared)});
+  const RowsParams params = selection_of<RowsParams>(rows, cols, dtype, sums, cols / 2);
+  const RowsPlan plan = plan_rows(params, device_of(processors, shared));
   out[0] = static_cast<int64_t>(plan.path);
   out[1] = plan.quads;
   out[2] = plan.threads;
@@ -43,17 +47,8 @@ void plan_of_rows(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, int64
 // threads, grid.
 void plan_of_nm(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, int64_t processors, int64_t shared,
                 int64_t* out) {
-  const NmParams params{somewhere<void>(),
-                        somewhere<float>(),
-                        nullptr,
-                        sums != 0 ? somewhere<float>() : nullptr,
-                        rows,
-                        cols,
-                        cols,
-                        2,
-                        4,
-                        static_cast<Dtype>(dtype)};
-  const NmPlan plan = plan_nm(params, {static_cast<int>(processors), static_cast<int>(shared)});
+  const NmParams params = selection_of<NmParams>(rows, cols, dtype, sums, 2, 4);
+  const NmPlan plan = plan_nm(params, device_of(processors, shared));
   out[0] = plan.threads;
   out[1] = plan.grid;
 }
@@ -67,8 +62,7 @@ void plan_of_pack_24(int64_t rows, int64_t cols, int64_t* out) {
 // threads, grid, rows and room of a block, stages, shared bytes.
 void plan_of_bitmap(int64_t rows, int64_t cols, int64_t tokens, int64_t processors, int64_t shared,
                     int64_t* out) {
-  const LinearPlan plan = plan_bitmap_linear(weight_of(rows, cols), tokens,
-                                             {static_cast<int>(processors), static_cast<int>(shared)});
+  const LinearPlan plan = plan_bitmap_linear(weight_of(rows, cols), tokens, device_of(processors, shared));
   out[0] = plan.threads;
   out[1] = divide_up(rows, plan.rows);
   out[2] = plan.rows;
@@ -80,8 +74,7 @@ void plan_of_bitmap(int64_t rows, int64_t cols, int64_t tokens, int64_t processo
 // threads, grid, rows and room of a block, slices, stages, shared bytes.
 void plan_of_sparse24(int64_t rows, int64_t cols, int64_t tokens, int64_t processors, int64_t shared,
                       int64_t* out) {
-  const LinearPlan plan = plan_sparse24_linear(weight_of(rows, cols), tokens,
-                                               {static_cast<int>(processors), static_cast<int>(shared)});
+  const LinearPlan plan = plan_sparse24_linear(weight_of(rows, cols), tokens, device_of(processors, shared));
   out[0] = plan.threads;
   out[1] = divide_up(rows * plan.slices, plan.rows);
   out[2] = plan.rows;

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import predict, records
-from benchmarks.predict import CARDS, Work
+from benchmarks import cards, predict, records, works
+from benchmarks.cards import CARDS, Work
 
 H100 = CARDS["H100"]
 AUDIT = json.loads(Path(__file__).with_name("audit.json").read_text())
@@ -20,15 +20,15 @@ AUDIT = json.loads(Path(__file__).with_name("audit.json").read_text())
 def test_says_of_the_first_kernels_what_the_audit_said(entry):
     """audit.json: an H100 and the kernels as they were when the constants were set; and a range, from reading them."""
     low, high = entry["predicted"]
-    found = predict.predict(Work(**entry["work"]), H100).share
+    found = cards.predict(Work(**entry["work"]), H100).share
     assert low - 0.07 <= found <= high + 0.07
 
 
 def test_more_in_flight_fewer_instructions_and_more_blocks_are_never_slower():
     plain = Work("a", (4096, 4096), "bfloat16", 64, 128, 1024, 8, 4096, 3000, 750, 1e-6, 4096)
-    seconds = predict.predict(plain, H100).seconds
+    seconds = cards.predict(plain, H100).seconds
     for better in ({"ahead": 1}, {"slots": 1000}, {"registers": 40}, {"waits": 0.0}, {"serial": 100}, {"load": 2048}):
-        assert predict.predict(Work(**{**plain.__dict__, **better}), H100).seconds <= seconds, better
+        assert cards.predict(Work(**{**plain.__dict__, **better}), H100).seconds <= seconds, better
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_more_in_flight_fewer_instructions_and_more_blocks_are_never_slower():
 )
 def test_blocks_of_a_processor(registers, threads, shared, blocks):
     """As CUDA's occupancy calculator has it: 65,536 registers, 2,048 threads, 32 blocks, 228 KB and 1 KB a block."""
-    assert predict.resident(registers, threads, shared, H100) == blocks
+    assert cards.resident(registers, threads, shared, H100) == blocks
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_plans_of_rows_fit_the_device(processors, shared):
     most_threads = {4: 128, 16: 896, 22: 256}  # as __launch_bounds__ has it
     for dtype, size in ((0, 4), (1, 2)):
         for cols in itertools.chain(range(16 // size, 60_000, 16 // size), range(1, 60_000, 997)):
-            path, quads, threads, halves, needed, *_ = predict._plan("rows", 9, cols, dtype, 0, processors, shared)
+            path, quads, threads, halves, needed, *_ = works._plan("rows", 9, cols, dtype, 0, processors, shared)
             assert (path == 2) == (cols > 57344)
             if path == 2:
                 continue
@@ -64,7 +64,7 @@ def test_plans_of_rows_fit_the_device(processors, shared):
 def test_plans_of_products_fit_the_device_and_fill_it(product, processors, shared):
     for tokens in range(1, 9 if product == "bitmap" else 33):
         for height, cols in ((1, 64), (100, 576), (1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)):
-            threads, grid, *rest = predict._plan(product, height, cols, tokens, processors, shared)
+            threads, grid, *rest = works._plan(product, height, cols, tokens, processors, shared)
             assert 32 <= threads <= 256
             assert rest[4 if product == "sparse24" else 3] <= shared
             if tokens == 1 and height >= 1024:
@@ -74,7 +74,7 @@ def test_plans_of_products_fit_the_device_and_fill_it(product, processors, share
 def test_the_file_is_what_the_command_writes():
     with predict.PREDICTIONS.open(newline="") as file:
         written = list(csv.DictReader(file))
-    made = [predict.cells(predict.predict(work, card)) for card in CARDS.values() for work in predict.suite(card)]
+    made = [predict.cells(cards.predict(work, card)) for card in CARDS.values() for work in predict.suite(card)]
     assert written == [{name: str(value) for name, value in line.items()} for line in made], (
         "python -m benchmarks.predict"
     )

@@ -9,23 +9,22 @@ namespace wanda::cuda {
 WANDA_DEVICE int lane_of(int thread) { return thread & (kWarp - 1); }
 
 // Lane i gets the warp's sum of value[i % kCount], kCount a power of two up to 32; overwrites `value`. At
-// each step a lane gives away the half of its sums that its partner keeps.
-template <int kCount>
+// each step a lane gives away the half of its sums that its partner keeps. Steps are template arguments: as a
+// loop, nvcc 13.0 kept 16 values in local memory.
+template <int kCount, int kStep = 1>
 WANDA_DEVICE float warp_sums(float (&value)[kCount]) {
   const int lane = static_cast<int>(threadIdx.x) & (kWarp - 1);
+  if constexpr (kStep < kCount) {
 #pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    if (step < kCount) {
-#pragma unroll
-      for (int i = 0; i < kCount / 2 / step; ++i) {
-        const float even = value[2 * i], odd = value[2 * i + 1];
-        const float other = __shfl_xor_sync(kFullMask, lane & step ? even : odd, step);
-        value[i] = (lane & step ? odd : even) + other;
-      }
-    } else {
-      value[0] += __shfl_xor_sync(kFullMask, value[0], step);
+    for (int i = 0; i < kCount / 2 / kStep; ++i) {
+      const float even = value[2 * i], odd = value[2 * i + 1];
+      const float other = __shfl_xor_sync(kFullMask, lane & kStep ? even : odd, kStep);
+      value[i] = (lane & kStep ? odd : even) + other;
     }
+  } else {
+    value[0] += __shfl_xor_sync(kFullMask, value[0], kStep);
   }
+  if constexpr (2 * kStep < kWarp) return warp_sums<kCount, 2 * kStep>(value);
   return value[0];
 }
 

@@ -11,8 +11,8 @@
 //      ranks them by (score, column): the limit;
 //   5. marks the listed elements below the limit, and writes.
 //
-// Rows that this does not fit (a norm with its sign bit set, or none that is finite; a k-th score that is
-// NaN; more than kListed elements in one bin) go through rows_any.cuh.
+// Rows that this does not fit (a norm that is negative, -0.0, infinite or NaN; a k-th score that is NaN; more
+// than kListed elements in one bin) go through rows_any.cuh.
 //
 // Assumes: at most 4 * kQuads columns a thread. The staged kernel: 16-byte aligned rows and norms, whole
 // chunks of 16 bytes (a mask: 16 columns). The direct kernel: nothing.
@@ -25,7 +25,7 @@
 // of a later row is on its way into its place. The norms come from L1 or L2, 4 bytes an element.
 //
 // Sums of the squared scores: of all where they are computed, of those that go where they are written, from
-// what was masked out: 4 instructions an element.
+// what was masked out.
 //
 // Why buckets, two to a register: four elements are compared with a threshold, and the outcome kept as bits,
 // in five instructions (two subtractions, a byte permutation, a shift, a LOP3), 1.25 an element against 2

@@ -38,7 +38,8 @@ def load() -> ctypes.CDLL:
 
 def _build(directory: Path) -> ctypes.CDLL:
     objects = []
-    for source, flags in (("simt.cpp", ["-O2"]), ("matrix.cpp", ["-O2"]), ("kernels.cpp", INSTRUMENTED)):
+    sources = {"simt.cpp": ["-O2"], "hooks.cpp": ["-O2"], "matrix.cpp": ["-O2"], "kernels.cpp": INSTRUMENTED}
+    for source, flags in sources.items():
         target = directory / (source + ".o")
         command = [compiler(), "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, f"-I{HERE}"]
         subprocess.run([*command, "-c", str(HERE / source), "-o", str(target)], check=True)

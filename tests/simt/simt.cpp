@@ -205,6 +205,8 @@ bool is_ordered(const Access& before, const Access& now) {
   return warp_of(before.thread) == warp_of(now.thread) && before.warp_epoch < now.warp_epoch;
 }
 
+}  // namespace
+
 void check_access(uintptr_t address, size_t size, bool is_write, bool is_atomic) {
   if (m.current < 0 || !m.races) return;
   for (Region& region : m.regions) {
@@ -250,8 +252,6 @@ void check_access(uintptr_t address, size_t size, bool is_write, bool is_atomic)
     return;
   }
 }
-
-}  // namespace
 
 int register_site(const char* file, int line, int counter, SiteKind kind) {
   const std::string path = file, name = path.substr(path.rfind('/') + 1);
@@ -403,7 +403,6 @@ void copy_wait(int site, int pending) {
 
 }  // namespace simt
 
-using simt::check_access;
 using simt::m;
 
 // What the tests call, through ctypes.
@@ -439,31 +438,4 @@ const char* simt_sites() {
   return text.c_str();
 }
 
-// The hooks of -fsanitize=thread.
-#define HOOKS(size)                                                                                     \
-  void __tsan_read##size(void* p) { check_access(reinterpret_cast<uintptr_t>(p), size, false, false); } \
-  void __tsan_write##size(void* p) { check_access(reinterpret_cast<uintptr_t>(p), size, true, false); } \
-  void __tsan_unaligned_read##size(void* p) {                                                           \
-    check_access(reinterpret_cast<uintptr_t>(p), size, false, false);                                   \
-  }                                                                                                     \
-  void __tsan_unaligned_write##size(void* p) {                                                          \
-    check_access(reinterpret_cast<uintptr_t>(p), size, true, false);                                    \
-  }
-HOOKS(1)
-HOOKS(2)
-HOOKS(4)
-HOOKS(8)
-HOOKS(16)
-#undef HOOKS
-void __tsan_read_range(void* p, size_t size) {
-  for (size_t i = 0; i < size; ++i) check_access(reinterpret_cast<uintptr_t>(p) + i, 1, false, false);
-}
-void __tsan_write_range(void* p, size_t size) {
-  for (size_t i = 0; i < size; ++i) check_access(reinterpret_cast<uintptr_t>(p) + i, 1, true, false);
-}
-void __tsan_vptr_update(void*, void*) {}
-void __tsan_vptr_read(void*) {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() {}
-}
+}  // extern "C"

@@ -5,7 +5,7 @@
 // Blocks run one after the other on one OS thread. A thread runs until it waits for others, so a test chooses
 // the order (simt::Options). Barriers, warp-wide operations and their masks are checked by source line; each
 // such place is a site that a test can disable, to see that something notices. Kernels are compiled with
-// -fsanitize=thread, whose hooks simt.cpp defines: every access to shared or global memory is checked for
+// -fsanitize=thread, whose hooks hooks.cpp defines: every access to shared or global memory is checked for
 // races, bounds and, in shared memory, for having been written.
 #pragma once
 
@@ -46,6 +46,8 @@ uint32_t mask_at(int site, uint32_t mask);
 void exchange(int site, uint32_t mask, uint64_t value, uint64_t (&lanes)[32]);
 void warp_barrier(int site);
 uint32_t lane();
+// Of memory that a kernel may touch: bounds, races, whether it was written.
+void check_access(uintptr_t address, size_t size, bool is_write, bool is_atomic);
 void fail(const std::string& text);  // stops the launch: fibers are abandoned where they are
 uint32_t atomic_add(uint32_t* address, uint32_t value);
 void copy_async(void* to, const void* from, size_t size);  // nullptr: zeros
