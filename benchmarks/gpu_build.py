@@ -16,7 +16,10 @@ from benchmarks.places import ROOT
 
 def main() -> None:
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        major, minor = torch.cuda.get_device_capability()
+        try:
+            major, minor = torch.cuda.get_device_capability()
+        except (RuntimeError, AssertionError) as error:  # no driver, no card, or a torch without CUDA
+            sys.exit(f"summary: no card to build for, and TORCH_CUDA_ARCH_LIST names none: {error}")
         os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
     print(f"for {os.environ['TORCH_CUDA_ARCH_LIST']}", flush=True)
     sys.exit(subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT).returncode)

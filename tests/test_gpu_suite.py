@@ -143,6 +143,17 @@ def test_only_the_card_is_built_for(monkeypatch, given, built_for):
     assert seen == [(["setup.py", "build_ext", "--inplace"], built_for)]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Found no NVIDIA driver"), AssertionError("not compiled with CUDA")])
+def test_a_build_without_a_card_says_so(monkeypatch, error):
+    def capability():
+        raise error
+
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(gpu_build.torch.cuda, "get_device_capability", capability)
+    with pytest.raises(SystemExit, match=f"no card to build for, and TORCH_CUDA_ARCH_LIST names none: {error}"):
+        gpu_build.main()
+
+
 def test_no_time_is_left(tmp_path, monkeypatch):
     plan_of(
         monkeypatch,
