@@ -260,9 +260,23 @@ struct SqnormShape {
   int64_t sequences, tokens, cols;
 };
 
+inline SqnormShape check_segments(const char* op, const at::Tensor& sqnorm, const at::Tensor& x,
+                                  const OptionalTensor& token_mask, const at::Tensor& ends) {
+  WANDA_CHECK_VALUE(!token_mask, "token_mask must be None where ends are given: leave those rows out of x");
+  WANDA_CHECK_VALUE(sqnorm.dim() == 2, "sqnorm must be [segments, C_in] where ends are given, got ",
+                    sqnorm.sizes());
+  WANDA_CHECK_VALUE(x.dim() == 2, "x must be [rows, C_in] where ends are given, got ", x.sizes());
+  check_type(op, "ends", ends, at::kInt, "int32");
+  check_device(op, "ends", ends, "x is", x);
+  WANDA_CHECK_VALUE(ends.dim() == 1 && ends.size(0) == sqnorm.size(0) && ends.is_contiguous(),
+                    "ends must be contiguous [", sqnorm.size(0), "], got ", ends.sizes());
+  return {sqnorm.size(0), x.size(0), x.size(1)};
+}
+
 // x is [sequences, tokens, C_in], or flattened [sequences * tokens, C_in] with the sequences from sqnorm.
+// With `ends`: segments, and all rows.
 inline SqnormShape check_sqnorm(const char* op, const at::Tensor& sqnorm, const at::Tensor& x,
-                                const OptionalTensor& token_mask) {
+                                const OptionalTensor& token_mask, const OptionalTensor& ends = {}) {
   check_type(op, "sqnorm", sqnorm, at::kFloat, "float32");
   dtype_of(op, "x", x);
   check_device(op, "sqnorm", sqnorm, "x is", x);
@@ -272,6 +286,7 @@ inline SqnormShape check_sqnorm(const char* op, const at::Tensor& sqnorm, const 
                     "x must be [sequences, tokens, C_in] or [tokens, C_in], got ", x.sizes());
   const int64_t cols = sqnorm.size(-1);
   WANDA_CHECK_VALUE(x.size(-1) == cols, "x has ", x.size(-1), " columns, sqnorm has ", cols);
+  if (ends) return check_segments(op, sqnorm, x, token_mask, *ends);
   const int64_t sequences = sqnorm.dim() == 2 ? sqnorm.size(0) : x.dim() == 3 ? x.size(0) : 1;
   if (x.dim() == 3) {
     WANDA_CHECK_VALUE(x.size(0) == sequences, "x has ", x.size(0), " sequences, sqnorm has ", sequences);
@@ -291,9 +306,23 @@ inline SqnormShape check_sqnorm(const char* op, const at::Tensor& sqnorm, const 
   return {sequences, tokens, cols};
 }
 
+// What is in `ends`, which only the CPU looks at: to CUDA's kernels any value is safe.
+inline void check_ends(const char* op, const at::Tensor& ends, int64_t rows) {
+  const int32_t* const end = ends.const_data_ptr<int32_t>();
+  for (int64_t s = 0; s < ends.size(0); ++s) {
+    const int32_t begin = s == 0 ? 0 : end[s - 1];
+    WANDA_CHECK_VALUE(begin <= end[s] && end[s] <= rows, "ends must ascend from 0 to at most ", rows,
+                      ", the rows of x, got ends[", s, "] = ", end[s], " after ", begin);
+  }
+}
+
+inline at::Tensor with_unit_columns(const at::Tensor& x) {
+  return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
+}
+
 // x as [sequences, tokens, C_in] with unit column stride; a copy only where columns are not adjacent.
 inline at::Tensor tokens_of(const at::Tensor& x, const SqnormShape& shape) {
-  const at::Tensor plain = shape.cols > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
+  const at::Tensor plain = with_unit_columns(x);
   return plain.dim() == 3 ? plain : plain.unflatten(0, {shape.sequences, shape.tokens});
 }
 
@@ -305,20 +334,21 @@ struct SqnormArguments {
 
 // No sequences, tokens or columns: nothing to do, and no pointers.
 inline SqnormArguments check_add_sqnorm(const char* op, const at::Tensor& sqnorm, const at::Tensor& x,
-                                        const OptionalTensor& token_mask) {
-  const SqnormShape shape = check_sqnorm(op, sqnorm, x, token_mask);
+                                        const OptionalTensor& token_mask, const OptionalTensor& ends) {
+  const SqnormShape shape = check_sqnorm(op, sqnorm, x, token_mask, ends);
   SqnormArguments made;
   if (shape.sequences == 0 || shape.tokens == 0 || shape.cols == 0) return made;
-  made.x = tokens_of(x, shape);
+  made.x = ends ? with_unit_columns(x) : tokens_of(x, shape);
   if (token_mask) made.token_mask = token_mask->contiguous();
   made.params = {sqnorm.mutable_data_ptr<float>(),
                  made.x.const_data_ptr(),
                  token_mask ? made.token_mask.const_data_ptr<bool>() : nullptr,
+                 ends ? ends->const_data_ptr<int32_t>() : nullptr,
                  shape.sequences,
                  shape.tokens,
                  shape.cols,
-                 made.x.stride(0),
-                 made.x.stride(1),
+                 ends ? 0 : made.x.stride(0),
+                 made.x.stride(-2),
                  sqnorm.dim() == 1,
                  dtype_of(op, "x", x)};
   return made;

@@ -13,6 +13,7 @@ from wanda_kernels.packed import pack_bitmap, pack_sparse24
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 NORM = torch.rand(64, generator=torch.Generator().manual_seed(1))
 HALF = WEIGHT.to(torch.bfloat16)
+ENDS = torch.tensor([3, 3, 20, 31], dtype=torch.int32)
 
 
 def packed():
@@ -30,6 +31,7 @@ CALLS = {
     "prune_pack_24": lambda: (HALF, NORM),
     "unpack_24": packed,
     "add_sqnorm_": lambda: (torch.zeros(4, 64), WEIGHT, torch.ones(32, dtype=torch.bool)),
+    "add_sqnorm_ of segments": lambda: (torch.zeros(4, 64), WEIGHT, None, ENDS),
     "rms_norm_sqnorm": lambda: (WEIGHT, NORM, 1e-6, torch.zeros(4, 64), torch.ones(32, dtype=torch.bool), True),
     "silu_mul_sqnorm": lambda: (WEIGHT, WEIGHT.flip(0), torch.zeros(64), None),
     "bitmap_linear": lambda: (WEIGHT[:3], *pack_bitmap(SPARSE), NORM[:32]),
@@ -41,18 +43,20 @@ CALLS = {
 
 
 def test_every_schema_has_a_test_a_wrapper_and_a_reference():
-    assert set(_backend.schemas()) == set(CALLS) == set(ops.__all__) == set(reference.__all__)
+    assert set(_backend.schemas()) == {name.split()[0] for name in CALLS} == set(ops.__all__) == set(reference.__all__)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.wanda, name).default, CALLS[name]())
+    torch.library.opcheck(getattr(torch.ops.wanda, name.split()[0]).default, CALLS[name]())
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_without_a_graph_break(name):
+    operator = getattr(ops, name.split()[0])
+
     def call(*args):
-        result = getattr(ops, name)(*args)
+        result = operator(*args)
         written = [arg for arg in args if isinstance(arg, torch.Tensor)]
         return written if result is None else [result, *written] if isinstance(result, torch.Tensor) else result
 
@@ -76,6 +80,8 @@ def test_compiles_with_inductor():
     assert torch.equal(torch.compile(call, fullgraph=True)(*args), expected)
 
 
+SEGMENTS = torch.zeros(4, 64)
+
 BAD = [
     ("prune_rows_", (WEIGHT, NORM[:63], 0.5), ValueError, "norm has 63 elements, weight has 64 columns"),
     ("prune_rows_", (WEIGHT, NORM.double(), 0.5), TypeError, "norm must be float32, got .*[Dd]ouble|float64"),
@@ -95,6 +101,21 @@ BAD = [
     ("add_sqnorm_", (torch.zeros(2, 64), WEIGHT[None]), ValueError, "x has 1 sequences, sqnorm has 2"),
     ("add_sqnorm_", (NORM.double(), WEIGHT), TypeError, "sqnorm must be float32"),
     ("add_sqnorm_", (NORM.clone(), WEIGHT, torch.ones(32)), TypeError, "token_mask must be bool"),
+    *(
+        ("add_sqnorm_", (sqnorm, x, mask, ends), kind, message)
+        for sqnorm, x, mask, ends, kind, message in (
+            (SEGMENTS, WEIGHT, None, ENDS.long(), TypeError, "ends must be int32, got"),
+            (SEGMENTS, WEIGHT, None, ENDS[:3], ValueError, r"ends must be contiguous \[4\], got \[3\]"),
+            (SEGMENTS, WEIGHT, None, ENDS[None], ValueError, r"ends must be contiguous \[4\], got \[1, 4\]"),
+            (SEGMENTS, WEIGHT[None], None, ENDS, ValueError, r"x must be \[rows, C_in\] .* got \[1, 32, 64\]"),
+            (NORM, WEIGHT, None, ENDS, ValueError, r"sqnorm must be \[segments, C_in\] .* got \[64\]"),
+            (SEGMENTS, WEIGHT, torch.ones(32).bool(), ENDS, ValueError, "token_mask must be None where ends are"),
+            (SEGMENTS, WEIGHT, None, ENDS + 2, ValueError, r"ends .* most 32, .* x, got ends\[3\] = 33 after 22"),
+            (SEGMENTS, WEIGHT, None, -ENDS, ValueError, r"ends must ascend from 0 .* got ends\[0\] = -3 after 0"),
+            (SEGMENTS, WEIGHT, None, ENDS.flip(0), ValueError, r"ends must ascend .* got ends\[1\] = 20 after 31"),
+            (SEGMENTS, WEIGHT[:0], None, ENDS, ValueError, r"ends must ascend .* most 0, .* got ends\[0\] = 3"),
+        )
+    ),
     (
         "rms_norm_sqnorm",
         (WEIGHT, NORM.bfloat16(), 1e-6, NORM.clone()),

@@ -12,6 +12,7 @@ from wanda_kernels import ops, reference
 
 BACKENDS = backends.names()
 CPU = [name for name in BACKENDS if name.startswith("cpu")]
+SEGMENTED = ["reference", *CPU]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -116,6 +117,69 @@ def test_strided_inputs(backend):
         reference.add_sqnorm_(expected, x)
         backends.implementation(backend, "add_sqnorm_")(got, x)
         assert torch.equal(got, expected)
+
+
+# Where segments end, of the rows of x: empty ones, single rows, all rows in one, rows behind the last end.
+ENDS = (
+    [10, 10, 11, 75, 75],
+    [0, 0, 130, 130],
+    [0, 0, 0],
+    [130],
+    [1, 2, 3, 4, 67, 130],
+    [],
+)
+
+
+@pytest.mark.parametrize("backend", SEGMENTED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_a_segment_has_the_bits_of_its_rows_alone(backend, dtype, ends):
+    torch.manual_seed(len(ends))
+    add = backends.implementation(backend, "add_sqnorm_")
+    for cols in (1, 33, 256):
+        x = (torch.randn(130, cols) * 3).to(dtype)
+        got = torch.rand(len(ends), cols)
+        expected = got.clone()
+        for row, begin, end in zip(expected, [0, *ends], ends, strict=False):
+            if end > begin:
+                add(row, x[begin:end])
+        add(got, x, None, torch.tensor(ends, dtype=torch.int32))
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", CPU)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_segments_equal_the_reference_for_any_number_of_threads(backend, data):
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    rows, cols = data.draw(st.sampled_from([0, 1, 7, 300])), data.draw(st.sampled_from([1, 31, 64, 257, 1000]))
+    counts = torch.rand(data.draw(st.integers(1, 40))) ** data.draw(st.sampled_from([0.1, 1, 30]))  # even to skewed
+    ends = (counts.cumsum(0) / counts.sum() * data.draw(st.sampled_from([1.0, 0.8])) * rows).int()
+    x = torch.randn(rows, cols).to(data.draw(st.sampled_from(DTYPES)))
+    x = x if data.draw(st.booleans()) else x.t().contiguous().t()
+    start = torch.rand(len(ends), cols)
+    expected = start.clone()
+    reference.add_sqnorm_(expected, x, None, ends)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            got = start.clone()
+            backends.implementation(backend, "add_sqnorm_")(got, x, None, ends)
+            assert torch.equal(got, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_long_segments_pass_through_several_chunks(backend):
+    torch.manual_seed(0)
+    x = torch.randn(13000, 40)
+    ends = torch.tensor([100, 4196, 4197, 13000], dtype=torch.int32)
+    expected, got = torch.zeros(4, 40), torch.zeros(4, 40)
+    reference.add_sqnorm_(expected, x, None, ends)
+    backends.implementation(backend, "add_sqnorm_")(got, x, None, ends)
+    assert torch.equal(got, expected)
 
 
 def test_nan_counts_where_the_mask_lets_it():

@@ -103,8 +103,11 @@ def check_packed(op: str, values: Tensor, metadata: Tensor) -> None:
     _check_shape(op, "metadata", metadata, values.shape[0], values.shape[1] // 8)
 
 
-def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> tuple[int, int, int]:
-    """Returns (sequences, tokens, C_in): x may be flattened, the sequences then come from sqnorm."""
+def check_sqnorm(
+    op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None, ends: Tensor | None = None
+) -> tuple[int, int, int]:
+    """Returns (sequences, tokens, C_in): x may be flattened, the sequences then come from sqnorm. With ``ends``:
+    (segments, rows, C_in)."""
     _check_dtype(op, "sqnorm", sqnorm, (torch.float32,))
     _check_dtype(op, "x", x, FLOATS)
     _check_device(op, "sqnorm", sqnorm, "x", x)
@@ -117,6 +120,8 @@ def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None =
     cols = sqnorm.shape[-1]
     if x.shape[-1] != cols:
         raise ValueError(f"wanda::{op}: x has {x.shape[-1]} columns, sqnorm has {cols}")
+    if ends is not None:
+        return _check_segments(op, sqnorm, x, token_mask, ends)
     sequences = sqnorm.shape[0] if sqnorm.dim() == 2 else x.shape[0] if x.dim() == 3 else 1
     if x.dim() == 3:
         if x.shape[0] != sequences:
@@ -136,6 +141,32 @@ def check_sqnorm(op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None =
                 f"wanda::{op}: token_mask must be [{sequences}, {tokens}] or flattened, got {list(token_mask.shape)}"
             )
     return sequences, tokens, cols
+
+
+def _check_segments(
+    op: str, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None, ends: Tensor
+) -> tuple[int, int, int]:
+    if token_mask is not None:
+        raise ValueError(f"wanda::{op}: token_mask must be None where ends are given: leave those rows out of x")
+    if sqnorm.dim() != 2:
+        raise ValueError(f"wanda::{op}: sqnorm must be [segments, C_in] where ends are given, got {list(sqnorm.shape)}")
+    if x.dim() != 2:
+        raise ValueError(f"wanda::{op}: x must be [rows, C_in] where ends are given, got {list(x.shape)}")
+    _check_beside(op, "ends", ends, torch.int32, "x", x)
+    _check_shape(op, "ends", ends, sqnorm.shape[0], contiguous=True)
+    return sqnorm.shape[0], x.shape[0], x.shape[1]
+
+
+def check_ends(op: str, ends: Tensor, rows: int) -> list[int]:
+    """What is in ``ends``: [segments] ascending from >= 0 to <= ``rows``."""
+    found: list[int] = ends.tolist()
+    for segment, (begin, end) in enumerate(zip([0, *found], found, strict=False)):
+        if not begin <= end <= rows:
+            raise ValueError(
+                f"wanda::{op}: ends must ascend from 0 to at most {rows}, the rows of x, got ends[{segment}] = {end} "
+                f"after {begin}"
+            )
+    return found
 
 
 def check_rms_norm_sqnorm(

@@ -142,8 +142,15 @@ def _sum_of_squares(tokens: Tensor) -> Tensor:
     return total.float()
 
 
-def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
-    sequences, tokens, cols = _checks.check_sqnorm("add_sqnorm_", sqnorm, x, token_mask)
+def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None, ends: Tensor | None = None) -> None:
+    sequences, tokens, cols = _checks.check_sqnorm("add_sqnorm_", sqnorm, x, token_mask, ends)
+    if ends is not None:
+        begin = 0
+        for row, end in zip(sqnorm, _checks.check_ends("add_sqnorm_", ends, tokens), strict=True):
+            if end > begin:
+                row += _sum_of_squares(x[begin:end])
+            begin = end
+        return
     x = x.reshape(sequences, tokens, cols)
     counted = None if token_mask is None else token_mask.reshape(sequences, tokens)
     for sequence in range(sequences):

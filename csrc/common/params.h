@@ -66,12 +66,14 @@ struct Unpack24Params {
 // Column sums of squares.
 struct SqnormParams {
   float* sqnorm;           // [sequences, cols] or [cols] (`is_shared`): each sequence's sum is added
-  const void* x;           // [sequences, tokens, cols]
+  const void* x;           // [sequences, tokens, cols]; with `ends`: [tokens, cols]
   const bool* token_mask;  // nullptr, or [sequences, tokens] contiguous: false = the token does not count
+  const int32_t* ends;  // nullptr, or [sequences]: sequence s has the tokens ends[s - 1] .. ends[s] of x, the
+                        // first one those from 0 on. Not together with `token_mask` or `is_shared`
   int64_t sequences;
-  int64_t tokens;  // per sequence
+  int64_t tokens;  // per sequence; with `ends`: in all
   int64_t cols;
-  int64_t sequence_stride;  // of x
+  int64_t sequence_stride;  // of x; with `ends`: 0
   int64_t token_stride;     // of x
   bool is_shared;           // all sequences add to one row of sqnorm, in order
   Dtype dtype;

@@ -57,11 +57,11 @@ struct Kernels {
   void (*nm)(const NmParams& params, int64_t begin, int64_t end);
   int64_t (*pack_24)(const Pack24Params& params, int64_t begin, int64_t end);
 
-  // Sequence `sequence`, columns [begin, end). A column's sum takes its tokens in order in float32, each
-  // square rounded before it is added (no fused multiply-add): the order and rounding of torch.norm(x.t(),
-  // dim=1), on which the official code's masks stand. After every kChunk tokens the sum goes to a float64
-  // total, which is rounded once to float32 and added to sqnorm: the same bits for every instruction set,
-  // number of threads and split of columns.
+  // Sequence (or segment) `sequence`, columns [begin, end). A column's sum takes its tokens in order in
+  // float32, each square rounded before it is added (no fused multiply-add): the order and rounding of
+  // torch.norm(x.t(), dim=1), on which the official code's masks stand. After every kChunk tokens the sum
+  // goes to a float64 total, which is rounded once to float32 and added to sqnorm: the same bits for every
+  // instruction set, number of threads and split of columns.
   void (*sqnorm)(const SqnormParams& params, int64_t sequence, int64_t begin, int64_t end);
   void (*product_sqnorm)(const ProductSqnormParams& params, int64_t sequence, int64_t begin, int64_t end);
 

@@ -46,6 +46,30 @@ void over_sequences(int64_t sequences, int64_t cols, bool is_shared, Work work) 
   });
 }
 
+// As over_sequences, for segments of uneven sizes: threads get equal shares of rows times blocks of columns.
+// What a segment costs beside its rows counts as kSegmentRows more. A block of a segment goes to the thread
+// in whose share it begins.
+template <class Work>
+void over_segments(const SqnormParams& params, Work work) {
+  constexpr int64_t kSegmentRows = 8, kColumnStep = 64;
+  const int64_t blocks = (params.cols + kColumnStep - 1) / kColumnStep;
+  const auto cost_before = [&](int64_t segment) {
+    return segment == 0 ? 0 : params.ends[segment - 1] + segment * kSegmentRows;
+  };
+  const auto share = [&](int64_t begin, int64_t end) {
+    for (int64_t segment = 0; segment < params.sequences; ++segment) {
+      const int64_t before = cost_before(segment), cost = cost_before(segment + 1) - before;
+      const auto first_block = [&](int64_t place) {  // that begins at `place` or behind it
+        return std::clamp<int64_t>((place - before * blocks + cost - 1) / cost, 0, blocks);
+      };
+      const int64_t first = first_block(begin) * kColumnStep;
+      const int64_t last = std::min(first_block(end) * kColumnStep, params.cols);
+      if (first < last && cost > kSegmentRows) work(segment, first, last);
+    }
+  };
+  at::parallel_for(0, cost_before(params.sequences) * blocks, 32768 / kColumnStep, share);
+}
+
 // ---- rows, N:M.
 
 at::Tensor run_rows(const Selection<RowsParams>& selection) {
@@ -80,11 +104,17 @@ at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, 
 
 // ---- Column sums of squares.
 
-void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& token_mask) {
-  const SqnormArguments arguments = check_add_sqnorm("add_sqnorm_", sqnorm, x, token_mask);
+void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& token_mask,
+                 const OptionalTensor& ends) {
+  const SqnormArguments arguments = check_add_sqnorm("add_sqnorm_", sqnorm, x, token_mask, ends);
+  if (ends) check_ends("add_sqnorm_", *ends, x.size(0));
   const SqnormParams& params = arguments.params;
-  over_sequences(params.sequences, params.cols, params.is_shared,
-                 [&](auto... range) { kernels().sqnorm(params, range...); });
+  const auto work = [&](auto... range) { kernels().sqnorm(params, range...); };
+  if (params.ends != nullptr) {
+    over_segments(params, work);
+  } else {
+    over_sequences(params.sequences, params.cols, params.is_shared, work);
+  }
 }
 
 // ---- What makes the inputs of linear layers, with the column sums of squares of what it makes.

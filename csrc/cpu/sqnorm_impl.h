@@ -1,5 +1,7 @@
 // Column sums of squares. Included by isa_<set>.cpp; one thread, one sequence.
 //
+// A segment is a sequence too: of its own length, one behind the other in x.
+//
 // A tile of columns stays in L1 and L2 while the tokens stream by, eight rows a pass: load the float32
 // partials, add the eight squares in token order, store. The same columns of the next eight rows are
 // prefetched to L2 meanwhile: the hardware follows eight streams badly (1.05-1.3 x a plain read without,
@@ -55,34 +57,40 @@ void sqnorm_add(const typename Element<dtype>::Bits* const* rows, int64_t column
   }
 }
 
-// `cols` is a multiple of kSqnormUnit and at most kSqnormTile.
+// Tokens [begin, end) of x, of which the mask has a say. `cols` is a multiple of kSqnormUnit and at most
+// kSqnormTile.
 template <class Vector, Dtype dtype>
 void sqnorm_tile(const typename Element<dtype>::Bits* x, const bool* token_mask, const SqnormParams& p,
-                 int64_t column, int64_t cols, float* sqnorm) {
+                 int64_t begin, int64_t end, int64_t column, int64_t cols, float* sqnorm) {
   alignas(64) float partial[kSqnormTile];
   alignas(64) double total[kSqnormTile];
-  for (int64_t j = 0; j < cols; ++j) {
-    partial[j] = 0.0f;
-    total[j] = 0.0;
-  }
+  const bool is_short = end - begin < kChunk;  // needs no total, which takes as long to set as its sums
+  for (int64_t j = 0; j < cols; ++j) partial[j] = 0.0f;
+  for (int64_t j = 0; j < cols && !is_short; ++j) total[j] = 0.0;
   // The rows of this batch and of the pass after it, for the prefetch.
   const typename Element<dtype>::Bits* rows[kSqnormBatch + kSqnormPass];
   int64_t found = 0;
-  int64_t token = 0;
+  int64_t token = begin;
   int64_t in_chunk = 0;
   while (true) {
-    for (; token < p.tokens && found < kSqnormBatch + kSqnormPass; ++token) {
+    for (; token < end && found < kSqnormBatch + kSqnormPass; ++token) {
       rows[found] = x + token * p.token_stride;
       found += token_mask == nullptr || token_mask[token];
     }
     if (found == 0) break;
-    for (int64_t r = found; r < kSqnormBatch + kSqnormPass; ++r) rows[r] = rows[found - 1];
+    for (int64_t r = found, next = end; r < kSqnormBatch + kSqnormPass; ++r) {  // of the segment behind this
+      next = next < p.tokens ? next : p.tokens - 1;
+      rows[r] = x + next++ * p.token_stride;
+    }
     const int64_t counted = found < kSqnormBatch ? found : kSqnormBatch;
     int64_t r = 0;
     for (; r + kSqnormPass <= counted; r += kSqnormPass) {
       sqnorm_add<Vector, dtype, kSqnormPass>(rows + r, column, cols, partial);
     }
-    for (; r < counted; ++r) sqnorm_add<Vector, dtype, 1>(rows + r, column, cols, partial);
+    const int64_t left = counted - r;
+    if ((left & 4) != 0) sqnorm_add<Vector, dtype, 4>(rows + r, column, cols, partial);
+    if ((left & 2) != 0) sqnorm_add<Vector, dtype, 2>(rows + r + (left & 4), column, cols, partial);
+    if ((left & 1) != 0) sqnorm_add<Vector, dtype, 1>(rows + counted - 1, column, cols, partial);
     in_chunk += counted;
     if (in_chunk == kChunk) {
       in_chunk = 0;
@@ -96,7 +104,9 @@ void sqnorm_tile(const typename Element<dtype>::Bits* x, const bool* token_mask,
   }
   for (int64_t j = 0; j < cols; ++j) {
     const int64_t at = place_in_pair<Vector, dtype>(j);
-    const float sum = sqnorm[column + j] + static_cast<float>(total[at] + static_cast<double>(partial[at]));
+    const float own =
+        is_short ? partial[at] : static_cast<float>(total[at] + static_cast<double>(partial[at]));
+    const float sum = sqnorm[column + j] + own;
     sqnorm[column + j] = sum != sum ? float_of_bits(0x7fc00000u) : sum;
   }
 }
@@ -106,14 +116,18 @@ void sqnorm_columns(const SqnormParams& p, int64_t sequence, int64_t begin, int6
   const auto* x = static_cast<const typename Element<dtype>::Bits*>(p.x) + sequence * p.sequence_stride;
   const bool* token_mask = p.token_mask == nullptr ? nullptr : p.token_mask + sequence * p.tokens;
   float* sqnorm = p.sqnorm + (p.is_shared ? 0 : sequence * p.cols);
+  const int64_t first = p.ends != nullptr && sequence > 0 ? p.ends[sequence - 1] : 0;
+  const int64_t last = p.ends != nullptr ? p.ends[sequence] : p.tokens;
   int64_t column = begin;
   while (end - column >= kSqnormUnit<Vector>) {
     const int64_t whole = (end - column) / kSqnormUnit<Vector> * kSqnormUnit<Vector>;
     const int64_t cols = whole < kSqnormTile ? whole : kSqnormTile;
-    sqnorm_tile<Vector, dtype>(x, token_mask, p, column, cols, sqnorm);
+    sqnorm_tile<Vector, dtype>(x, token_mask, p, first, last, column, cols, sqnorm);
     column += cols;
   }
-  if (column < end) sqnorm_tile<Scalar, dtype>(x, token_mask, p, column, end - column, sqnorm);
+  if (column < end) {
+    sqnorm_tile<Scalar, dtype>(x, token_mask, p, first, last, column, end - column, sqnorm);
+  }
 }
 
 template <class Vector>
