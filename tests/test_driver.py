@@ -261,9 +261,21 @@ def test_float_input_ids_are_refused():
 
 def test_a_layer_that_gets_no_input_is_refused():
     model = tiny.model()
-    model.model.layers[0].mlp.unused = torch.nn.Linear(64, 64)
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.unused received no input during calibration"):
+    model.model.layers[0].mlp.unused = torch.nn.Linear(64, 256)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.unused received no input .* and holds 3\d\.\d% of"):
         prune(model, tiny.ids())
+
+
+def test_a_small_layer_that_gets_no_input_stays_dense_and_is_listed():
+    model = tiny.model()
+    model.model.layers[0].mlp.unused = torch.nn.Linear(64, 16)
+    before = model.model.layers[0].mlp.unused.weight.clone()
+    report = prune(copy.deepcopy(model), tiny.ids())
+    assert {name: round(share, 4) for name, share in report.dense.items()} == {"model.layers.0.mlp.unused": 0.0312}
+    assert "stays dense: mlp.unused (3.1% of a block, 1 blocks)" in str(report)
+    assert torch.equal(model.model.layers[0].mlp.unused.weight, before)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.unused received no input during calibration"):
+        prune(model, tiny.ids(), require_all=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

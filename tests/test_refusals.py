@@ -290,9 +290,14 @@ def test_a_stack_that_runs_twice_is_refused():
 
 
 def test_blocks_that_hand_on_more_than_hidden_states_are_refused():
-    model = tiny.model("xlstm", num_blocks=2, num_heads=2, qk_dim_factor=0.5, chunk_size=16)
-    with pytest.raises(ValueError, match="wants more of its blocks than their hidden states"):
+    model = tiny.model("rwkv", attention_hidden_size=64)
+    with pytest.raises(ValueError, match=r"hands more than hidden states from block to block \(state\)"):
         prune(model, tiny.ids())
+
+
+def test_blocks_that_return_more_than_the_next_one_takes_are_pruned():
+    model = tiny.model("xlstm", num_blocks=2, num_heads=2, qk_dim_factor=0.5, chunk_size=16)
+    assert min(layer.sparsity for layer in prune(model, tiny.ids(), sparsity=0.5).layers) >= 0.5
 
 
 def test_shared_keys_and_values_are_pruned_as_in_one_pass(tmp_path):

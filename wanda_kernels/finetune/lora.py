@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._words import need
-from .masks import pruned_linears
+from .masks import pruned_matrices
 
 _PEFT = "LoRA needs the peft package"
 
@@ -61,7 +61,8 @@ def masked_lora(
         if name in options:
             raise ValueError(f"{name}: {instead}")
     adapter.refuse_other_options(options)
-    linears = pruned_linears(model)
+    matrices = pruned_matrices(model).items()
+    linears = {name: matrix.module for name, matrix in matrices if isinstance(matrix.module, nn.Linear)}
     wanted = sorted({name.rsplit(".", 1)[-1] for name in linears}) if target_modules is None else target_modules
     # peft's own rule says which are meant. It passes over layers_to_transform where targets are full names, as below.
     choosing = {name: options.pop(name, None) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
@@ -98,7 +99,7 @@ def load_masked_lora(model: nn.Module, folder: str | Path, *, trainable: bool = 
 
     from .adapter import MaskedLoraConfig
 
-    pruned_linears(model)
+    pruned_matrices(model)
     config = peft.PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, MaskedLoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..pruning.blocks import count_zeros, find_blocks, matrices_of
+from ..pruning.matrices import Matrix
 
 
-def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the decoder blocks whose weights hold zeros, by their name in ``model``.
+def pruned_matrices(model: nn.Module) -> dict[str, Matrix]:
+    """The linear layers and experts of the decoder blocks whose weights hold zeros, by their name in ``model``.
 
     Raises:
         ValueError: where none does, or the model cannot be pruned (see :func:`wanda_kernels.prune`), is compiled, or
@@ -22,7 +23,7 @@ def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
     if any(hasattr(module, "base_layer") and hasattr(module, "active_adapters") for module in model.modules()):
         raise ValueError("the model has adapters already (peft): merge them first (merge_and_unload) or unload them")
     matrices = matrices_of(find_blocks(model))
-    found = {name: matrix.module for name, matrix in matrices.items() if count_zeros(matrix.weight)}
+    found = {name: matrix for name, matrix in matrices.items() if count_zeros(matrix.weight)}
     if not found:
         raise ValueError("no linear layer of the model holds zeros: prune it first")
     return found
@@ -31,8 +32,8 @@ def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
 class HeldMasks:
     """The hooks of :func:`hold_masks`; ``remove()`` takes them away."""
 
-    def __init__(self, linears: dict[str, nn.Linear], optimizer: torch.optim.Optimizer) -> None:
-        self._held = [(linear.weight, linear.weight == 0) for linear in linears.values()]
+    def __init__(self, matrices: dict[str, Matrix], optimizer: torch.optim.Optimizer) -> None:
+        self._held = [(matrix.stored, matrix.stored == 0) for matrix in matrices.values()]
         self._handles = [
             weight.register_hook(lambda gradient, zero=zero: gradient.masked_fill(zero, 0))
             for weight, zero in self._held
@@ -60,8 +61,8 @@ def hold_masks(model: nn.Module, optimizer: torch.optim.Optimizer) -> HeldMasks:
     Raises:
         ValueError: a model without zeros, or an optimiser that has none of the pruned weights.
     """
-    linears = pruned_linears(model)
+    matrices = pruned_matrices(model)
     trained: set[int] = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(linear.weight) in trained for linear in linears.values()):
+    if not any(id(matrix.stored) in trained for matrix in matrices.values()):
         raise ValueError("the optimizer trains none of the model's pruned weights")
-    return HeldMasks(linears, optimizer)
+    return HeldMasks(matrices, optimizer)

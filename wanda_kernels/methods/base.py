@@ -65,6 +65,7 @@ class Method(ABC):
     name: ClassVar[str]
     needs: ClassVar[Needs]
     baseline: ClassVar[str | None] = None  # the method that a study shows it beside
+    takes_experts: ClassVar[bool] = False  # prune_ also takes [E, C_out, C_in] where rows are independent
     update: ClassVar[str | None] = None  # how it updates the baseline's weights, of the paper's ablations
 
     def has_independent_rows(self, pattern: Pattern | None) -> bool:

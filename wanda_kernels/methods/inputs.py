@@ -46,13 +46,41 @@ class LayerInputs:
     """Shared by the layers that take the same input.
 
     Attributes:
-        norm: [C_in], float32: L2 norm of each channel, up to one factor.
-        hessian: [C_in, C_in], float32: 2 / sequences * sum of x^T x, where the method needs it.
+        norm: [C_in], float32: L2 norm of each channel, up to one factor. Of fused experts [E, C_in].
+        hessian: [C_in, C_in], float32: 2 / sequences * sum of x^T x, where the method needs it. Of fused experts
+            [E, C_in, C_in].
+        tokens: [E], of fused experts: how many the router sent to each.
+        pooled: of fused experts: those that take the mean over all of them.
     """
 
     norm: Tensor
     hessian: Tensor | None = None
+    tokens: Tensor | None = None
+    pooled: list[int] = field(default_factory=list)
     _factors: dict[float, Factor] = field(default_factory=dict, repr=False)
+
+    def pool(self, min_tokens: int) -> None:
+        """Experts with fewer tokens take the mean over all experts: the root of the mean square of their norms."""
+        assert self.tokens is not None
+        self.pooled = torch.nonzero(self.tokens < min_tokens).flatten().tolist()
+        if not self.pooled:
+            return
+        squares = torch.zeros_like(self.norm[0], dtype=torch.float64)
+        for norm in self.norm:  # in order, so that the sum is the same everywhere
+            squares += norm.double().square()
+        self.norm[self.pooled] = (squares / len(self.norm)).sqrt().float()
+        if self.hessian is not None:
+            whole = torch.zeros_like(self.hessian[0])
+            for hessian in self.hessian:
+                whole += hessian / len(self.hessian)
+            self.hessian[self.pooled] = whole
+
+    def of_experts(self, experts: range) -> LayerInputs:
+        some = slice(experts.start, experts.stop)
+        return LayerInputs(self.norm[some], None if self.hessian is None else self.hessian[some])
+
+    def of_expert(self, expert: int) -> LayerInputs:
+        return LayerInputs(self.norm[expert], None if self.hessian is None else self.hessian[expert])
 
     def factor(self, damping: float) -> Factor:
         """Made once for all layers that share the input."""

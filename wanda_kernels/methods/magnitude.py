@@ -25,6 +25,7 @@ class Magnitude(Method):
 
     name = "magnitude"
     needs = Needs.NOTHING
+    takes_experts = False
 
     group: Group | None = option(None, **GROUP)
 

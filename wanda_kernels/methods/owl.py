@@ -46,7 +46,7 @@ class Owl:
 
 def outlier_ratio(weights: dict[str, Tensor], inputs: dict[str, LayerInputs], outlier: float) -> float:
     """The share of a block's Wanda scores above ``outlier`` times their mean, over all its layers together."""
-    scores = [wanda_score(weight, inputs[name].norm) for name, weight in weights.items()]
+    scores = [wanda_score(weight, inputs[name].norm.unsqueeze(-2)) for name, weight in weights.items()]
     count = sum(score.numel() for score in scores)
     mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
     return sum(int((score > outlier * mean).sum()) for score in scores) / count

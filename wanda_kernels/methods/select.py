@@ -14,15 +14,16 @@ from .base import Outcome, Pattern
 
 
 def prune_independent_rows_(weight: Tensor, norm: Tensor | None, sparsity: float, pattern: Pattern | None) -> Outcome:
-    """Prune by ``|W| * norm`` within each row (or by ``|W|``: ``norm`` None), in one pass over memory."""
+    """Prune by ``|W| * norm`` within each row (or by ``|W|``: ``norm`` None), in one pass over memory: a matrix
+    [C_out, C_in], or those of experts [E, C_out, C_in]."""
     if norm is None:
-        norm = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
-    sums = torch.empty(weight.shape[0], 2, dtype=torch.float32, device=weight.device)
+        norm = torch.ones(*weight.shape[:-2], weight.shape[-1], dtype=torch.float32, device=weight.device)
+    sums = torch.empty(*weight.shape[:-1], 2, dtype=torch.float32, device=weight.device)
     if pattern is not None:
         prune_nm_(weight, norm, pattern.n, pattern.m, sums)
     else:
         prune_rows_(weight, norm, sparsity, sums)
-    return Outcome(sums)
+    return Outcome(sums.view(-1, 2))
 
 
 def prune_masked_(weight: Tensor, score: Tensor, mask: Tensor, damping: float | None = None) -> Outcome:

@@ -68,14 +68,16 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
     model = unwrapped(model)
     report = PackedReport({}, {}, 0, 0)
     for name, matrix in matrices_of(find_blocks(model)).items():
-        linear = matrix.module
-        special = why_not_plain(linear)
-        form = choose_format(linear.weight.data, format) if special is None else None
+        linear, stored = matrix.module, matrix.stored.detach()
+        special: str | None = f"a {type(linear).__name__} is not packed"
+        if isinstance(linear, nn.Linear):
+            special = why_not_plain(linear)
+        form = choose_format(stored, format) if special is None else None
         report.formats[name] = form or "dense"
-        report.dense_bytes += linear.weight.nbytes
-        if form is None:
-            report.dense[name] = special or why_dense(linear.weight.data, format)
-            report.packed_bytes += linear.weight.nbytes
+        report.dense_bytes += stored.nbytes
+        if form is None or not isinstance(linear, nn.Linear):
+            report.dense[name] = special or why_dense(stored, format)
+            report.packed_bytes += stored.nbytes
             continue
         packed = PackedLinear.from_linear(linear, form).train(linear.training)
         report.packed_bytes += sum(tensor.nbytes for tensor in packed.packed())
@@ -89,7 +91,7 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
 
 def refuse_unpackable(blocks: list[Block]) -> None:
     """Raises ValueError where no layer of any block could be packed, whatever is pruned: known from the shapes."""
-    widths = {name: matrix.weight.shape[1] for name, matrix in matrices_of(blocks).items()}
+    widths = {name: matrix.weight.shape[-1] for name, matrix in matrices_of(blocks).items()}
     if all(width % COLUMNS for width in widths.values()):
         reasons = {name: why_not_packable(width) for name, width in widths.items()}
         raise ValueError(_nothing_packed(reasons, "auto"))

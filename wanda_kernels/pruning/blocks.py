@@ -7,47 +7,25 @@ The one place that decides what may be pruned (:func:`find_blocks`) and what may
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.hooks import RemovableHandle
 
 from .._checks import FLOATS
+from .._words import percent
+from .matrices import Block, Matrix, matrices_in
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torchao.quantization", "bitsandbytes.")
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 # Subclasses of nn.Linear that, without a bias, compute what it computes.
 _COMPUTE_AS_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+MOST_DENSE = 0.15  # of a block's weights, that may lie beside its matrices
+_OTHER_SENSES = ("vision", "visual", "image", "audio", "speech", "video")  # whose towers are not the text's
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module; its class takes a second to import
 PACKED = "wanda_packed"  # quant_method of packed checkpoints (wanda_kernels/packed)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """What is pruned: the weight, [C_out, C_in], of a module whose first argument is its input."""
-
-    module: nn.Linear
-
-    @property
-    def weight(self) -> Tensor:
-        return self.module.weight
-
-    def watch(self, told: Callable[[Tensor], None]) -> RemovableHandle:
-        """``told`` gets each input, [.., C_in], just before it is used."""
-        return self.module.register_forward_pre_hook(lambda _module, inputs: told(inputs[0]))
-
-
-@dataclass(frozen=True)
-class Block:
-    """One decoder block: its name in the model, the module, and its matrices by their name inside it."""
-
-    name: str
-    module: nn.Module
-    matrices: dict[str, Matrix]
 
 
 def matrices_of(blocks: Iterable[Block]) -> dict[str, Matrix]:
@@ -58,9 +36,12 @@ def matrices_of(blocks: Iterable[Block]) -> dict[str, Matrix]:
 def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
     """The decoder blocks in order. ``meta``: their weights may be without data, to be filled in later.
 
+    What is pruned are linear layers and fused experts. Other weights stay dense where they are small (routers,
+    convolutions, states): each block lists them.
+
     Raises:
-        ValueError: for a model that would be pruned wrongly: encoder-decoder models, blocks with weights that are
-            not in ``nn.Linear`` (fused expert tensors, convolutions, quantised layers), adapters, weights that are
+        ValueError: for a model that would be pruned wrongly: encoder-decoder models, blocks with large weights that
+            are neither in linear layers nor in experts of a known form, quantised layers, adapters, weights that are
             computed from others (parametrisations, weight norm), weights shared between layers, dtypes that the
             kernels do not know, weights that are not on one device, blocks that are wrapped one by one.
     """
@@ -78,10 +59,12 @@ def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
     prefix, stack = _find_stack(model)
     blocks = []
     for index, module in enumerate(stack):
-        matrices = {name: Matrix(child) for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-        blocks.append(Block(f"{prefix}.{index}", module, matrices))
-    for block in blocks:
-        _refuse_other_weights(block)
+        for name, part in module.named_modules():
+            _refuse_computed_weights(f"{prefix}.{index}.{name}".rstrip("."), part)
+        block = Block(f"{prefix}.{index}", module, *matrices_in(module))
+        block.dense.update(_other_weights(block))
+        _refuse_unknown_weights(block)
+        blocks.append(block)
     _refuse_shared_weights(model, blocks)
     if not meta:
         _refuse_overlaps(model, blocks)
@@ -122,11 +105,15 @@ def _refuse_computed_weights(name: str, module: nn.Module) -> None:
             "module inside it"
         )
     quantised = type(module).__module__.startswith(_QUANTISED)
+    weight = module._parameters.get("weight")
     saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
-    codes = [  # what is not saved holds no weights: masks, positions
+    codes = [  # what is not saved holds no weights: masks, positions; nor does a table beside a weight
         key
         for key, buffer in saved.items()
-        if buffer is not None and buffer.dim() >= 2 and not (buffer.is_floating_point() or buffer.dtype == torch.bool)
+        if weight is None
+        and buffer is not None
+        and buffer.dim() >= 2
+        and not (buffer.is_floating_point() or buffer.dtype == torch.bool)
     ]
     if quantised or codes:
         raise ValueError(
@@ -135,10 +122,10 @@ def _refuse_computed_weights(name: str, module: nn.Module) -> None:
         )
 
 
-def what_it_computes(linear: nn.Linear) -> str | None:
-    """Why a layer may compute something else than ``x @ weight.T + bias``; None where it does not."""
+def what_it_computes(linear: nn.Module) -> str | None:
+    """Why a layer, or a module of experts, may compute something else than its class says; None where it does not."""
     known = f"{type(linear).__module__}.{type(linear).__qualname__}" in _COMPUTE_AS_LINEAR and linear.bias is None
-    if type(linear).forward is not nn.Linear.forward and not known:
+    if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward and not known:
         return f"it is a {type(linear).__name__}, which may compute something else than nn.Linear"
     if "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):  # accelerate's moves tensors between devices
         return "it has a forward of its own"
@@ -164,7 +151,7 @@ def why_not_plain(linear: nn.Linear) -> str | None:
 def _refuse_overlaps(model: nn.Module, blocks: list[Block]) -> None:
     """Two weights in the same memory would be pruned twice, or another one with them."""
     named = {id(tensor): (name, tensor) for name, tensor in model.named_parameters() if not tensor.is_meta}
-    mine = {id(matrix.weight) for matrix in matrices_of(blocks).values()}
+    mine = {id(matrix.stored) for matrix in matrices_of(blocks).values()}
     spans = []
     for name, tensor in named.values():
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -183,14 +170,16 @@ def _find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The one outermost list of modules that all hold linear layers, looked for in the text decoder."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder: nn.Module = model if get_decoder is None else get_decoder()
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):  # another part of that name
+        decoder = model
     names = {id(module): name for name, module in model.named_modules()}
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in decoder.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if any(name.startswith(f"{outer}.") for outer, _ in found):
+        if any(name.startswith(f"{outer}.") for outer, _ in found) or any(sense in name for sense in _OTHER_SENSES):
             continue
-        if all(any(isinstance(child, nn.Linear) for child in element.modules()) for element in module):
+        if all(not isinstance(element, nn.Linear) and matrices_in(element)[0] for element in module):
             found.append((name, module))
     if len(found) != 1:
         raise ValueError(
@@ -201,24 +190,33 @@ def _find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return names[id(stack)] or name, stack
 
 
-def _refuse_other_weights(block: Block) -> None:
-    """A block whose matrices are not all in nn.Linear would be pruned in part without a word: refuse it."""
-    for name, module in block.module.named_modules():
-        _refuse_computed_weights(f"{block.name}.{name}".rstrip("."), module)
-    in_linears = {id(matrix.weight) for matrix in block.matrices.values()}
-    others = [
-        (name, parameter)
+def _other_weights(block: Block) -> dict[str, Tensor]:
+    """What a block holds in two dimensions or more beside its matrices, and the biases of its experts."""
+    mine = {id(matrix.stored) for matrix in block.matrices.values()}
+    return {
+        name: parameter
         for name, parameter in block.module.named_parameters()
-        if parameter.dim() >= 2 and id(parameter) not in in_linears
-    ]
-    for name, parameter in sorted(others, key=lambda other: -other[1].dim()):  # experts before their router
-        kind = "a fused expert tensor" if "expert" in name else "not the weight of an nn.Linear"
-        raise ValueError(f"{block.name}.{name} {list(parameter.shape)} is {kind}: it cannot be pruned")
+        if parameter.dim() >= 2 and id(parameter) not in mine and not name.endswith("bias")
+    }
+
+
+def _refuse_unknown_weights(block: Block) -> None:
+    """Large weights that are not pruned would make a sparsity that nobody asked for."""
+    shares = {name: block.share(parameter) for name, parameter in block.dense.items()}
+    experts = [name for name, parameter in block.dense.items() if "expert" in name and parameter.dim() > 2]
+    if experts or sum(shares.values()) > MOST_DENSE:
+        name = experts[0] if experts else max(shares, key=lambda name: shares[name])
+        kind = "a fused expert tensor of a form that is not known" if experts else "in no linear layer"
+        raise ValueError(
+            f"{block.name}.{name} {list(block.dense[name].shape)} is {kind}: it cannot be pruned, and would leave "
+            f"{percent(shares[name], 1)} of its block's weights dense (with what else is none, "
+            f"{percent(sum(shares.values()), 1)})"
+        )
     for name, matrix in matrices_of([block]).items():
-        if matrix.weight.dtype not in FLOATS or matrix.weight.dim() != 2:
+        if matrix.stored.dtype not in FLOATS or matrix.stored.dim() != (2 if matrix.experts is None else 3):
             raise ValueError(
-                f"{name}.weight must be float32, bfloat16 or float16, got {matrix.weight.dtype} "
-                f"{list(matrix.weight.shape)} (quantised weights have to be dequantised first)"
+                f"{matrix.name_of(name)} must be float32, bfloat16 or float16, got {matrix.stored.dtype} "
+                f"{list(matrix.stored.shape)} (quantised weights have to be dequantised first)"
             )
 
 
@@ -229,15 +227,15 @@ def _refuse_shared_weights(model: nn.Module, blocks: list[Block]) -> None:
         if not any(name.startswith(f"{block.name}.") for block in blocks)
     }
     for name, matrix in matrices_of(blocks).items():
-        full = f"{name}.weight"
-        owner = owners.setdefault(id(matrix.weight), full)
+        full = matrix.name_of(name)
+        owner = owners.setdefault(id(matrix.stored), full)
         if owner != full:
             raise ValueError(f"{full} is shared with {owner}: shared weights cannot be pruned")
 
 
 def _refuse_devices(blocks: list[Block], mapped: bool) -> None:
     """``mapped``: accelerate moves activations from device to device."""
-    devices = {matrix.weight.device for matrix in matrices_of(blocks).values()}
+    devices = {matrix.stored.device for matrix in matrices_of(blocks).values()}
     names = ", ".join(sorted(str(device) for device in devices))
     if torch.device("meta") in devices and mapped:
         raise ValueError(f"the device map leaves weights on a disk (they are on: {names}): stream the model instead")
@@ -248,9 +246,9 @@ def _refuse_devices(blocks: list[Block], mapped: bool) -> None:
 def refuse_non_finite(blocks: list[Block]) -> None:
     """Raises ValueError naming the first linear layer whose weight holds NaN or inf. One read of each weight."""
     for name, matrix in matrices_of(blocks).items():
-        low, high = torch.aminmax(matrix.weight.detach())  # NaN wins in both
-        if matrix.weight.numel() and not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise ValueError(f"{name}.weight holds NaN or inf: refusing to prune it")
+        low, high = torch.aminmax(matrix.stored.detach())  # NaN wins in both
+        if matrix.stored.numel() and not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise ValueError(f"{matrix.name_of(name)} holds NaN or inf: refusing to prune it")
 
 
 def count_zeros(weight: Tensor) -> int:
@@ -261,7 +259,9 @@ def count_zeros(weight: Tensor) -> int:
     """
     if weight.device.type != "cpu":
         return int(torch.count_nonzero(weight == 0))
-    bits = weight.detach().view(torch.int16 if weight.element_size() == 2 else torch.int32).numpy()
+    if not weight.is_contiguous():  # another order counts the same
+        weight = weight.transpose(-1, -2)
+    bits = weight.detach().contiguous().view(torch.int16 if weight.element_size() == 2 else torch.int32).numpy()
     sign = np.iinfo(bits.dtype).min
     other = sum(np.count_nonzero(part) - np.count_nonzero(part == sign) for part in np.array_split(bits, 64))
     return int(bits.size - other)

@@ -26,16 +26,17 @@ def prune(
     progress: Progress | None = None,
     **arguments: Unpack[SpecArguments],
 ) -> PruningReport:
-    """Prune the linear layers of a transformers decoder in place.
+    """Prune the linear layers and experts of a transformers decoder in place.
 
-    Embeddings and ``lm_head`` are never pruned. The model stays on its device and in its dtype.
+    Embeddings and ``lm_head`` are never pruned, routers and small tensors beside the layers (convolutions, states)
+    stay dense: the report lists them. The model stays on its device and in its dtype.
 
     Args:
-        model: a causal language model of transformers whose blocks hold ``nn.Linear``.
+        model: a causal language model of transformers, or one that also takes images: its text decoder is pruned.
         input_ids: [samples, length], int64: the calibration sequences. Not needed for ``magnitude``.
         spec: a :class:`PruneSpec`; or, instead of it,
         arguments: its parts: ``sparsity`` or ``pattern``, ``method`` and its options, ``propagate``, ``batch_size``,
-            ``exact_error``, ``fuse_statistics``, ``owl``.
+            ``exact_error``, ``fuse_statistics``, ``owl``, ``experts``, ``min_tokens``, ``require_all``.
         processes: that share the work (:mod:`wanda_kernels.distributed`): each calls this with the same arguments
             and has the same pruned model at the end.
         progress: told about each step and block.
@@ -51,7 +52,7 @@ def prune(
     blocks = find_blocks(model)
     check_blocks(blocks, spec)
     refuse_non_finite(blocks)
-    device = next(iter(blocks[0].matrices.values())).weight.device
+    device = next(iter(blocks[0].matrices.values())).stored.device
     ids = check_input_ids(model, input_ids, spec)
     if processes is not None:
         processes.refuse_differences(
@@ -66,6 +67,13 @@ def prune(
 def check_blocks(blocks: list[Block], spec: PruneSpec) -> None:
     """Raises ValueError for blocks that cannot be pruned as ``spec`` says, or where a layer's weight may be used
     otherwise than its input's norms say: its mask would be wrong. Their weights may be without data."""
+    spec.check_experts(any(block.experts for block in blocks))
+    if spec.require_all:
+        for block in blocks:
+            for name, parameter in block.dense.items():
+                raise ValueError(
+                    f"{block.name}.{name} {list(parameter.shape)} would stay dense, which require_all forbids"
+                )
     for name, matrix in matrices_of(blocks).items():
         spec.check_weight(name, matrix.weight)
         reason = what_it_computes(matrix.module)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import gelu_tanh_mul_sqnorm, rms_norm_sqnorm, silu_mul_sqnorm
-from .blocks import Block
-from .recording import Call, run_block, stand_ins
+from .matrices import Block, Rows, Watching
+from .recording import Call, run_block
+from .stand_ins import stand_ins
 
 PRODUCTS = {"silu_mul": silu_mul_sqnorm, "gelu_tanh_mul": gelu_tanh_mul_sqnorm}
 
@@ -74,10 +75,12 @@ class FusedProduct:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of a block showed: its linear layers in calling order, and what can be fused."""
+    """What a run of a block showed: its matrices in calling order, what can be fused, and which were not called: their
+    weight is used outside their forward, or for inputs that text does not make. They stay dense."""
 
     order: tuple[str, ...]
     fused: tuple[FusedNorm | FusedProduct, ...] = ()
+    silent: tuple[str, ...] = ()
 
     def path(self, layer: str) -> str:
         """How the sums of the input that ``layer`` takes first are added up."""
@@ -85,12 +88,14 @@ class Plan:
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for :meth:`from_data`."""
-        return {"order": self.order, "fused": [[type(fused).__name__, asdict(fused)] for fused in self.fused]}
+        fused = [[type(fused).__name__, asdict(fused)] for fused in self.fused]
+        return {"order": self.order, "fused": fused, "silent": self.silent}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Plan:
         kinds = {kind.__name__: kind for kind in (FusedNorm, FusedProduct)}
-        return cls(tuple(data["order"]), tuple(kinds[name](**fields) for name, fields in data["fused"]))
+        fused = tuple(kinds[name](**fields) for name, fields in data["fused"])
+        return cls(tuple(data["order"]), fused, tuple(data["silent"]))
 
     @contextmanager
     def installed(self, block: Block, rows_of: RowsOf, hold: Hold) -> Iterator[None]:
@@ -131,27 +136,20 @@ def _name_of(function: Any) -> str:
 
 
 def observe(block: Block, hidden: Tensor, call: Call, fuse: bool = True) -> Plan:
-    """Run the block on one batch and plan its statistics.
-
-    Raises:
-        ValueError: where a linear layer received no input.
-    """
+    """Run the block on one batch and plan its statistics."""
     seen = _Observation()
     with ExitStack() as hooks:
+        hooks.enter_context(block.watched(Watching(seen, call.sequences)))
         for name, matrix in block.matrices.items():
-            hooks.enter_context(matrix.module.register_forward_hook(seen.linear(name)))
+            if matrix.experts is None:
+                hooks.enter_context(matrix.module.register_forward_hook(seen.linear(name)))
         for name, module in block.module.named_modules():
             if fuse and (_is_rms_norm(module) or _is_mlp(module)):
                 hooks.enter_context(module.register_forward_hook(seen.module(name), with_kwargs=True))
         run_block(block, hidden, call)
-    silent = block.matrices.keys() - set(seen.order)
-    if silent:
-        raise ValueError(
-            f"{block.name}.{min(silent)} received no input during calibration (its weight is used outside its "
-            "forward, or no token was routed to it): it cannot be pruned"
-        )
+    silent = tuple(name for name in block.matrices if name not in seen.order)
     fused = [_match(block, name, seen) for name in seen.modules]
-    return Plan(tuple(seen.order), tuple(found for found in fused if found is not None))
+    return Plan(tuple(seen.order), tuple(found for found in fused if found is not None), silent)
 
 
 @dataclass
@@ -163,10 +161,20 @@ class _Observation:
     outputs: list[Tensor] = field(default_factory=list)
     modules: dict[str, list[tuple[Tensor, Any]]] = field(default_factory=dict)  # candidate -> (input, output) per call
 
+    def input(self, name: str, x: Tensor) -> None:
+        """As :class:`Watcher`: a linear layer's hook sees more."""
+
+    def rows(self, name: str, rows: Rows) -> None:
+        """As :class:`Watcher`."""
+
+    def all_rows(self, name: str) -> None:
+        """As :class:`Watcher`: what experts get is made for them alone."""
+        self.order.append(name)
+        self.inputs.append(torch.empty(0))
+        self.outputs.append(torch.empty(0))
+
     def linear(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not inputs:
-                raise ValueError(f"{name} is called by a keyword: the input of its statistics cannot be told")
             self.order.append(name)
             self.inputs.append(inputs[0])
             self.outputs.append(output)

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .._words import percent
 from ..distributed import Processes
 from ..identity import of_weights
-from ..methods import LayerInputs, Needs, Outcome
+from ..methods import LayerInputs, Method, Needs, Outcome, Pattern
 from ..methods.owl import outlier_ratio
 from ..models import evaluating
-from .blocks import Block, Matrix, count_zeros
+from .blocks import MOST_DENSE, count_zeros
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
+from .matrices import Block, Matrix
 from .recording import Call, Recording, record_calls, run_block
 from .report import LayerReport, Progress, PruningReport, relative_error
 from .source import Activations, BlockSource, Done
@@ -76,7 +78,13 @@ class Loop:
     def report(self) -> PruningReport:
         """Of the run so far."""
         samples, length = self.shape
-        return PruningReport(self.spec, samples, length, self.done.layers, self.stopwatch.seconds())
+        pruned = {layer.name for layer in self.done.layers}
+        dense = {
+            name: share
+            for block in self.source.blocks[: self.done.blocks]
+            for name, share in dense_shares(block, pruned).items()
+        }
+        return PruningReport(self.spec, samples, length, self.done.layers, self.stopwatch.seconds(), dense)
 
     def _left(self) -> list[tuple[int, Block]]:
         return list(enumerate(self.source.blocks))[self.done.blocks :]
@@ -166,7 +174,18 @@ class Loop:
                 self.plans[kind] = observe(block, hidden[0], calls[0], self.spec.fuse_statistics)
             if self.processes is not None:
                 self.plans[kind] = Plan.from_data(self.processes.agree_on(self.plans[kind].to_data()))
+            self._refuse_large_silent(block, self.plans[kind])
         return self.plans[kind]
+
+    def _refuse_large_silent(self, block: Block, plan: Plan) -> None:
+        for name in plan.silent:
+            share = block.share(block.matrices[name].stored)
+            if share > MOST_DENSE or self.spec.require_all:
+                raise ValueError(
+                    f"{block.name}.{name} received no input during calibration (its weight is used outside its "
+                    f"forward, or for other inputs than text), and holds {percent(share, 1)} of its block's weights: "
+                    "it cannot be pruned"
+                )
 
     def _steps(self, blocks: int, batches: int, is_to_allocate: bool) -> int:
         passes = blocks * (2 if self.spec.propagate == "pruned" else 1) - (self.spec.propagate == "pruned")
@@ -178,8 +197,8 @@ class Loop:
         grams = self.spec.method.needs >= Needs.GRAM
         statistics = self._statistics(block, hidden, calls, dense_outputs, grams)
         is_exact = self.spec.exact_error
-        dense = {name: matrix.weight.clone() for name, matrix in block.matrices.items()} if is_exact else {}
         inputs = statistics.inputs()
+        dense = {name: block.matrices[name].stored.detach().clone() for name in inputs} if is_exact else {}
         self._prune_block(block, sparsity, inputs, statistics)
         if is_exact:
             self._measure_errors(block, hidden, calls, dense, inputs)
@@ -199,8 +218,8 @@ class Loop:
             last = block is blocks[-1]
             with self.source.holding(index):
                 statistics = self._statistics(block, hidden, calls, whole=not last)
-                weights = {name: matrix.weight.data for name, matrix in block.matrices.items()}
                 inputs = statistics.inputs()
+                weights = {name: block.matrices[name].weight.detach() for name in inputs}
                 with self.stopwatch.measure("selection"):
                     ratios.append(outlier_ratio(weights, inputs, owl.outlier))
             if not last:
@@ -216,7 +235,8 @@ class Loop:
         """All statistics of a block, of all processes' sequences; where it runs ``whole``, its outputs are the next
         block's inputs."""
         plan = self._plan(block, hidden, calls)
-        statistics = BlockStatistics(block, self.samples[-1].stop, plan, self.stopwatch, grams)
+        every, least = self.spec.experts == "all", self.spec.min_tokens
+        statistics = BlockStatistics(block, self.samples[-1].stop, plan, self.stopwatch, grams, every, least)
         for rank in range(self.ranks):
             # Gram matrices are running means over the sequences in order: each process goes on with the last one's.
             if rank == self.rank:
@@ -235,7 +255,7 @@ class Loop:
                 output = statistics.run(x, call, sample, whole)
             if output is not None:
                 hidden[batch] = output
-            sample += x.shape[0]
+            sample += call.sequences
             self.progress.advance()
 
     def _measure_errors(
@@ -259,7 +279,8 @@ class Loop:
         for layer in self.done.layers[-len(errors) :]:
             name = layer.name.removeprefix(f"{block.name}.")
             layer.exact_error = errors[name]
-            layer.threshold = mean_threshold(dense[name], block.matrices[name].weight.data, inputs[name].norm)
+            matrix = block.matrices[name]
+            layer.threshold = mean_threshold(matrix.view(dense[name]), matrix.weight.detach(), inputs[name].norm)
 
     def _prune_block(
         self,
@@ -270,47 +291,91 @@ class Loop:
     ) -> None:
         reports = []
         for name, matrix in block.matrices.items():
+            if inputs is not None and name not in inputs:  # silent
+                continue
+            known = None if inputs is None else inputs[name]
             start = time.perf_counter()
             with self.stopwatch.measure("selection"):
-                outcome = self._prune(matrix, None if inputs is None else inputs[name], sparsity)
+                outcome = self._prune(matrix, known, sparsity)
                 pruned, total = outcome.sums.double().sum(dim=0).tolist()
-                zeros = count_zeros(matrix.weight.data)
-            rows, cols = matrix.weight.shape
+                weight = matrix.weight.detach()
+                zeros = count_zeros(weight)
+            tokens = None if known is None or known.tokens is None else known.tokens.tolist()
             reports.append(
                 LayerReport(
                     name=f"{block.name}.{name}",
-                    shape=(rows, cols),
-                    sparsity=zeros / max(1, rows * cols),
+                    shape=tuple(weight.shape),
+                    sparsity=zeros / max(1, weight.numel()),
                     seconds=time.perf_counter() - start,
                     estimated_error=relative_error(pruned, total),
                     input_of=None if statistics is None else f"{block.name}.{statistics.source[name]}",
                     statistics=None if statistics is None else statistics.path(name),
                     damping=outcome.damping,
+                    tokens=tokens,
+                    pooled=None if known is None or tokens is None else known.pooled,
                 )
             )
         self.done.layers += reports
         self.progress.block(block.name, reports)
 
     def _prune(self, matrix: Matrix, inputs: LayerInputs | None, sparsity: float) -> Outcome:
-        """Rows that are independent in shares; else each process the whole matrix, and the first one's is taken."""
+        """In shares, of what is independent: experts, or rows; else each process prunes the whole matrix, and the first
+        one's is taken."""
         weight, method, pattern = matrix.weight.data, self.spec.method, self.spec.pattern
         if sparsity == 0:
             return Outcome.of(0.0, 1.0)
+        has_rows = method.has_independent_rows(pattern)
         if self.processes is None:
-            return method.prune_(weight, inputs, sparsity, pattern)
-        if not method.has_independent_rows(pattern):
+            mine = range(len(weight))
+        elif matrix.experts is not None or (has_rows and not matrix.is_transposed):
+            mine = self.processes.shares(len(weight))[self.rank]
+        else:
             outcome = method.prune_(weight, inputs, sparsity, pattern)
-            self.processes.exchange_rows_(weight, self.processes.all_from_first(weight.shape[0]))
+            self.processes.exchange_rows_(matrix.stored.data, self.processes.all_from_first(len(matrix.stored)))
             return outcome
-        shares = self.processes.shares(weight.shape[0])
-        mine = shares[self.rank]
-        sums = torch.zeros(weight.shape[0], 2, dtype=torch.float32, device=weight.device)
+        part = weight[mine.start : mine.stop]
+        if matrix.experts is None:
+            outcomes = [method.prune_(part, inputs, sparsity, pattern)] if len(mine) else []
+        else:
+            known = None if inputs is None else inputs.of_experts(mine)
+            outcomes = prune_experts_(method, part, known, sparsity, pattern)
+        sums = torch.cat([one.sums.double() for one in outcomes]) if outcomes else torch.zeros(0, 2)
+        if matrix.experts is not None and len(mine):  # in the same groups for any number of processes
+            sums = sums.view(len(mine), -1, 2).sum(dim=1)
+        damping = max((one.damping for one in outcomes if one.damping is not None), default=None)
+        outcome = Outcome(sums, damping)
+        return outcome if self.processes is None else self._exchange(matrix, mine, outcome, self.processes)
+
+    def _exchange(self, matrix: Matrix, mine: range, outcome: Outcome, processes: Processes) -> Outcome:
+        """All get the others' shares of a matrix, and what was lost of them."""
+        count = len(matrix.weight)
+        shares = processes.shares(count)
+        lost = torch.zeros(count, 3, dtype=torch.float64, device=matrix.stored.device)
         if len(mine):
-            rows = slice(mine.start, mine.stop)
-            sums[rows] = method.prune_(weight[rows], inputs, sparsity, pattern).sums
-        self.processes.exchange_rows_(weight, shares)
-        self.processes.exchange_rows_(sums, shares)
-        return Outcome(sums)
+            lost[mine.start : mine.stop, :2] = outcome.sums
+            lost[mine.start : mine.stop, 2] = -1 if outcome.damping is None else outcome.damping
+        processes.exchange_rows_(matrix.stored.data[:count], shares)
+        processes.exchange_rows_(lost, shares)
+        damping = float(lost[:, 2].max())
+        return Outcome(lost[:, :2], None if damping < 0 else damping)
+
+
+def prune_experts_(
+    method: Method, weight: Tensor, inputs: LayerInputs | None, sparsity: float, pattern: Pattern | None
+) -> list[Outcome]:
+    """Prune experts [E, C_out, C_in]: at once where the method can, or each as a matrix of its own."""
+    if not len(weight):
+        return []
+    if method.takes_experts and method.has_independent_rows(pattern):
+        return [method.prune_(weight, inputs, sparsity, pattern)]
+    known = [None if inputs is None else inputs.of_expert(expert) for expert in range(len(weight))]
+    return [method.prune_(one, of_one, sparsity, pattern) for one, of_one in zip(weight, known, strict=True)]
+
+
+def dense_shares(block: Block, pruned: set[str]) -> dict[str, float]:
+    """What stays dense in a block whose layers ``pruned`` are pruned -> its share of the block's weights."""
+    silent = {n: m.stored for n, m in block.matrices.items() if f"{block.name}.{n}" not in pruned}
+    return {f"{block.name}.{name}": block.share(tensor) for name, tensor in (silent | block.dense).items()}
 
 
 def default_batch_size(device: torch.device, length: int) -> int:

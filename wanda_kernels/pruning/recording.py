@@ -6,16 +6,15 @@ attention). Nothing is sized by ``max_position_embeddings``, and equal tensors o
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block
+from .matrices import Block
+from .stand_ins import stand_ins
 
 
 class _BlocksDoneError(Exception):
@@ -24,10 +23,19 @@ class _BlocksDoneError(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a block, without the hidden states that come first."""
+    """The arguments of one call of a block on so many ``sequences``, without the hidden states that come first."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    sequences: int
+
+
+class _MoreError(Exception):
+    """A block is called with what the one before gave beside its hidden states."""
+
+
+class _More:
+    """Stands for what a block gives beside its hidden states."""
 
 
 @dataclass
@@ -52,9 +60,9 @@ class Recording:
 
 
 def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:
-    """One block on one batch: [sequences, tokens, hidden] in and out."""
+    """One block on one batch: [sequences, tokens, hidden] in and out; some models have more in front."""
     output = block.module(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def record_calls(
@@ -74,19 +82,12 @@ def record_calls(
     """
     recording = Recording(calls=[[] for _ in blocks])
     keep_first = keep or recording.hidden.append
-    returns_tuple = False
+    returned = 0
     for number, input_ids in enumerate(batches):
-        try:
-            hidden, calls = _record(model, blocks, input_ids, returns_tuple)
-        except ValueError as error:
-            if number:
-                raise
-            # Some models take the first of what a block returns, with [0], and some take all of it.
-            returns_tuple = True
-            try:
-                hidden, calls = _record(model, blocks, input_ids, returns_tuple)
-            except ValueError:
-                raise error from error.__cause__  # the better one
+        if number == 0:
+            hidden, calls, returned = _record_first(model, blocks, input_ids)
+        else:
+            hidden, calls = _record(model, blocks, input_ids, returned)
         keep_first(hidden)
         for block_calls, call in zip(recording.calls, calls, strict=True):
             block_calls.append(call)
@@ -94,10 +95,30 @@ def record_calls(
     return recording
 
 
-def _record(
-    model: nn.Module, blocks: Sequence[Block], input_ids: Tensor, returns_tuple: bool
-) -> tuple[Tensor, list[Call]]:
-    """The first block's input on one batch, and how each block was called. Raises as :func:`record_calls`."""
+def _record_first(model: nn.Module, blocks: Sequence[Block], input_ids: Tensor) -> tuple[Tensor, list[Call], int]:
+    """As :func:`_record`, with what blocks have to return: some models take all of it, some the first with [0], some
+    two or three in a tuple."""
+    first_error: ValueError | None = None
+    for returned in range(4):
+        try:
+            return *_record(model, blocks, input_ids, returned), returned
+        except _MoreError as error:
+            raise ValueError(
+                f"{type(model).__name__} hands more than hidden states from block to block ({error}): it cannot be "
+                "pruned block by block"
+            ) from None
+        except ValueError as error:
+            first_error = first_error or error  # the better one
+    assert first_error is not None
+    raise first_error from first_error.__cause__
+
+
+def _record(model: nn.Module, blocks: Sequence[Block], input_ids: Tensor, returned: int) -> tuple[Tensor, list[Call]]:
+    """The first block's input on one batch, and how each block was called. Raises as :func:`record_calls`.
+
+    Args:
+        returned: things in the tuple that a block returns; 0: hidden states alone.
+    """
     first: list[Tensor] = []
     calls: list[Call] = []
     order: list[int] = []
@@ -110,14 +131,17 @@ def _record(
                 first.append(hidden)
             if not isinstance(hidden, Tensor) or hidden.shape != first[0].shape:
                 raise TypeError("a block did not get hidden states of the first one's shape")
-            calls.append(Call(tuple(rest), kwargs))
-            return (hidden,) if returns_tuple else hidden
+            handed = [str(key) for key, value in (*enumerate(rest), *kwargs.items()) if isinstance(value, _More)]
+            if handed:
+                raise _MoreError(handed[0])
+            calls.append(Call(tuple(rest), kwargs, len(input_ids)))
+            return (hidden, *(_More() for _ in range(returned - 1))) if returned else hidden
 
         return forward
 
     def stop(hidden: Any, *_args: Any, **_kwargs: Any) -> None:
-        if first and (not isinstance(hidden, Tensor) or hidden.dim() != first[0].dim()):
-            raise TypeError("the output embedding did not get hidden states of the first block's shape")
+        if first and not isinstance(hidden, Tensor):
+            raise TypeError("the output embedding did not get hidden states")
         raise _BlocksDoneError
 
     recorders = [(block.module, recorder(index)) for index, block in enumerate(blocks)]
@@ -151,29 +175,6 @@ def _record(
     return first[0], calls
 
 
-@contextmanager
-def stand_ins(forwards: Sequence[tuple[nn.Module, Any]], without_hooks: bool = False) -> Iterator[None]:
-    """Other forwards in place of the modules' own, which come back whatever happens.
-
-    Args:
-        without_hooks: nor are the modules' hooks called: those that change a block's input do so when it really runs.
-    """
-    hooks = ("_forward_hooks", "_forward_pre_hooks") if without_hooks else ()
-    originals = [
-        {name: vars(module)[name] for name in ("forward", *hooks) if name in vars(module)} for module, _ in forwards
-    ]
-    try:
-        for module, forward in forwards:
-            module.forward = forward
-            for name in hooks:
-                setattr(module, name, OrderedDict())
-        yield
-    finally:
-        for (module, _), original in zip(forwards, originals, strict=True):
-            vars(module).pop("forward", None)
-            vars(module).update(original)
-
-
 def _share_with_first_batch(recording: Recording) -> None:
     """Replace tensors of the newest batch that equal the first batch's by those: masks add up otherwise."""
     seen: list[tuple[Tensor, Tensor]] = []
@@ -195,4 +196,4 @@ def _share_with_first_batch(recording: Recording) -> None:
 
     for calls in recording.calls:
         first, last = calls[0], calls[-1]
-        calls[-1] = Call(share(last.args, first.args), share(last.kwargs, first.kwargs))
+        calls[-1] = Call(share(last.args, first.args), share(last.kwargs, first.kwargs), last.sequences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,11 +17,11 @@ from .spec import PruneSpec
 
 @dataclass
 class LayerReport:
-    """One linear layer.
+    """One linear layer, or one of a module of fused experts.
 
     Attributes:
         name: of the layer in the model, as in its state dict without ``.weight``.
-        shape: [C_out, C_in].
+        shape: [C_out, C_in], or [E, C_out, C_in].
         sparsity: share of zeros after pruning.
         seconds: spent on the selection.
         estimated_error: sqrt(sum of pruned scores^2 / sum of all scores^2): the relative output error if the
@@ -31,10 +32,12 @@ class LayerReport:
             ``standalone``; None where the method uses none.
         threshold: mean over rows of the largest Wanda score that was pruned, where the exact error was asked for.
         damping: of the Hessian, where the method has one: more than asked for where it could not be factorised.
+        tokens: of experts: how many calibration tokens the router sent to each.
+        pooled: of experts: those with fewer than ``min_tokens``, which took the mean over all experts.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     sparsity: float
     seconds: float
     estimated_error: float
@@ -43,10 +46,12 @@ class LayerReport:
     statistics: str | None = None
     threshold: float | None = None
     damping: float | None = None
+    tokens: list[int] | None = None
+    pooled: list[int] | None = None
 
     @property
     def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
 
 class Progress:
@@ -82,6 +87,7 @@ class PruningReport:
         layers: one :class:`LayerReport` per pruned linear layer, in the model's order.
         seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``; the command line adds
             ``load`` and ``saving``).
+        dense: tensor or layer of the blocks that stays dense -> its share of its block's weights.
     """
 
     spec: PruneSpec
@@ -89,6 +95,7 @@ class PruningReport:
     length: int
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    dense: dict[str, float] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -121,7 +128,9 @@ class PruningReport:
         names = ("method", "sparsity", "pattern", "propagate", "samples", "length", "options")
         data = {name: getattr(self, name) for name in names}
         data |= {"layers": [asdict(layer) for layer in self.layers], "seconds": dict(self.seconds)}
-        data["achieved_sparsity"] = self.achieved_sparsity
+        data |= {"achieved_sparsity": self.achieved_sparsity, "dense": self.dense}
+        if any(layer.tokens is not None for layer in self.layers):
+            data |= {"experts": self.spec.experts, "min_tokens": self.spec.min_tokens}
         if not seconds:
             del data["seconds"]
             for layer in data["layers"]:
@@ -165,4 +174,35 @@ class PruningReport:
         for layer in self.layers:
             if layer.damping is not None and asked is not None and layer.damping > asked:
                 yield Text(f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did")
+        yield from map(Text, self._about_experts())
+        stays = "; ".join(self._stays_dense())
+        if stays:
+            yield Text(f"stays dense: {stays}")
         yield Text(f"sparsity {percent(self.achieved_sparsity, 2)}; {parts}")
+
+    def _about_experts(self) -> list[str]:
+        """How many tokens came to an expert, and which had too few."""
+        told = [layer for layer in self.layers if layer.tokens]
+        if not told:
+            return []
+        counts = sorted(count for layer in told for count in layer.tokens or ())
+        pooled = [layer for layer in told if layer.pooled]
+        middle = counts[len(counts) // 2]
+        lines = [f"tokens an expert ({self.spec.experts}): {counts[0]} to {counts[-1]}, median {middle}"]
+        if pooled:
+            first = ", ".join(map(str, (pooled[0].pooled or [])[:8]))
+            total = sum(len(layer.pooled or ()) for layer in pooled)
+            lines.append(
+                f"pooled norms (fewer than {self.spec.min_tokens} tokens): {total} experts of {len(pooled)} layers, "
+                f"the first are {first} of {pooled[0].name}"
+            )
+        return lines
+
+    def _stays_dense(self) -> list[str]:
+        """A line for each kind of tensor, without the numbers of its block."""
+        kinds: dict[str, list[float]] = {}
+        for name, share in self.dense.items():
+            kinds.setdefault(re.sub(r"^.*?\.\d+\.", "", name), []).append(share)
+        return [
+            f"{kind} ({percent(max(shares), 1)} of a block, {len(shares)} blocks)" for kind, shares in kinds.items()
+        ]

@@ -89,7 +89,7 @@ class BlockSource:
     @contextmanager
     def holding(self, index: int) -> Iterator[None]:
         """Inside, block ``index`` holds its weights, in memory that can be written."""
-        weights = [matrix.weight for matrix in self.blocks[index].matrices.values()]
+        weights = [matrix.stored for matrix in self.blocks[index].matrices.values()]
         self._stopwatch.follow(weights[0].device)
         mapped = in_files(weights)
         if mapped:

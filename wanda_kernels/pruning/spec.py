@@ -15,6 +15,7 @@ from ..methods.owl import Owl
 from ..methods.select import Group
 
 PROPAGATE = ("pruned", "dense")
+EXPERTS = ("routed", "all")
 
 
 class SpecArguments(TypedDict, total=False):
@@ -29,6 +30,9 @@ class SpecArguments(TypedDict, total=False):
     exact_error: bool
     fuse_statistics: bool
     owl: Owl | bool | None
+    experts: str
+    min_tokens: int
+    require_all: bool
     group: str | Group | None
     variant: bool
     weight_update: bool | None
@@ -58,6 +62,11 @@ class PruneSpec:
             gives what they give (on the CPU the same bits; on CUDA to rounding). False: a pass of its own for each
             distinct input.
         owl: an :class:`Owl`, or True for its defaults: blocks with more outliers keep more (a dense pass more).
+        experts: ``"routed"``: an expert's statistics come from the tokens that the router sends it; ``"all"``: from
+            every token (the outputs stay the routed ones; a pass over all experts more).
+        min_tokens: experts with fewer tokens than this take their layer's norms, the mean over its experts; 1: only
+            idle ones. The report names them.
+        require_all: refuse models with tensors that would stay dense in their blocks, as routers and convolutions.
         group: (wanda, magnitude, ria, sparsegpt without update) what weights are compared with: ``"row"``,
             ``"layer"``, ``"column"``, or ``"row:N"``, ``"column:N"`` for N neighbours together.
         variant: (wanda) the appendix's variant: rows lose what carries the least of their score.
@@ -79,6 +88,9 @@ class PruneSpec:
     batch_size: int | None
     exact_error: bool
     fuse_statistics: bool
+    experts: str
+    min_tokens: int
+    require_all: bool
 
     def __init__(
         self,
@@ -91,6 +103,9 @@ class PruneSpec:
         exact_error: bool = False,
         fuse_statistics: bool = True,
         owl: Owl | bool | None = None,
+        experts: str = "routed",
+        min_tokens: int = 1,
+        require_all: bool = False,
         **options: Any,
     ) -> None:
         if isinstance(method, str):
@@ -116,7 +131,14 @@ class PruneSpec:
             raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got '{propagate}'")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size}")
-        values = (method, share, parsed, owl, propagate, batch_size, bool(exact_error), bool(fuse_statistics))
+        if experts not in EXPERTS:
+            raise ValueError(f"experts must be one of {', '.join(EXPERTS)}, got '{experts}'")
+        if not isinstance(min_tokens, int) or min_tokens < 1:
+            raise ValueError(f"min_tokens must be a whole number, at least 1, got {min_tokens}")
+        values = (
+            method, share, parsed, owl, propagate, batch_size, bool(exact_error), bool(fuse_statistics), experts,
+            min_tokens, bool(require_all),
+        )  # fmt: skip
         for one, value in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, one.name, value)
 
@@ -156,13 +178,24 @@ class PruneSpec:
             "batch_size": self.batch_size,
             "exact_error": self.exact_error,
             "fuse_statistics": self.fuse_statistics,
+            "experts": self.experts,
+            "min_tokens": self.min_tokens,
         }
 
+    def check_experts(self, has_experts: bool) -> None:
+        """Raises ValueError for options about experts of a model that has none, or that the method does not use."""
+        given = [("experts", self.experts != "routed"), ("min_tokens", self.min_tokens != 1)]
+        for name in (name for name, is_given in given if is_given):
+            if not has_experts:
+                raise ValueError(f"{name} is for models with fused experts, and this one has none")
+            if not self.needs:
+                raise ValueError(f"{name} is for methods that calibrate, and '{self.method.name}' does not")
+
     def check_weight(self, name: str, weight: Tensor) -> None:
-        """Raises ValueError where the pattern does not fit ``weight``, [C_out, C_in]."""
-        if self.pattern is not None and weight.shape[1] % self.pattern.m:
+        """Raises ValueError where the pattern does not fit ``weight``, [.., C_out, C_in]."""
+        if self.pattern is not None and weight.shape[-1] % self.pattern.m:
             raise ValueError(
-                f"{name} has {weight.shape[1]} input columns, not a multiple of the pattern's M = {self.pattern.m}"
+                f"{name} has {weight.shape[-1]} input columns, not a multiple of the pattern's M = {self.pattern.m}"
             )
 
     def __str__(self) -> str:

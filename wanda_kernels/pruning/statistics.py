@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor
 from .. import _backend, reference
 from ..methods import LayerInputs
 from ..ops import add_sqnorm_
-from .blocks import Block
 from .fusion import Plan
+from .matrices import Block, Rows, Watching
 from .recording import Call, run_block
 from .stopwatch import Stopwatch
 
@@ -32,23 +30,40 @@ class BlockStatistics:
     held while the block runs on a batch, so that identity means what it says: ids and pointers of freed tensors
     come back for others. An input that a fused operator made comes with its sum.
 
+    Experts have a sum per expert and sequence, of the tokens that they got, and each its own mean over sequences: the
+    result depends neither on the batches nor on the processes.
+
     Args:
         block: the block to watch.
         samples: the number of calibration sequences, over all batches.
         plan: what a run of a block of this kind has shown.
         grams: also accumulate the Hessian of each distinct input, in the same pass.
+        every: experts count every token, and not only those that the router sends them.
+        min_tokens: experts that got fewer take the mean over their layer's experts.
     """
 
-    def __init__(self, block: Block, samples: int, plan: Plan, stopwatch: Stopwatch, grams: bool = False) -> None:
+    def __init__(
+        self,
+        block: Block,
+        samples: int,
+        plan: Plan,
+        stopwatch: Stopwatch,
+        grams: bool = False,
+        every: bool = False,
+        min_tokens: int = 1,
+    ) -> None:
         self._block = block
         self._samples = samples
         self._plan = plan
         self._stopwatch = stopwatch
+        self._every = every
+        self._min_tokens = min_tokens
         self._may_stop = False
         self._called: list[str] = []
         self._held: list[tuple[str, Tensor, int]] = []
         self._rows = slice(0, 0)
-        self._sqnorm: dict[str, Tensor] = {}
+        self._sqnorm: dict[str, Tensor] = {}  # [samples, C_in], or [samples, E, C_in]
+        self._tokens: dict[str, Tensor] = {}  # [samples, E], of experts
         self._hessians: dict[str, Tensor] | None = {} if grams else None
         self._names: list[str] = []  # of the distinct inputs, where processes share them
         self.source: dict[str, str] = {}  # layer -> the layer whose input it shares
@@ -62,13 +77,12 @@ class BlockStatistics:
 
         Returns the block's output if ``whole``; otherwise None, and the last product is skipped.
         """
-        self._rows = slice(first_sample, first_sample + hidden.shape[0])
+        self._rows = slice(first_sample, first_sample + call.sequences)
         self._called = []
         output: Tensor | None = None
         self._may_stop = not whole
-        with ExitStack() as hooks, self._plan.installed(self._block, self._sequence_rows, self._hold):
-            for name, matrix in self._block.matrices.items():
-                hooks.enter_context(matrix.watch(functools.partial(self._add, name)))
+        watching = Watching(self, call.sequences, self._every)
+        with self._plan.installed(self._block, self._sequence_rows, self._hold), self._block.watched(watching):
             try:
                 output = run_block(self._block, hidden, call)
             except _LastInputSeenError:
@@ -95,7 +109,12 @@ class BlockStatistics:
                     beta, alpha = seen / (seen + 1), 2 / (seen + 1)
                     self._hessians[source].addmm_(tokens.t(), tokens, beta=beta, alpha=alpha)
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def input(self, name: str, x: Tensor) -> None:
+        """As :class:`Watcher`."""
+        if name in self._plan.silent:
+            raise ValueError(
+                f"{self._block.name}.{name} is called for some batches only: it cannot be pruned block by block"
+            )
         self._called.append(name)
         source = next((held for held, t, version in self._held if t is x and _version(t) == version), None)
         if source is None:
@@ -108,6 +127,42 @@ class BlockStatistics:
                 f"{self._block.name}.{name} shares its input with other layers in one batch and not in the next: "
                 "it cannot be pruned block by block"
             )
+        self._stop_after_last()
+
+    def rows(self, name: str, rows: Rows) -> None:
+        """As :class:`Watcher`."""
+        sequences, count, cols = self._rows.stop - self._rows.start, len(rows.experts), rows.x.shape[-1]
+        experts = slice(rows.experts.start, rows.experts.stop)
+        if name not in self._sqnorm:
+            total, device = self._block.matrices[name].weight.shape[0], rows.x.device
+            self._sqnorm[name] = torch.zeros(self._samples, total, cols, dtype=torch.float32, device=device)
+            self._tokens[name] = torch.zeros(self._samples, total, dtype=torch.int64, device=device)
+            if self._hessians is not None:
+                self._hessians[name] = torch.zeros(total, cols, cols, dtype=torch.float32, device=device)
+        with self._stopwatch.measure("statistics"):
+            sums = torch.zeros(count * sequences, cols, dtype=torch.float32, device=rows.x.device)
+            add_sqnorm_(sums, rows.x, ends=rows.ends)
+            self._sqnorm[name][self._rows, experts] = sums.view(count, sequences, cols).transpose(0, 1)
+            self._tokens[name][self._rows, experts] = rows.tokens
+            if self._hessians is not None:
+                self._add_grams(self._hessians[name][experts], rows)
+
+    def _add_grams(self, hessians: Tensor, rows: Rows) -> None:
+        """2 / samples * x^T x of each expert, sequence after sequence."""
+        begin, sequences = 0, self._rows.stop - self._rows.start
+        for segment, end in enumerate(rows.ends.tolist()):
+            if end > begin:
+                x = rows.x[begin:end].float()
+                hessians[segment // sequences].addmm_(x.t(), x, alpha=2 / self._samples)
+            begin = end
+
+    def all_rows(self, name: str) -> None:
+        """As :class:`Watcher`."""
+        self._called.append(name)
+        self.source[name] = name
+        self._stop_after_last()
+
+    def _stop_after_last(self) -> None:
         if self._may_stop and len(self._called) == len(self._plan.order):
             raise _LastInputSeenError
 
@@ -126,8 +181,8 @@ class BlockStatistics:
     def exchange(self, processes: Processes, samples: list[range]) -> None:
         """Get the other processes' sequences; process r ran ``samples[r]``."""
         with self._stopwatch.measure("exchange"):
-            for sqnorm in self._sqnorm.values():
-                processes.exchange_rows_(sqnorm, samples)
+            for tensor in (*self._sqnorm.values(), *self._tokens.values()):
+                processes.exchange_rows_(tensor, samples)
 
     def hand_on_grams(self, processes: Processes, source: int) -> None:
         """All take the Hessians of process ``source``, which has added its sequences to those of the ones before."""
@@ -136,29 +191,37 @@ class BlockStatistics:
             self._names = processes.agree_on(list(self._hessians))
         with self._stopwatch.measure("exchange"):
             for name in self._names:
-                cols = self._block.matrices[name].weight.shape[1]
+                *experts, _, cols = self._block.matrices[name].weight.shape
                 if name not in self._hessians:
-                    self._hessians[name] = torch.zeros(cols, cols, dtype=torch.float32, device=processes.device)
-                rows = [range(cols) if rank == source else range(0) for rank in range(processes.size)]
+                    shape = (*experts, cols, cols)
+                    self._hessians[name] = torch.zeros(shape, dtype=torch.float32, device=processes.device)
+                count = len(self._hessians[name])
+                rows = [range(count) if rank == source else range(0) for rank in range(processes.size)]
                 processes.exchange_rows_(self._hessians[name], rows)
 
     def inputs(self) -> dict[str, LayerInputs]:
         """Layer -> what is known of its inputs, one object for all that share them.
 
-        The norms are [C_in], float32 (see :func:`norm_of_sequences`).
+        The norms are [C_in] or [E, C_in], float32 (see :func:`norm_of_sequences`).
 
         Raises:
-            ValueError: where an input held NaN or inf.
+            ValueError: where an input held NaN or inf, or no token came to any expert of a layer.
         """
         by_source = {}
         with self._stopwatch.measure("statistics"):
             for name, sqnorm in self._sqnorm.items():
-                norm = norm_of_sequences(sqnorm)
+                norm = norm_of_sequences(sqnorm.flatten(1)).view(sqnorm.shape[1:])
                 if not bool(torch.isfinite(norm).all()):
                     raise ValueError(
                         f"the input of {self._block.name}.{name} holds NaN or inf, or its squares overflow float32"
                     )
-                by_source[name] = LayerInputs(norm, self._hessians[name] if self._hessians is not None else None)
+                inputs = LayerInputs(norm, self._hessians[name] if self._hessians is not None else None)
+                if name in self._tokens:
+                    inputs.tokens = self._tokens[name].sum(dim=0)
+                    if not int(inputs.tokens.sum()):
+                        raise ValueError(f"{self._block.name}.{name}: no token was routed to any of its experts")
+                    inputs.pool(self._min_tokens)
+                by_source[name] = inputs
         return {name: by_source[source] for name, source in self.source.items()}
 
 

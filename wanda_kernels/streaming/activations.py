@@ -42,9 +42,9 @@ class Stored:
     def check(self, done: int, batches: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Raises ValueError where they are not those of ``batches`` of ids after ``done`` blocks. ``dtype``: of the
         model; some models hand on float32."""
-        if [shape[:2] for shape in self.shapes] != [list(batch.shape) for batch in batches]:
+        if [shape[-3:-1] for shape in self.shapes] != [list(batch.shape) for batch in batches]:
             raise ValueError(f"its activations are of the shapes {str(self.shapes)[:100]}, not of this run's batches")
-        if {len(shape) for shape in self.shapes} != {3} or len({shape[2] for shape in self.shapes}) != 1:
+        if len({len(shape) for shape in self.shapes}) != 1 or len({shape[-1] for shape in self.shapes}) != 1:
             raise ValueError(f"its activations have the shapes {str(self.shapes)[:100]}")
         if self.turn != done % 2 or getattr(torch, self.dtype) not in (dtype, torch.float32):
             raise ValueError(f"its activations are {self.dtype} in file {self.turn}, after {done} blocks of {dtype}")

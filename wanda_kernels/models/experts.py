@@ -1,0 +1,170 @@
+"""Fused experts: how transformers keeps the weights of a layer's experts, and what they compute.
+
+A module holds ``gate_up_proj`` (or ``up_proj``) [E, C_out, C_in] and ``down_proj``, and is called with tokens, the
+experts that the router chose for each, and their shares. transformers describes such a module by attributes
+(``use_experts_implementation``); a few modules without them compute in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm
+
+# Modules of this form that transformers does not describe.
+_UNDESCRIBED = {
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts",
+    "transformers.models.step3p7.modeling_step3p7.Step3p7Experts",
+}
+
+# (parameter, rows sorted by expert, where each expert's end) -> its products
+Product = Callable[[str, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows sorted by expert, and within an expert by token: ``token`` [rows] of each row; ``order`` [rows]: its place
+    in the flattened index; ``expert`` [rows]: beyond the last where it is none that computes; ``ends`` [E] int32."""
+
+    token: Tensor
+    order: Tensor
+    expert: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, experts: int) -> Routing:
+        """``index``: [tokens, chosen], of experts."""
+        expert, order = torch.sort(index.reshape(-1), stable=True)
+        return cls(order // index.shape[-1], order, expert, ends_of(expert, experts))
+
+    def ends_by_sequence(self, tokens: int, sequences: int) -> Tensor:
+        """[E * sequences] int32: where the rows of each expert and sequence end, of ``tokens`` in as many sequences of
+        one length."""
+        experts = len(self.ends)
+        return ends_of(self.expert * sequences + self.token // (tokens // sequences), experts * sequences)
+
+
+def ends_of(keys: Tensor, count: int) -> Tensor:
+    """[count] int32: how many of ascending ``keys`` are at most 0, 1, ..."""
+    return torch.searchsorted(keys, torch.arange(count, device=keys.device), right=True).int()
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """What a module of experts holds.
+
+    Attributes:
+        module: that holds the parameters.
+        up, down: their names.
+        is_transposed: they are [E, C_in, C_out].
+        has_bias: ``{up}_bias`` and ``{down}_bias`` [E, C_out] are added.
+        has_norm: ``post_expert_norm`` follows each expert.
+        adds_in_turn: outputs are added expert by expert in the tokens' type, as the module itself does it.
+    """
+
+    module: Any
+    up: str
+    down: str
+    is_transposed: bool = False
+    has_bias: bool = False
+    has_norm: bool = False
+    adds_in_turn: bool = False
+
+    @property
+    def experts(self) -> int:
+        """Those that compute; a router may also choose others, that hand their input on."""
+        return int(getattr(self.module, self.down).shape[0])
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.up, self.down
+
+    def weight(self, name: str) -> Tensor:
+        """[E, C_out, C_in], a view."""
+        stored: Tensor = getattr(self.module, name)[: self.experts]
+        return stored.transpose(-1, -2) if self.is_transposed else stored
+
+    def dense_product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
+        return grouped_mm(rows, self.weight(name).transpose(-1, -2), offs=ends)
+
+    def forward(self, hidden: Tensor, index: Tensor, shares: Tensor, product: Product) -> Tensor:
+        """What the module gives for ``hidden`` [tokens, C_in], ``index`` and ``shares`` [tokens, chosen].
+
+        Args:
+            product: makes the products of rows and weights; the dense one is :meth:`dense_product`.
+        """
+        routing = Routing.of(index, self.experts)
+        rows = hidden[routing.token]
+        out = self.compute(rows, routing, product)
+        is_none = routing.expert >= self.experts
+        if self._hands_on():
+            out = torch.where(is_none.unsqueeze(-1), rows, out)
+        out = out * shares.reshape(-1)[routing.order].unsqueeze(-1)
+        if not self._hands_on():
+            out = out.masked_fill(is_none.unsqueeze(-1), 0)
+        if self.adds_in_turn:
+            whole = torch.zeros_like(hidden)
+            begin = 0
+            for end in [*routing.ends.tolist(), len(rows)]:
+                whole.index_add_(0, routing.token[begin:end], out[begin:end].to(whole.dtype))
+                begin = end
+            return whole
+        unsorted = torch.empty_like(out)
+        unsorted[routing.order] = out
+        return unsorted.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
+
+    def compute(self, rows: Tensor, routing: Routing, product: Product) -> Tensor:
+        """Each row through its expert, without its share."""
+        inner = product(self.up, rows, routing.ends)
+        inner = self._gate(self._add_bias(self.up, inner, routing.expert))
+        out = self._add_bias(self.down, product(self.down, inner, routing.ends), routing.expert)
+        return self.module.post_expert_norm(out) if self.has_norm else out
+
+    def inner(self, tokens: Tensor, expert: int) -> Tensor:
+        """What ``down`` gets where one expert takes all of ``tokens``."""
+        made = torch.nn.functional.linear(tokens, self.weight(self.up)[expert])
+        return self._gate(self._add_bias(self.up, made, torch.full((len(tokens),), expert, device=tokens.device)))
+
+    def _add_bias(self, name: str, rows: Tensor, expert: Tensor) -> Tensor:
+        if not self.has_bias:
+            return rows
+        return rows + getattr(self.module, f"{name}_bias")[expert.clamp(max=self.experts - 1)]
+
+    def _gate(self, inner: Tensor) -> Tensor:
+        gate = getattr(self.module, "_apply_gate", None)
+        if not getattr(self.module, "has_gate", True):
+            made: Tensor = self.module.act_fn(inner)
+        elif gate is not None:
+            made = gate(inner)
+        else:
+            first, second = inner.chunk(2, dim=-1)
+            made = self.module.act_fn(first) * second
+        return made
+
+    def _hands_on(self) -> bool:
+        return hasattr(self.module, "identity_expert")
+
+
+class _Described(Protocol):
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool
+
+
+def layout_of(module: nn.Module) -> ExpertsLayout | None:
+    """Of a module that holds fused experts and is called as (tokens, index, shares); None for any other."""
+    three = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
+    up = next((name for name in ("gate_up_proj", "up_proj") if name in three), None)
+    if up is None or "down_proj" not in three:
+        return None
+    if hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "has_gate"):
+        described: _Described = module  # type: ignore[assignment]
+        norm = bool(getattr(module, "has_post_expert_norm", False))
+        return ExpertsLayout(module, up, "down_proj", described.is_transposed, described.has_bias, norm)
+    if f"{type(module).__module__}.{type(module).__qualname__}" in _UNDESCRIBED:
+        return ExpertsLayout(module, up, "down_proj", adds_in_turn=True)
+    return None
