@@ -96,7 +96,7 @@ def matrices(draw: st.DrawFn, widths: tuple[int, ...] = WIDTHS, multiple: int = 
 
 @st.composite
 def stacks(draw: st.DrawFn, widths: tuple[int, ...] = WIDTHS, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """(weight [E, rows, cols], norm [E, cols]): rows all adjacent, or evenly strided, or not, or transposed in memory."""
+    """(weight [E, rows, cols], norm [E, cols]): rows adjacent, evenly strided, or not, or transposed in memory."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     cols = draw(st.sampled_from([width * multiple for width in widths]))
     matrices, rows = draw(st.integers(1, 4)), draw(st.integers(1, 5))
