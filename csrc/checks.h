@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <vector>
 
 #include "common/params.h"
 
@@ -54,19 +55,17 @@ inline void check_like(const char* op, const char* name, const at::Tensor& tenso
 
 // ---- Selection: prune_rows_, row_mask, prune_nm_, nm_mask.
 
-// Rows that a kernel can walk: unit column stride, rows that do not overlap.
-inline bool has_plain_rows(const at::Tensor& matrix) {
-  return (matrix.size(1) <= 1 || matrix.stride(1) == 1) &&
-         (matrix.size(0) <= 1 || matrix.stride(0) >= matrix.size(1));
+// From one row of a stack of matrices [E, rows, cols] to the next, where they are evenly strided. A single
+// row may have any stride; kernels look at it for alignment.
+inline int64_t row_stride(const at::Tensor& stack) {
+  return stack.size(1) > 1 ? stack.stride(1) : stack.size(0) > 1 ? stack.stride(0) : stack.size(2);
 }
 
-inline at::Tensor with_plain_rows(const at::Tensor& matrix) {
-  return has_plain_rows(matrix) ? matrix : matrix.contiguous();
-}
-
-// A matrix of one row may have any row stride; kernels look at it for alignment.
-inline int64_t row_stride(const at::Tensor& matrix) {
-  return matrix.size(0) > 1 ? matrix.stride(0) : matrix.size(1);
+// Rows that a kernel can walk: unit column stride, evenly strided, rows that do not overlap.
+inline bool has_plain_rows(const at::Tensor& stack) {
+  const int64_t stride = row_stride(stack);
+  return (stack.size(2) <= 1 || stack.stride(2) == 1) && stride >= stack.size(2) &&
+         (stack.size(0) <= 1 || stack.stride(0) == stack.size(1) * stride);
 }
 
 inline void check_weight(const char* op, const at::Tensor& weight) {
@@ -74,24 +73,56 @@ inline void check_weight(const char* op, const at::Tensor& weight) {
   dtype_of(op, "weight", weight);
 }
 
+// A matrix or a stack of them.
+inline void check_weights(const char* op, const at::Tensor& weight) {
+  WANDA_CHECK_VALUE(weight.dim() == 2 || weight.dim() == 3,
+                    "weight must have 2 dimensions [C_out, C_in] or 3 [E, C_out, C_in], got ", weight.dim());
+  dtype_of(op, "weight", weight);
+}
+
 inline void check_norm(const char* op, const at::Tensor& norm, const at::Tensor& weight) {
   check_type(op, "norm", norm, at::kFloat, "float32");
   check_device(op, "norm", norm, "weight is", weight);
-  WANDA_CHECK_VALUE(norm.dim() == 1, "norm must have 1 dimension [C_in], got ", norm.dim());
-  WANDA_CHECK_VALUE(norm.size(0) == weight.size(1), "norm has ", norm.size(0), " elements, weight has ",
-                    weight.size(1), " columns");
+  WANDA_CHECK_VALUE(norm.dim() == weight.dim() - 1, "norm must have ",
+                    weight.dim() == 2 ? "1 dimension [C_in]" : "2 dimensions [E, C_in]", ", got ",
+                    norm.dim());
+  WANDA_CHECK_VALUE(norm.size(-1) == weight.size(-1), "norm has ", norm.size(-1), " elements, weight has ",
+                    weight.size(-1), " columns");
+  WANDA_CHECK_VALUE(weight.dim() == 2 || norm.size(0) == weight.size(0), "norm has ", norm.size(0),
+                    " rows, weight has ", weight.size(0), " matrices");
 }
 
 // What a kernel takes, and the tensors that it points into.
 template <class Params>
 struct Selection {
-  Params params;
-  at::Tensor weight, rows, norms;
+  Params params;     // but for `weight` and `row_stride`, which run() knows
+  at::Tensor stack;  // the weight as [E, C_out, C_in]
+  at::Tensor norms;
   at::Tensor mask;  // undefined where weights are pruned
 
-  // After the kernel: the rows go back to where they came from, if they had to be copied. Returns the mask.
-  at::Tensor finish() const {
-    if (!mask.defined() && !rows.is_same(weight)) weight.copy_(rows);
+  // launch(params) for all rows where they are evenly strided, else for a copy of one matrix after the other,
+  // which goes back to where it came from. Returns the mask.
+  template <class Launch>
+  at::Tensor run(Launch launch) const {
+    if (params.rows == 0 || params.cols == 0) return mask;
+    Params part = params;
+    if (has_plain_rows(stack)) {
+      part.weight = stack.data_ptr();
+      part.row_stride = row_stride(stack);
+      launch(part);
+      return mask;
+    }
+    part.rows = params.norm_rows;
+    part.row_stride = params.cols;
+    for (int64_t matrix = 0; matrix < stack.size(0); ++matrix) {
+      const at::Tensor own = stack.select(0, matrix), copy = own.contiguous();
+      part.weight = copy.data_ptr();
+      launch(part);
+      if (!mask.defined()) own.copy_(copy);
+      part.norm += params.cols;
+      if (part.mask != nullptr) part.mask += part.rows * params.cols;
+      if (part.score_sums != nullptr) part.score_sums += 2 * part.rows;
+    }
     return mask;
   }
 };
@@ -103,39 +134,39 @@ Selection<Params> selection_of(const char* op, const at::Tensor& weight, const a
   if (sums) {
     check_type(op, "score_sums", *sums, at::kFloat, "float32");
     check_device(op, "score_sums", *sums, "weight is", weight);
-    WANDA_CHECK_VALUE(
-        sums->dim() == 2 && sums->size(0) == weight.size(0) && sums->size(1) == 2 && sums->is_contiguous(),
-        "score_sums must be contiguous [", weight.size(0), ", 2], got ", sums->sizes());
+    std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
+    shape.back() = 2;
+    WANDA_CHECK_VALUE(sums->sizes() == shape && sums->is_contiguous(), "score_sums must be contiguous ",
+                      at::IntArrayRef(shape), ", got ", sums->sizes());
   }
-  Selection<Params> made{{}, weight, with_plain_rows(weight), norm.contiguous(), {}};
+  Selection<Params> made{{}, weight.dim() == 3 ? weight : weight.unsqueeze(0), norm.contiguous(), {}};
   if (is_mask) made.mask = at::empty(weight.sizes(), weight.options().dtype(at::kBool));
-  made.params.weight = made.rows.data_ptr();
   made.params.norm = made.norms.template const_data_ptr<float>();
   made.params.mask = is_mask ? made.mask.template mutable_data_ptr<bool>() : nullptr;
   made.params.score_sums = sums ? sums->template mutable_data_ptr<float>() : nullptr;
-  made.params.rows = weight.size(0);
-  made.params.cols = weight.size(1);
-  made.params.row_stride = row_stride(made.rows);
+  made.params.rows = made.stack.size(0) * made.stack.size(1);
+  made.params.cols = made.stack.size(2);
+  made.params.norm_rows = made.stack.size(1);
   made.params.dtype = dtype_of(op, "weight", weight);
   return made;
 }
 
 inline Selection<RowsParams> check_rows(const char* op, const at::Tensor& weight, const at::Tensor& norm,
                                         double sparsity, bool is_mask, const OptionalTensor& sums = {}) {
-  check_weight(op, weight);
+  check_weights(op, weight);
   check_norm(op, norm, weight);
   WANDA_CHECK_VALUE(sparsity >= 0 && sparsity < 1, "sparsity must be in [0, 1), got ", sparsity);
   Selection<RowsParams> made = selection_of<RowsParams>(op, weight, norm, is_mask, sums);
-  made.params.k = static_cast<int64_t>(static_cast<double>(weight.size(1)) * sparsity);
+  made.params.k = static_cast<int64_t>(static_cast<double>(weight.size(-1)) * sparsity);
   return made;
 }
 
 inline Selection<NmParams> check_nm(const char* op, const at::Tensor& weight, const at::Tensor& norm,
                                     int64_t n, int64_t m, bool is_mask, const OptionalTensor& sums = {}) {
-  check_weight(op, weight);
+  check_weights(op, weight);
   check_norm(op, norm, weight);
   WANDA_CHECK_VALUE(0 < n && n < m, "a pattern n:m needs 0 < n < m, got ", n, ":", m);
-  WANDA_CHECK_VALUE(weight.size(1) % m == 0, "weight has ", weight.size(1),
+  WANDA_CHECK_VALUE(weight.size(-1) % m == 0, "weight has ", weight.size(-1),
                     " columns, not a multiple of m = ", m);
   Selection<NmParams> made = selection_of<NmParams>(op, weight, norm, is_mask, sums);
   made.params.n = n;

@@ -94,6 +94,28 @@ def matrices(draw: st.DrawFn, widths: tuple[int, ...] = WIDTHS, multiple: int = 
     return weight, norm
 
 
+@st.composite
+def stacks(draw: st.DrawFn, widths: tuple[int, ...] = WIDTHS, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """(weight [E, rows, cols], norm [E, cols]): rows adjacent, evenly strided, or not, or transposed in memory."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    cols = draw(st.sampled_from([width * multiple for width in widths]))
+    matrices, rows = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    dtype = draw(st.sampled_from(DTYPES))
+    with np.errstate(over="ignore", invalid="ignore"):
+        kinds = [draw(st.sampled_from(KINDS)) for _ in range(matrices)]
+        values = np.stack([weight_of(kind, rows, cols, generator) for kind in kinds])
+        norms = np.stack([norm_of(draw(st.sampled_from(NORMS)), cols, generator) for _ in range(matrices)])
+    weight = torch.from_numpy(values.astype(np.float32)).to(dtype)
+    more_rows, more_cols = draw(st.sampled_from([(0, 0), (0, 3), (0, 16), (1, 0), (2, 1)]))
+    shape = (matrices, rows + more_rows, cols + more_cols)
+    storage = torch.full(shape, 7.0, dtype=dtype)
+    if draw(st.integers(0, 3)) == 0:
+        storage = storage.transpose(1, 2).contiguous().transpose(1, 2)
+    placed = storage[:, :rows, :cols]
+    placed.copy_(weight)
+    return placed, torch.from_numpy(norms.astype(np.float32))
+
+
 def sparsities() -> st.SearchStrategy[float]:
     return st.one_of(
         st.sampled_from([0.0, 0.5, 0.25, 0.6, 0.9, 0.99, 0.999, float(np.nextafter(1.0, 0.0))]),

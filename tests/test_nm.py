@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import copy_with_strides, matrices, same_bits
+from strategies import copy_with_strides, matrices, same_bits, stacks
 
 from wanda_kernels import ops, reference
 
@@ -32,6 +32,28 @@ def test_mask_and_weights_equal_the_reference(backend, pattern, data):
     assert same_bits(pruned, weight.masked_fill(expected, 0))
     expected_sums = torch.empty_like(sums)
     reference.prune_nm_(weight.clone(), norm, n, m, expected_sums)
+    # float32 sums of thousands of squares in another order
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}:{p[1]}")
+@settings(max_examples=20)
+@given(data=st.data())
+def test_a_stack_equals_its_matrices(backend, pattern, data):
+    n, m = pattern
+    weight, norm = data.draw(stacks(widths=(1, 2, 3, 5, 8, 16, 17, 33, 144), multiple=m))
+    expected = torch.stack([reference.nm_mask(w, v, n, m) for w, v in zip(weight, norm, strict=True)])
+    assert torch.equal(backends.implementation(backend, "nm_mask")(weight, norm, n, m), expected)
+
+    expected_sums = torch.full((*weight.shape[:2], 2), torch.nan)
+    sums = expected_sums.clone()
+    for one, w, v in zip(expected_sums, weight, norm, strict=True):
+        reference.prune_nm_(w.clone(), v, n, m, one)
+    for score_sums in (None, sums):
+        pruned = copy_with_strides(weight)
+        backends.implementation(backend, "prune_nm_")(pruned, norm, n, m, score_sums)
+        assert same_bits(pruned, weight.masked_fill(expected, 0))
     # float32 sums of thousands of squares in another order
     torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=0, equal_nan=True)
 

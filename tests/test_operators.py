@@ -12,6 +12,7 @@ from wanda_kernels.packed import pack_bitmap, pack_sparse24
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 NORM = torch.rand(64, generator=torch.Generator().manual_seed(1))
+STACK, NORMS = WEIGHT.view(4, 8, 64), NORM + torch.arange(4)[:, None]
 HALF = WEIGHT.to(torch.bfloat16)
 ENDS = torch.tensor([3, 3, 20, 31], dtype=torch.int32)
 
@@ -27,6 +28,10 @@ CALLS = {
     "row_mask": lambda: (WEIGHT, NORM, 0.5),
     "prune_nm_": lambda: (WEIGHT.clone(), NORM, 2, 4, None),
     "nm_mask": lambda: (WEIGHT, NORM, 4, 8),
+    "prune_rows_ of a stack": lambda: (STACK.clone(), NORMS, 0.5, torch.zeros(4, 8, 2)),
+    "row_mask of a stack": lambda: (STACK, NORMS, 0.5),
+    "prune_nm_ of a stack": lambda: (STACK.clone(), NORMS, 2, 4, torch.zeros(4, 8, 2)),
+    "nm_mask of a stack": lambda: (STACK, NORMS, 4, 8),
     "pack_24": lambda: (ops.unpack_24(*packed()),),
     "prune_pack_24": lambda: (HALF, NORM),
     "unpack_24": packed,
@@ -89,7 +94,14 @@ BAD = [
     ("prune_rows_", (WEIGHT, NORM, 1.0), ValueError, r"sparsity must be in \[0, 1\), got 1"),
     ("prune_rows_", (WEIGHT, NORM, -0.1), ValueError, r"sparsity must be in \[0, 1\), got -0.1"),
     ("prune_rows_", (WEIGHT, NORM, float("nan")), ValueError, r"sparsity must be in \[0, 1\), got nan"),
-    ("prune_rows_", (WEIGHT[0], NORM, 0.5), ValueError, r"weight must have 2 dimensions \[C_out, C_in\], got 1"),
+    ("prune_rows_", (WEIGHT[0], NORM, 0.5), ValueError, r"weight must have 2 .* or 3 \[E, C_out, C_in\], got 1"),
+    ("prune_rows_", (STACK[None], NORMS, 0.5), ValueError, r"weight must have 2 .* or 3 \[E, C_out, C_in\], got 4"),
+    ("prune_rows_", (STACK, NORM, 0.5), ValueError, r"norm must have 2 dimensions \[E, C_in\], got 1"),
+    ("prune_nm_", (STACK, NORMS[:3], 2, 4), ValueError, "norm has 3 rows, weight has 4 matrices"),
+    ("nm_mask", (STACK, NORMS[:, :63], 2, 4), ValueError, "norm has 63 elements, weight has 64 columns"),
+    ("nm_mask", (STACK, NORMS, 2, 5), ValueError, "weight has 64 columns, not a multiple of m = 5"),
+    ("prune_nm_", (STACK, NORMS, 2, 4, torch.zeros(32, 2)), ValueError, r"score_sums .* \[4, 8, 2\], got \[32, 2\]"),
+    ("prune_pack_24", (STACK.bfloat16(), NORMS), ValueError, r"weight must have 2 dimensions \[C_out, C_in\], got 3"),
     ("prune_rows_", (WEIGHT.int(), NORM, 0.5), TypeError, "weight must be float32, bfloat16 or float16, got .*[Ii]nt"),
     ("prune_rows_", (WEIGHT, NORM, 0.5, torch.zeros(31, 2)), ValueError, r"score_sums .* \[32, 2\], got \[31, 2\]"),
     ("row_mask", (WEIGHT, NORM.to("meta"), 0.5), (ValueError, NotImplementedError), "norm is on meta|[Mm]eta"),

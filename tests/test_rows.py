@@ -6,7 +6,7 @@ import backends
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import copy_with_strides, matrices, same_bits, sparsities, weight_of
+from strategies import copy_with_strides, matrices, same_bits, sparsities, stacks, weight_of
 
 from wanda_kernels import ops, reference
 
@@ -83,6 +83,56 @@ def test_score_sums(backend, matrix, sparsity):
     assert same_bits(pruned, weight.masked_fill(reference.row_mask(weight, norm, sparsity), 0))
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@settings(max_examples=100)
+@given(stack=stacks(), sparsity=sparsities())
+def test_a_stack_equals_its_matrices(backend, stack, sparsity):
+    weight, norm = stack
+    masks = [reference.row_mask(w, n, sparsity) for w, n in zip(weight, norm, strict=True)]
+    expected = torch.stack(masks)
+    assert torch.equal(backends.implementation(backend, "row_mask")(weight, norm, sparsity), expected)
+
+    expected_sums = torch.full((*weight.shape[:2], 2), torch.nan)
+    sums = expected_sums.clone()
+    for one, w, n in zip(expected_sums, weight, norm, strict=True):
+        reference.prune_rows_(w.clone(), n, sparsity, one)
+    for score_sums in (None, sums):
+        pruned = copy_with_strides(weight)
+        backends.implementation(backend, "prune_rows_")(pruned, norm, sparsity, score_sums)
+        assert same_bits(pruned, weight.masked_fill(expected, 0))
+    # float32 sums of up to 1536 squares in another order
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cols", [2048, 2880, 4096])
+def test_a_wide_stack_for_any_number_of_threads(backend, dtype, cols):
+    torch.manual_seed(0)
+    weight, norm = torch.randn(5, 7, cols).to(dtype), torch.rand(5, cols) + 0.1
+    norm[2], norm[3, 0] = -1.0, torch.inf  # one that no fast path takes between others
+    expected = reference.row_mask(weight, norm, 0.5)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(backends.implementation(backend, "row_mask")(weight, norm, 0.5), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gaps", [(0, 16), (1, 0), (2, 3)])
+def test_memory_around_the_rows_of_a_stack_is_not_touched(backend, gaps):
+    storage = torch.full((3, 4 + gaps[0], 80 + gaps[1]), 7.0)
+    weight = storage[:, :4, :80]
+    weight.copy_(torch.randn(3, 4, 80))
+    backends.implementation(backend, "prune_rows_")(weight, torch.ones(3, 80), 0.5)
+    assert ((weight == 0).sum(dim=2) == 40).all()
+    weight.fill_(7)
+    assert (storage == 7).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_between_rows_is_not_touched(backend):
     storage = torch.full((5, 100), 7.0)
@@ -132,3 +182,6 @@ def test_kept_scores_are_at_least_the_pruned_ones():
 def test_empty_matrices():
     assert ops.row_mask(torch.empty(0, 8), torch.ones(8), 0.5).shape == (0, 8)
     assert ops.row_mask(torch.empty(8, 0), torch.ones(0), 0.5).shape == (8, 0)
+    for shape in ((0, 8, 4), (3, 0, 4), (3, 8, 0)):
+        assert ops.row_mask(torch.empty(shape), torch.ones(shape[0], shape[2]), 0.5).shape == shape
+        ops.prune_rows_(torch.empty(shape), torch.ones(shape[0], shape[2]), 0.5, torch.empty(*shape[:2], 2))

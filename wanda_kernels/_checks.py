@@ -50,22 +50,34 @@ def _check_weight(op: str, weight: Tensor) -> None:
     _check_dtype(op, "weight", weight, FLOATS)
 
 
+def _check_weights(op: str, weight: Tensor) -> None:
+    """A matrix or a stack of them."""
+    if weight.dim() not in (2, 3):
+        raise ValueError(
+            f"wanda::{op}: weight must have 2 dimensions [C_out, C_in] or 3 [E, C_out, C_in], got {weight.dim()}"
+        )
+    _check_dtype(op, "weight", weight, FLOATS)
+
+
 def _check_norm(op: str, norm: Tensor, weight: Tensor) -> None:
     _check_beside(op, "norm", norm, torch.float32, "weight", weight)
-    if norm.dim() != 1:
-        raise ValueError(f"wanda::{op}: norm must have 1 dimension [C_in], got {norm.dim()}")
-    if norm.shape[0] != weight.shape[1]:
-        raise ValueError(f"wanda::{op}: norm has {norm.shape[0]} elements, weight has {weight.shape[1]} columns")
+    if norm.dim() != weight.dim() - 1:
+        required = "1 dimension [C_in]" if weight.dim() == 2 else "2 dimensions [E, C_in]"
+        raise ValueError(f"wanda::{op}: norm must have {required}, got {norm.dim()}")
+    if norm.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"wanda::{op}: norm has {norm.shape[-1]} elements, weight has {weight.shape[-1]} columns")
+    if weight.dim() == 3 and norm.shape[0] != weight.shape[0]:
+        raise ValueError(f"wanda::{op}: norm has {norm.shape[0]} rows, weight has {weight.shape[0]} matrices")
 
 
 def _check_score_sums(op: str, score_sums: Tensor | None, weight: Tensor) -> None:
     if score_sums is not None:
         _check_beside(op, "score_sums", score_sums, torch.float32, "weight", weight)
-        _check_shape(op, "score_sums", score_sums, weight.shape[0], 2, contiguous=True)
+        _check_shape(op, "score_sums", score_sums, *weight.shape[:-1], 2, contiguous=True)
 
 
 def check_rows(op: str, weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
-    _check_weight(op, weight)
+    _check_weights(op, weight)
     _check_norm(op, norm, weight)
     if not 0 <= sparsity < 1:
         raise ValueError(f"wanda::{op}: sparsity must be in [0, 1), got {sparsity}")
@@ -73,12 +85,12 @@ def check_rows(op: str, weight: Tensor, norm: Tensor, sparsity: float, score_sum
 
 
 def check_nm(op: str, weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
-    _check_weight(op, weight)
+    _check_weights(op, weight)
     _check_norm(op, norm, weight)
     if not 0 < n < m:
         raise ValueError(f"wanda::{op}: a pattern n:m needs 0 < n < m, got {n}:{m}")
-    if weight.shape[1] % m:
-        raise ValueError(f"wanda::{op}: weight has {weight.shape[1]} columns, not a multiple of m = {m}")
+    if weight.shape[-1] % m:
+        raise ValueError(f"wanda::{op}: weight has {weight.shape[-1]} columns, not a multiple of m = {m}")
     _check_score_sums(op, score_sums, weight)
 
 

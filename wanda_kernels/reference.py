@@ -22,16 +22,19 @@ __all__ = [
 # Row selection (Wanda, arXiv 2306.11695, section 3, eq. 1, compared per output row).
 
 
+# A weight is a matrix [C_out, C_in] with its norm [C_in], or a stack of them, [E, C_out, C_in] with [E, C_in].
+
+
 def scores(weight: Tensor, norm: Tensor) -> Tensor:
     """``|W| * norm`` in float32: one multiplication, rounded to nearest."""
-    return weight.abs().float() * norm
+    return weight.abs().float() * norm.unsqueeze(-2)
 
 
 def write_score_sums(score: Tensor, mask: Tensor, score_sums: Tensor) -> None:
     """Per row: sum of the squared scores that are pruned, and of all."""
     squares = score.square()
-    score_sums[:, 0] = squares.masked_fill(~mask, 0).sum(dim=1)
-    score_sums[:, 1] = squares.sum(dim=1)
+    score_sums[..., 0] = squares.masked_fill(~mask, 0).sum(dim=-1)
+    score_sums[..., 1] = squares.sum(dim=-1)
 
 
 def _prune_(weight: Tensor, norm: Tensor, mask: Tensor, score_sums: Tensor | None) -> None:
@@ -43,9 +46,9 @@ def _prune_(weight: Tensor, norm: Tensor, mask: Tensor, score_sums: Tensor | Non
 def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
     _checks.check_rows("row_mask", weight, norm, sparsity)
     score = scores(weight, norm)
-    k = int(weight.shape[1] * sparsity)
-    pruned = torch.sort(score, dim=1, stable=True).indices[:, :k]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, pruned, True)
+    k = int(weight.shape[-1] * sparsity)
+    pruned = torch.sort(score, dim=-1, stable=True).indices[..., :k]
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, pruned, True)
 
 
 def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tensor | None = None) -> None:
@@ -58,9 +61,9 @@ def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tenso
 
 def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
     _checks.check_nm("nm_mask", weight, norm, n, m)
-    groups = scores(weight, norm).reshape(weight.shape[0], weight.shape[1] // m, m)
-    pruned = torch.sort(groups, dim=2, stable=True).indices[..., : m - n]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, pruned, True).view(weight.shape)
+    groups = scores(weight, norm).reshape(*weight.shape[:-1], weight.shape[-1] // m, m)
+    pruned = torch.sort(groups, dim=-1, stable=True).indices[..., : m - n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, pruned, True).view(weight.shape)
 
 
 def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:

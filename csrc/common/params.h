@@ -8,8 +8,8 @@ namespace wanda {
 
 // The k smallest |W| * norm of each row.
 struct RowsParams {
-  void* weight;       // [rows, cols]
-  const float* norm;  // [cols]
+  void* weight;       // [rows, cols]: those of one matrix, or of several one behind the other
+  const float* norm;  // [rows / norm_rows, cols]: row r takes row r / norm_rows. The CPU's kernels: [cols]
   bool* mask;         // nullptr: pruned weights become +0 in place.
                       // Else [rows, cols] contiguous: receives true = pruned, `weight` is only read.
   float* score_sums;  // nullptr, or [rows, 2]: sum of the squared scores that are pruned, and of all.
@@ -17,7 +17,8 @@ struct RowsParams {
   int64_t rows;
   int64_t cols;  // >= 1, < 2^31 (CUDA: 2^32)
   int64_t row_stride;
-  int64_t k;  // how many of each row to prune, 0 <= k <= cols
+  int64_t norm_rows;  // of a matrix
+  int64_t k;          // how many of each row to prune, 0 <= k <= cols
   Dtype dtype;
 };
 
@@ -30,6 +31,7 @@ struct NmParams {
   int64_t rows;
   int64_t cols;  // a multiple of m
   int64_t row_stride;
+  int64_t norm_rows;
   int64_t n;  // kept in each group
   int64_t m;  // size of a group, 0 < n < m
   Dtype dtype;

@@ -72,34 +72,39 @@ void over_segments(const SqnormParams& params, Work work) {
 
 // ---- rows, N:M.
 
-at::Tensor run_rows(const Selection<RowsParams>& selection) {
-  over_rows(selection.params.rows, selection.params.cols,
-            [&](int64_t begin, int64_t end) { kernels().rows(selection.params, begin, end); });
-  return selection.finish();
-}
-
-at::Tensor run_nm(const Selection<NmParams>& selection) {
-  over_rows(selection.params.rows, selection.params.cols,
-            [&](int64_t begin, int64_t end) { kernels().nm(selection.params, begin, end); });
-  return selection.finish();
+// A kernel takes rows of one matrix at a time, which share their norms.
+template <class Params>
+at::Tensor select(const Selection<Params>& selection, void (*kernel)(const Params&, int64_t, int64_t)) {
+  return selection.run([&](const Params& params) {
+    over_rows(params.rows, params.cols, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t matrix = begin / params.norm_rows,
+                      last = std::min(end, (matrix + 1) * params.norm_rows);
+        Params part = params;
+        part.norm += matrix * params.cols;
+        kernel(part, begin, last);
+        begin = last;
+      }
+    });
+  });
 }
 
 void prune_rows_(at::Tensor weight, const at::Tensor& norm, double sparsity,
                  const OptionalTensor& score_sums) {
-  run_rows(check_rows("prune_rows_", weight, norm, sparsity, false, score_sums));
+  select(check_rows("prune_rows_", weight, norm, sparsity, false, score_sums), kernels().rows);
 }
 
 at::Tensor row_mask(const at::Tensor& weight, const at::Tensor& norm, double sparsity) {
-  return run_rows(check_rows("row_mask", weight, norm, sparsity, true));
+  return select(check_rows("row_mask", weight, norm, sparsity, true), kernels().rows);
 }
 
 void prune_nm_(at::Tensor weight, const at::Tensor& norm, int64_t n, int64_t m,
                const OptionalTensor& score_sums) {
-  run_nm(check_nm("prune_nm_", weight, norm, n, m, false, score_sums));
+  select(check_nm("prune_nm_", weight, norm, n, m, false, score_sums), kernels().nm);
 }
 
 at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m) {
-  return run_nm(check_nm("nm_mask", weight, norm, n, m, true));
+  return select(check_nm("nm_mask", weight, norm, n, m, true), kernels().nm);
 }
 
 // ---- Column sums of squares.
@@ -174,7 +179,7 @@ at::Tensor gelu_tanh_mul_sqnorm(const at::Tensor& gate, const at::Tensor& up, at
 
 std::tuple<at::Tensor, at::Tensor> pack(const char* op, const at::Tensor& weight, const at::Tensor* norm) {
   check_pack_24(op, weight, norm);
-  const at::Tensor plain = with_plain_rows(weight),
+  const at::Tensor plain = has_plain_rows(weight.unsqueeze(0)) ? weight : weight.contiguous(),
                    norms = norm != nullptr ? norm->contiguous() : at::Tensor();
   at::Tensor values, metadata;
   const Pack24Params params = pack_24_params(plain, norms, values, metadata);

@@ -14,15 +14,16 @@ def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor |
 
     Equivalent to::
 
-        groups = (weight.abs().float() * norm).view(C_out, -1, m)
+        groups = (weight.abs().float() * norm).view(C_out, -1, m)  # of a matrix
         pruned = torch.sort(groups, dim=2, stable=True).indices[..., : m - n]
         weight.view(C_out, -1, m).scatter_(2, pruned, 0)
 
     Among equal scores the lowest column is pruned first; NaN counts as the largest score.
 
     Args:
-        weight: [C_out, C_in], float32, bfloat16 or float16, C_in a multiple of ``m``.
-        norm: [C_in], float32, on the same device.
+        weight: [C_out, C_in] or [E, C_out, C_in], float32, bfloat16 or float16, C_in a multiple of ``m``; else as
+            in :func:`prune_rows_`.
+        norm: [C_in] or [E, C_in], float32, on the same device.
         n: how many of each group are kept, 0 < n < m.
         m: size of a group.
         score_sums: as in :func:`prune_rows_`.
@@ -36,7 +37,7 @@ def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor |
 
 
 def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
-    """The mask of :func:`prune_nm_`: [C_out, C_in], bool, True = pruned. ``weight`` is not written."""
+    """The mask of :func:`prune_nm_`: the shape of ``weight``, bool, True = pruned. ``weight`` is not written."""
     return torch.ops.wanda.nm_mask(weight, norm, n, m)
 
 

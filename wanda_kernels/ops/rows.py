@@ -20,12 +20,15 @@ def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tenso
 
     Among equal scores the lowest column is pruned first; NaN counts as the largest score.
 
+    A stack of matrices, such as a layer's experts, each with a norm of its own, takes one launch.
+
     Args:
-        weight: [C_out, C_in], float32, bfloat16 or float16. Any strides; unit column stride avoids a copy.
-        norm: [C_in], float32, on the same device: the L2 norm of each input channel.
+        weight: [C_out, C_in] or [E, C_out, C_in], float32, bfloat16 or float16. Any strides; where columns are
+            adjacent and all rows equally far apart nothing is copied, else one matrix at a time.
+        norm: [C_in] or [E, C_in], float32, on the same device: the L2 norm of each input channel.
         sparsity: the share of each row to prune, in [0, 1).
-        score_sums: [C_out, 2], float32, contiguous, or None. Receives per row the sum of the squared scores
-            that were pruned, and of all.
+        score_sums: [C_out, 2] or [E, C_out, 2], float32, contiguous, or None. Receives per row the sum of the
+            squared scores that were pruned, and of all.
 
     Raises:
         ValueError, TypeError: naming the argument, what is required and what came.
@@ -36,7 +39,7 @@ def prune_rows_(weight: Tensor, norm: Tensor, sparsity: float, score_sums: Tenso
 
 
 def row_mask(weight: Tensor, norm: Tensor, sparsity: float) -> Tensor:
-    """The mask of :func:`prune_rows_`: [C_out, C_in], bool, True = pruned. ``weight`` is not written."""
+    """The mask of :func:`prune_rows_`: the shape of ``weight``, bool, True = pruned. ``weight`` is not written."""
     return torch.ops.wanda.row_mask(weight, norm, sparsity)
 
 
