@@ -25,7 +25,7 @@ class Magnitude(Method):
 
     name = "magnitude"
     needs = Needs.NOTHING
-    takes_experts = False
+    takes_experts = True
 
     group: Group | None = option(None, **GROUP)
 

@@ -29,7 +29,7 @@ class Wanda(Method):
 
     name = "wanda"
     needs = Needs.NORM
-    takes_experts = False
+    takes_experts = True
 
     group: Group | None = option(None, **GROUP)
     variant: bool = option(False, "wanda: the paper's appendix; rows of any sparsity.", sparsity_only=True)
