@@ -9,6 +9,7 @@ of them has to be known, and one that computes, and does not only move, is refus
 from __future__ import annotations
 
 import itertools
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -151,14 +152,12 @@ class Placement:
         Raises:
             ValueError: one of them holds something else too.
         """
-        found = []
-        for file, parts in self.files.items():
-            mine = [part for part in parts if part.name.startswith(prefix)]
-            if mine and sum(part.there.numel for part in mine) != self._empty(file).numel():
-                raise ValueError(f"{file} holds {mine[0].name} and more than {prefix}*: it cannot be streamed")
-            if mine:
-                found.append(file)
-        return found
+        mine = [part.file for name, parts in self.parts.items() if name.startswith(prefix) for part in parts]
+        for file in dict.fromkeys(mine):
+            parts = [part for part in self.files[file] if part.name.startswith(prefix)]
+            if sum(part.there.numel for part in parts) != math.prod(self.checkpoint.entries[file].shape):
+                raise ValueError(f"{file} holds {parts[0].name} and more than {prefix}*: it cannot be streamed")
+        return list(dict.fromkeys(mine))
 
     def dtype(self, file: str) -> torch.dtype | None:
         return DTYPES.get(self.checkpoint.entries[file].dtype)
