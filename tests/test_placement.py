@@ -61,6 +61,9 @@ OTHERS = {  # whose files also hold other shapes, or that have experts
 }
 
 
+IN_FLOAT32 = [f"model.layers.{i}.mlp.gate.weight" for i in range(3)]  # DeepSeek's routers, which a run in memory widens
+
+
 def save(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **changes):
     """A random model, in many files, and its class."""
     config = AutoConfig.for_model(family, **(tiny.COMMON | (DENSE | OTHERS).get(family, {}) | changes))
@@ -118,9 +121,10 @@ def test_blocks_come_and_go_as_they_are(family, tmp_path, monkeypatch):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", [*DENSE, "mixtral", "deepseek_v3", "jamba"])
 def test_streamed_under_other_names_it_equals_the_run_in_memory(family, tmp_path):
     save(tmp_path / "model", family)
+    (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
     whole = load_model(str(tmp_path / "model"))
     report = prune(whole, tiny.ids())
     whole.save_pretrained(tmp_path / "in memory")
@@ -131,8 +135,14 @@ def test_streamed_under_other_names_it_equals_the_run_in_memory(family, tmp_path
     assert digest(tmp_path / "out") == digest(tmp_path / "at once")
     before, after, expected = (tensors(tmp_path / name) for name in ("model", "out", "in memory"))
     assert list(after) == list(before)
-    assert all(same(after[name], expected[name]) for name in after)
-    assert sum(not torch.equal(after[name], before[name]) for name in after) == len(report.layers)
+    assert all(same(after[name], expected[name]) for name in after if name not in IN_FLOAT32)
+    assert all(same(after[name], before[name]) for name in IN_FLOAT32 if name in after)
+    pruned = sum(layer.shape[0] if len(layer.shape) > 2 else 1 for layer in report.layers)
+    gated = sum(layer.shape[0] for layer in report.layers if layer.name.endswith("gate_up_proj"))  # two in the files
+    assert sum(not torch.equal(after[name], before[name]) for name in after) == pruned + gated
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "model").iterdir()
+    } | {"pruning_report.json"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

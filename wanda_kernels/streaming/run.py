@@ -31,7 +31,13 @@ from .skeleton import build, refuse_other_dtypes
 from .workfolder import WorkFolder, done_of, identity, path_for, read_state, refuse_other_run
 
 ACTIVATION_MEMORY = 4 * 2**30
-COPIED = ("config.json", "generation_config.json")
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",  # of models that take images too
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 def stream_prune(
@@ -54,8 +60,8 @@ def stream_prune(
     """Prune a safetensors checkpoint to another folder with two blocks in memory.
 
     The pruned tensors are, bit for bit, those of :func:`wanda_kernels.prune`; the others are copied byte for byte.
-    The output has the input's files: same shards, same index. After each block the state is kept in ``.OUT.partial``
-    beside ``out``; a run that ended there goes on with ``resume``, to the same files.
+    The output has the input's files: same shards, same index, same names and shapes. After each block the state is kept
+    in ``.OUT.partial`` beside ``out``; a run that ended there goes on with ``resume``, to the same files.
 
     Args:
         model: a folder with config.json and ``model.safetensors``, or shards and their index.
@@ -94,7 +100,7 @@ def stream_prune(
     skeleton, placement = build(model, checkpoint, dtype)
     blocks = find_blocks(skeleton, meta=True)
     check_blocks(blocks, spec)
-    refuse_other_dtypes(skeleton, blocks, placement)
+    refuse_other_dtypes(blocks, placement)
     ids = check_input_ids(skeleton, input_ids, spec)
     if ids is not None and spec.batch_size is None:  # what a run begins with decides
         spec = spec.with_batch_size(default_batch_size(place, ids.shape[1]))

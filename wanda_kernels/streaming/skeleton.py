@@ -13,7 +13,7 @@ from ..models.checkpoint import DTYPES, Checkpoint
 from ..models.fits import unplaced
 from ..models.load import auto_class, listed, load_config
 from ..models.placement import Placement
-from ..pruning.blocks import Block
+from ..pruning.blocks import Block, matrices_of
 
 
 def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> tuple[Any, Placement]:
@@ -86,17 +86,14 @@ def _refuse_missing(model: Any, placement: Placement) -> None:
                 raise _other_dtype(placement, name, part.file, own)
 
 
-def refuse_other_dtypes(model: nn.Module, blocks: list[Block], placement: Placement) -> None:
-    """Raises ValueError where what may be pruned has another dtype in the files than in the model. What is neither a
-    linear layer nor a stack of matrices, routers and their biases above all, may: it is copied as it is."""
-    begins = tuple(f"{block.name}." for block in blocks)
-    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name, parts in placement.parts.items():
-        own = tensor_of(model, name)
-        if name.startswith(begins) and (name in linears or own.dim() > 2):
-            for part in parts:
-                if placement.dtype(part.file) != own.dtype:
-                    raise _other_dtype(placement, name, part.file, own.dtype)
+def refuse_other_dtypes(blocks: list[Block], placement: Placement) -> None:
+    """Raises ValueError where what is pruned has another dtype in the files than in the model. What is not pruned,
+    routers and their biases above all, may have: it is copied as it is."""
+    for full, matrix in matrices_of(blocks).items():
+        name, own = matrix.name_of(full), matrix.stored.dtype
+        for part in placement.parts[name]:
+            if placement.dtype(part.file) != own:
+                raise _other_dtype(placement, name, part.file, own)
 
 
 def _other_dtype(placement: Placement, name: str, file: str, own: torch.dtype) -> ValueError:
