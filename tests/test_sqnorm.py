@@ -12,7 +12,7 @@ from wanda_kernels import ops, reference
 
 BACKENDS = backends.names()
 CPU = [name for name in BACKENDS if name.startswith("cpu")]
-SEGMENTED = ["reference", *CPU]
+SEGMENTED = ["reference", *BACKENDS]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
