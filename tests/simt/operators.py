@@ -86,7 +86,8 @@ class _Selection:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(weight, and the mask, the sums or nothing of interest)"""
-        return self.weight.tensor().view(self.shape), self.mask.tensor() if self.output == "mask" else self.sums.tensor()
+        weight = self.weight.tensor().view(self.shape)
+        return weight, self.mask.tensor() if self.output == "mask" else self.sums.tensor()
 
 
 def rows(
