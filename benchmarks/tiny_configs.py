@@ -46,24 +46,24 @@ _BY_SIZE = {
     "shared_intermediate_size shared_experts_intermediate_size moe_shared_expert_intermediate_size moe_hidden_size "
     "kv_lora_rank q_lora_rank audio_vocab_size max_2d_position_embeddings max_source_positions "
     "pronunciation_vocab_size shape_vocab_size pronunciation_embed_dim shape_embed_dim encoder_hash_byte_group_vocab "
-    "dim_model_base hidden_size_global backbone_hidden_size decoder_hidden_size image_token_embed_dim adapter_in_dim adapter_out_dim adapter_input_size "
-    "num_embeddings base_channels latent_channels ngram_vocab_size_base",
+    "dim_model_base hidden_size_global backbone_hidden_size decoder_hidden_size image_token_embed_dim adapter_in_dim "
+    "adapter_out_dim adapter_input_size num_embeddings base_channels latent_channels ngram_vocab_size_base",
     128: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size d_ff d_inner dff dim_ff "
     "feed_forward_size intermediate_size_mlp dense_intermediate_size mlp_dim prefix_dense_intermediate_size "
     "alignment_intermediate_size mamba_d_ssm",
     32: "router_hidden_size qk_head_dim image_size block_multiple_of",
     # Windows and chunks that are shorter than the calibration sequences, so that masks differ by layer.
-    16: "head_dim d_head dim_head kv_channels d_kv global_head_dim attention_head_dim swa_head_dim attention_head_size "
-    "swa_v_head_dim hidden_size_per_layer_input sliding_window local_attention attention_window_size window_size "
-    "attention_chunk_size sliding_window_size local_attention_window_len rel_extent o_lora_rank qk_nope_head_dim "
-    "qk_rope_head_dim v_head_dim gated_norm_rank index_head_dim linear_key_head_dim linear_value_head_dim "
-    "linear_head_dim laurel_rank adapter_rank hc_lowrank loop_gate_rank mamba_d_head mamba_d_state mamba_chunk_size "
-    "mamba_head_dim mamba_headdim state_size ssm_state_size chunk_size block_size query_pre_attn_scalar num_mel_bins "
-    "max_patches indexer_head_dim indexer_budget",
+    16: "head_dim d_head dim_head kv_channels d_kv global_head_dim attention_head_dim swa_head_dim "
+    "attention_head_size swa_v_head_dim hidden_size_per_layer_input sliding_window local_attention "
+    "attention_window_size window_size attention_chunk_size sliding_window_size local_attention_window_len "
+    "rel_extent o_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim gated_norm_rank index_head_dim "
+    "linear_key_head_dim linear_value_head_dim linear_head_dim laurel_rank adapter_rank hc_lowrank loop_gate_rank "
+    "mamba_d_head mamba_d_state mamba_chunk_size mamba_head_dim mamba_headdim state_size ssm_state_size chunk_size "
+    "block_size query_pre_attn_scalar num_mel_bins max_patches indexer_head_dim indexer_budget",
     8: "mamba_n_heads mamba_num_heads time_step_rank mamba_dt_rank rotary_dim patch_size d_rel canvas_length "
     "index_topk index_block_size",
-    4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_blocks num_decoder_layers num_attention_heads "
-    "n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
+    4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_blocks num_decoder_layers "
+    "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
     "num_decoder_attention_heads num_encoder_attention_heads encoder_num_attention_heads swa_num_attention_heads "
     "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads linear_num_heads "
     "num_query_tokens indexer_compress_ratio split_ngram_parts",
@@ -87,7 +87,13 @@ MROPE = ROPE | {"mrope_section": [2, 3, 3]}  # rows of time, height and width: h
 CONVOLUTIONS = {"layer_types": ["conv", "conv", "full_attention", "conv"]}
 
 # In place of towers of a package that transformers does not require.
-VISION: dict[str, Any] = {"model_type": "clip_vision_model", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
+VISION: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+}
 IMAGE_WORDS = {"<image>": 251, "<|extra_200|>": 250}
 
 # Where a field has a configuration of its own, a fix for it is a dictionary.
@@ -219,7 +225,7 @@ def _tiny(
             fields["rope_parameters"] = _shrink_sections(positions, fields.get("head_dim", 16) // 2)
     for name in getattr(kind, "sub_configs", None) or {}:
         part = getattr(default, name, None)
-        if part is not None and dataclasses.is_dataclass(part):
+        if isinstance(part, PretrainedConfig):
             if "model_type" in fixes.get(name, {}):  # another kind of part
                 fields[name] = CONFIG_MAPPING[fixes[name]["model_type"]](**fixes.pop(name))
             else:
@@ -251,7 +257,7 @@ def _told(part: PretrainedConfig) -> dict[str, Any]:
     own = _default(type(part))
     return {
         name: value
-        for field in dataclasses.fields(part)  # type: ignore[arg-type]
+        for field in dataclasses.fields(part)
         if isinstance(value := _value(part, name := field.name), bool | int | float | str)
         and name not in SIZES
         and value != _value(own, name)
@@ -262,7 +268,7 @@ def _common_fields(kind: type[PretrainedConfig], default: PretrainedConfig | Non
     """What ``SIZES`` has for the fields of a configuration; special tokens inside the vocabulary."""
     found: dict[str, Any] = {}
     special = iter(SPECIAL)
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         name = field.name
         value = _value(default, name)
         if name in SIZES:
