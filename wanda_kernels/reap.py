@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ._words import percent, to_json
 from .models import evaluating
-from .models.experts import ExpertsLayout, Routing
+from .models.experts import ExpertsLayout, Routing, experts_per_token
 from .models.load import empty_model
 from .pruning.blocks import find_blocks, unwrapped
 from .pruning.driver import check_input_ids
@@ -31,7 +31,6 @@ from .pruning.stand_ins import stand_ins
 
 # What configurations call the number of experts, in the order of preference.
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 _ROUTERS = {"gate", "router", "classifier"}
 
 
@@ -145,7 +144,7 @@ def _count_to_drop(config: Any, experts: int, share: float) -> int:
     if dropped == 0:
         of = f" in each of {groups} groups" if groups > 1 else ""
         raise ValueError(f"share {share:g} of {experts // groups} experts{of} drops none: it must be larger")
-    chosen = next((getattr(config, name) for name in _CHOSEN if isinstance(getattr(config, name, None), int)), 1)
+    chosen = experts_per_token(config)
     if experts - dropped < chosen:
         raise ValueError(f"share {share:g} leaves {experts - dropped} of {experts} experts, a token takes {chosen}")
     return dropped

@@ -21,6 +21,9 @@ _UNDESCRIBED = {
     "transformers.models.step3p7.modeling_step3p7.Step3p7Experts",
 }
 
+# What configurations call the number of experts that the router chooses for a token.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
+
 # (parameter, rows sorted by expert, where each expert's end) -> its products
 Product = Callable[[str, Tensor, Tensor], Tensor]
 Seen = Callable[["Routing", Tensor], None]
@@ -47,6 +50,11 @@ class Routing:
         one length."""
         experts = len(self.ends)
         return ends_of(self.expert * sequences + self.token // (tokens // sequences), experts * sequences)
+
+
+def experts_per_token(config: Any) -> int:
+    """How many the router chooses, by the config of the text model; 1 where it does not say."""
+    return next((getattr(config, name) for name in _CHOSEN if isinstance(getattr(config, name, None), int)), 1)
 
 
 def ends_of(keys: Tensor, count: int) -> Tensor:
