@@ -221,9 +221,8 @@ def main() -> None:
     if any(row["differing"] for row in rows):
         sys.exit("the outputs differ: no figures")
     screen = Console()
-    screen.print(
-        f"random {'Mixtral' if options.experts else 'LLaMA'}, {size / 1e9:.2f} GB in bfloat16, {SAMPLES} x {LENGTH} tokens"
-    )
+    name = "Mixtral" if options.experts else "LLaMA"
+    screen.print(f"random {name}, {size / 1e9:.2f} GB in bfloat16, {SAMPLES} x {LENGTH} tokens")
     screen.print(draw_table(rows))
     for row in rows:
         if row["run"] == "stream":

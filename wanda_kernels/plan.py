@@ -130,7 +130,8 @@ def predict(
     """One run on ``devices`` devices, a process each. ``passes``: 2, or 1 for ``propagate="dense"``.
 
     Forward: 2 operations for each token and weight that it is multiplied with, and the products of causal attention.
-    They divide by the processes, as the rows of the selection do; reading and writing the files, and exchanging rows and sums, do not.
+    They divide by the processes, as the rows of the selection do; reading and writing the files, and exchanging rows
+    and sums, do not.
     """
     tokens = samples * length
     shares = min(devices, max(1, tokens // max(batch_tokens, length)))  # batches stay whole
