@@ -33,6 +33,16 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 DENSE = {  # whose files have other names
     "gpt_neox": {},
     "exaone": {},
+    "gemma3n_text": {
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 128,
+        "laurel_rank": 16,
+        "head_dim": 16,
+        "num_kv_shared_layers": 1,
+        "activation_sparsity_pattern": [0.0] * 3,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
     "gemma3": {
         "text_config": TEXT | {"sliding_window": 8},
         "vision_config": VISION | {"image_size": 32, "patch_size": 8},
@@ -83,7 +93,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("family", [*DENSE, *OTHERS])
 def test_equals_from_pretrained(family, tmp_path):
     kind = save(tmp_path, family)
-    expected = kind.from_pretrained(tmp_path, dtype="auto").state_dict()
+    loaded = kind.from_pretrained(tmp_path, dtype="auto")
+    expected = loaded.state_dict()
     checkpoint = Checkpoint(tmp_path)
     model, placement = build(tmp_path, checkpoint, "auto")
     assert placement.left == []
@@ -94,6 +105,9 @@ def test_equals_from_pretrained(family, tmp_path):
             found = torch.full(own.shape, 7, dtype=own.dtype)
             placement.read(name, found)
             assert torch.equal(found, expected[name]), name
+    for (name, found), (other, buffer) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+        assert name == other
+        assert name in placement.parts or same(found, buffer), name
     tied = {tensor.data_ptr() for name, tensor in expected.items() if name in placement.parts}
     assert all(tensor.data_ptr() in tied for tensor in expected.values())
 

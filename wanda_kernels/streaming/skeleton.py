@@ -35,9 +35,12 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> tuple[Any, Placem
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, dtype=wanted)
     model.tie_weights()
-    for module in model.modules():
+    owner = {"": model}
+    for name, module in model.named_modules():
+        parent = owner[name.rpartition(".")[0]]
+        owner[name] = module if hasattr(module, "_init_weights") else parent
         if module._non_persistent_buffers_set:  # as from_pretrained: computed in float32, then rounded
-            model._init_weights(module)
+            owner[name]._init_weights(module)
     _keep_in_float32(model, wanted)
     placement = Placement(model, checkpoint)
     _refuse_missing(model, placement)
