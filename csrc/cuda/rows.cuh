@@ -76,7 +76,7 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
   WANDA_DEVICE uint32_t key_at(uint32_t column, int i, int bit) const {
     const bool is_first = Part::half_of(Part::quad_of(i, bit) / kQuadsPerChunk) == 0;
     const typename Part::Bits* const from = !kStaged ? row : is_first ? staged[0] : staged[1];
-    return __float_as_uint(score_of<kDtype>(from[column], __ldg(params.norm + column)));
+    return __float_as_uint(score_of<kDtype>(from[column], __ldg(norm_at(params, column))));
   }
 
   // This thread's elements of `set`, one by one: visit(column, word, bit).
@@ -256,8 +256,9 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
   }
   int buffer = 0;  // of the row's first half
   for (int step = 0;; ++step) {
-    const int64_t row = blockIdx.x + int64_t{gridDim.x} * step;
-    if (row >= params.rows) break;
+    const int64_t row_of_matrix = blockIdx.x + int64_t{gridDim.x} * step;
+    if (row_of_matrix >= params.norm_rows) break;
+    const int64_t row = first_row_of(params) + row_of_matrix;
     block.row = static_cast<Bits*>(params.weight) + row * params.row_stride;
     if constexpr (kStaged) {
 #pragma unroll
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
       sums[0].pruned = block.write_row(row, pruned);
     } else {
       __syncthreads();  // bins and slots are still being read
-      const Segment<kDtype> segment{block.row, params.norm,
+      const Segment<kDtype> segment{block.row, norm_at(params, 0),
                                     kOutput == Output::kMask ? params.mask + row * params.cols : nullptr,
                                     params.cols, params.k};
       sums[0] = select_segment<kDtype>(segment, shared.bins);
