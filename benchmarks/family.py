@@ -126,7 +126,8 @@ def _dense(model: nn.Module, touched: set[str], reported: set[str]) -> Row:
     """What no mask has ``touched`` in the blocks, of two dimensions or more: ``share`` of all such weights, ``names``,
     and those that the report does not list, ``unreported``."""
     prefix, stack = plain_wanda.find_stack(model, calibration()[:1])
-    weights = {f"{prefix}.{name}": p.numel() for name, p in stack.named_parameters() if p.dim() >= 2}
+    named = [(name, p) for name, p in stack.named_parameters() if p.dim() >= 2 and not name.endswith("bias")]
+    weights = {f"{prefix}.{name}": p.numel() for name, p in named}
     left = {name: size for name, size in weights.items() if name not in touched}
     silent = {name for name in left if not {name, name.removesuffix(".weight")} & reported}
 
