@@ -109,9 +109,13 @@ def _cells(row: Row) -> list[str]:
     cells.append(f"{row['dense']['share']:.1%}")
     if row["dense"]["names"]:
         notes.append("dense: " + ", ".join(row["dense"]["names"]))
+    if row["dense"]["unreported"]:
+        notes.append("not in the report: " + ", ".join(row["dense"]["unreported"]))
     packed, streamed = row["packed"], row["streamed"]
     cells.append(f"{packed['difference']:.0e}" if packed["ok"] else "no")
     cells.append(_word(streamed["ok"]))
+    if packed["ok"] and packed["share"] < 1:
+        notes.append(f"packed: {packed['share']:.1%} of what is pruned")
     notes += [f"{what}: {one['why']}" for what, one in (("packed", packed), ("streamed", streamed)) if not one["ok"]]
     return [*cells, "; ".join(_short(note) for note in notes)]
 

@@ -119,19 +119,25 @@ class Spy(TorchFunctionMode):
                     begin = end
 
 
-def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The text decoder's blocks: of its outermost lists of modules the one with the most weights."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = model if get_decoder is None else get_decoder()
-    inside = {id(module) for module in decoder.modules()}
-    outermost: list[tuple[str, nn.ModuleList]] = []
+@torch.no_grad()
+def find_stack(model: nn.Module, input_ids: Tensor) -> tuple[str, nn.ModuleList]:
+    """The text decoder's blocks: of the outermost lists of modules that ``input_ids`` go through, the one with the most
+    weights. Towers for images and sounds are not called."""
+    outermost: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        is_within = any(name.startswith(f"{outer}.") for outer, _ in outermost)
-        if isinstance(module, nn.ModuleList) and id(module) in inside and not is_within:
-            outermost.append((name, module))
-    if not outermost:
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost[name] = module
+    called: set[str] = set()
+    with ExitStack() as hooks:
+        for name, blocks in outermost.items():
+            for block in blocks.modules():
+                hook = block.register_forward_pre_hook(lambda _module, _inputs, name=name: called.add(name))
+                hooks.enter_context(hook)
+        model(input_ids=input_ids, use_cache=False)
+    if not called:
         raise ValueError(f"{type(model).__name__} has no list of blocks")
-    return max(outermost, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
+    name = max(sorted(called), key=lambda name: sum(p.numel() for p in outermost[name].parameters()))
+    return name, outermost[name]
 
 
 @torch.no_grad()
@@ -155,7 +161,7 @@ def prune(
     Returns:
         The names of the parameters that were pruned.
     """
-    prefix, stack = find_stack(model)
+    prefix, stack = find_stack(model, input_ids[:1])
     done: set[str] = set()
     for index, block in enumerate(stack):
         linears, experts = _weights(f"{prefix}.{index}", block, only)

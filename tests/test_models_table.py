@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 
@@ -13,6 +14,7 @@ import transformers
 from benchmarks import families, models_page, plain_wanda
 from benchmarks.family import BATCH, calibration, judge, tiny_model
 from benchmarks.tiny_configs import KINDS, SPECIAL, USED_MOST, tiny_config
+from wanda_kernels import prune
 
 # Of each kind that is found by other code: how blocks and weights are laid out, what goes from block to block.
 REPRESENTATIVE = [
@@ -53,6 +55,12 @@ def test_a_family_gets_the_plain_masks_or_a_refusal_that_names_what_is_in_the_wa
         assert row["dense"]["share"] < 0.2
     else:
         assert re.search(rf"\w+\.\d+\.\w+|{row['class']}", row["why"])
+
+
+def test_other_masks_are_counted(monkeypatch):
+    monkeypatch.setattr("benchmarks.family.prune", functools.partial(prune, method="magnitude"))
+    row = judge("causal", "mixtral", files=False)
+    assert all(0 < differ < bits for differ, bits in row["bits"].values())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
