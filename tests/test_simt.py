@@ -6,6 +6,7 @@ everything else about it is drawn from a seed as well: which kernel, block shape
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import random
 import re
@@ -126,6 +127,17 @@ def test_wide_rows(machine: Machine, cols: int, dtype: torch.dtype, quads: int) 
     path = "any" if cols > 57344 else "staged"
     got = simt.rows(machine, weight, norm, cols // 2, path=path, threads=256, quads=quads)
     check(weight, norm, row_mask(weight, norm, cols // 2), "prune", got)
+
+
+@pytest.mark.parametrize("resident", [108, 132, 264, 528, 1056])
+@pytest.mark.parametrize("matrices", [1, 8, 32, 60, 64, 128, 200, 512])
+def test_blocks_of_a_stack_have_nearly_equal_shares(machine: Machine, matrices: int, resident: int) -> None:
+    for rows in (768, 1408, 2880, 14336):
+        grid = machine.library.simt_rows_grid(*(ctypes.c_int64(n) for n in (rows, matrices, resident)))
+        assert 1 <= grid <= rows
+        rounds = -(-grid * matrices // resident)
+        most = rounds * -(-rows // grid)  # rows, one after the other, of the busiest place
+        assert most <= 1.25 * rows * matrices / resident + 1
 
 
 def draw_nm(machine: Machine, seed: int) -> None:

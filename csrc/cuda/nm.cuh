@@ -3,8 +3,9 @@
 // Algorithm: all pairs of a group are compared by one subtraction each, and the outcomes counted bit-parallel
 // (group.cuh): 9 SASS instructions an element for 2:4 and 16 for 4:8, bf16.
 //
-// Assumes: M of 2, 4, 8, 16 or 32; 16-byte aligned rows, norms and mask rows, whole units. Other M up to 32
-// and other rows go to nm_any.cuh, greater groups to rows_any.cuh, each as a row of its own.
+// Assumes: a block's rows are of one matrix, blockIdx.y; M of 2, 4, 8, 16 or 32; 16-byte aligned rows, norms
+// and mask rows, whole units. Other M up to 32 and other rows go to nm_any.cuh, greater groups to
+// rows_any.cuh, each as a row of its own.
 //
 // One thread: a unit of at least 16 bytes of what it writes and of M elements in each of kNmRows rows,
 // then the unit blockDim.x further on. The norms of a unit are loaded once for all of its rows: one byte an

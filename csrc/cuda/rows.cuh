@@ -14,8 +14,9 @@
 // Rows that this does not fit (a norm that is negative, -0.0, infinite or NaN; a k-th score that is NaN; more
 // than kListed elements in one bin) go through rows_any.cuh.
 //
-// Assumes: at most 4 * kQuads columns a thread. The staged kernel: 16-byte aligned rows and norms, whole
-// chunks of 16 bytes (a mask: 16 columns). The direct kernel: nothing.
+// Assumes: a block's rows are of one matrix, blockIdx.y, and so are its norms and what it learns; at most
+// 4 * kQuads columns a thread. The staged kernel: 16-byte aligned rows and norms, whole chunks of 16 bytes (a
+// mask: 16 columns). The direct kernel: nothing.
 //
 // One thread: kQuads quads of four elements. Chunk c of a row belongs to thread c mod blockDim.x: a warp
 // reads 512 bytes in a row, and a thread's columns ascend with its quads.
