@@ -29,6 +29,7 @@ REPRESENTATIVE = [
     ("causal", "longcat_flash"),
     ("causal", "qwen3_next"),
     ("causal", "mamba2"),
+    ("causal", "glm_moe_dsa"),
     ("image-text", "llava"),
     ("image-text", "qwen3_vl_moe"),
     ("image-text", "step3p7"),

@@ -16,6 +16,8 @@ from torch.nn.utils import prune as torch_prune
 
 from wanda_kernels import compress, perplexity, prune
 from wanda_kernels.models import load_model
+from wanda_kernels.pruning.blocks import find_blocks
+from wanda_kernels.pruning.recording import record_calls
 from wanda_kernels.streaming import stream_prune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,10 +291,25 @@ def test_a_stack_that_runs_twice_is_refused():
         prune(tiny.model("dory", **LOOPED), tiny.ids())
 
 
-def test_blocks_that_hand_on_more_than_hidden_states_are_refused():
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_blocks_get_what_the_ones_before_return(propagate):
+    """RWKV's state. Pruning nothing, the last block's outputs are those of the whole model."""
     model = tiny.model("rwkv", attention_hidden_size=64)
-    with pytest.raises(ValueError, match=r"hands more than hidden states from block to block \(state\)"):
-        prune(model, tiny.ids())
+    blocks, ids = find_blocks(model), tiny.ids(2)
+    seen = []
+    handle = blocks[-1].module.register_forward_hook(lambda _m, _args, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(input_ids=ids)
+        prune(model, ids, sparsity=0.0, propagate=propagate, batch_size=2, exact_error=True)
+    handle.remove()
+    assert len(seen) >= 2
+    assert all(torch.equal(one, seen[0]) for one in seen)
+
+
+def test_a_run_whose_blocks_hand_on_more_is_not_resumed():
+    model = tiny.model("rwkv", attention_hidden_size=64)
+    recording = record_calls(model, find_blocks(model), [tiny.ids(2)])
+    assert recording.blocks_hand_on_more()
 
 
 def test_blocks_that_return_more_than_the_next_one_takes_are_pruned():

@@ -21,21 +21,37 @@ class _BlocksDoneError(Exception):
     """Ends the recording forward pass where the output embedding begins: it is not needed, and large."""
 
 
+@dataclass(eq=False)
+class More:
+    """What a block gives beside its hidden states: the ``value`` is that of its last run. Stands for it in the next
+    block's arguments."""
+
+    value: Any = None
+
+
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a block on so many ``sequences``, without the hidden states that come first."""
+    """One call of a block on so many ``sequences``: its arguments without the hidden states that come first, and what
+    it ``gives`` beside them."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     sequences: int
+    gives: tuple[More, ...] = ()
+
+    def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """The hidden states that ``module`` makes of ``hidden``."""
+        args, kwargs = [_filled(value) for value in self.args], {key: _filled(v) for key, v in self.kwargs.items()}
+        output = module(hidden, *args, **kwargs)
+        if not isinstance(output, tuple | list):
+            return output
+        for more, value in zip(self.gives, output[1:], strict=False):
+            more.value = value
+        return output[0]
 
 
-class _MoreError(Exception):
-    """A block is called with what the one before gave beside its hidden states."""
-
-
-class _More:
-    """Stands for what a block gives beside its hidden states."""
+def _filled(value: Any) -> Any:
+    return value.value if isinstance(value, More) else value
 
 
 @dataclass
@@ -46,12 +62,14 @@ class Recording:
     calls: list[list[Call]] = field(default_factory=list)
 
     def blocks_hand_on_more(self) -> bool:
-        """Whether blocks give later ones more than hidden states: through a mapping that several are called with, as
-        Gemma 4's shared keys and values."""
+        """Whether blocks give later ones more than hidden states: by what they return, or through a mapping that
+        several are called with, as Gemma 4's shared keys and values."""
         for batch in zip(*self.calls, strict=True):
             found: dict[int, int] = {}
             for call in batch:
                 for value in (*call.args, *call.kwargs.values()):
+                    if isinstance(value, More):
+                        return True
                     if isinstance(value, MutableMapping):
                         found[id(value)] = found.get(id(value), 0) + 1
             if any(count > 1 for count in found.values()):
@@ -61,8 +79,7 @@ class Recording:
 
 def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:
     """One block on one batch: [sequences, tokens, hidden] in and out; some models have more in front."""
-    output = block.module(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple | list) else output
+    return call.run(block.module, hidden)
 
 
 def record_calls(
@@ -102,11 +119,6 @@ def _record_first(model: nn.Module, blocks: Sequence[Block], input_ids: Tensor) 
     for returned in range(4):
         try:
             return *_record(model, blocks, input_ids, returned), returned
-        except _MoreError as error:
-            raise ValueError(
-                f"{type(model).__name__} hands more than hidden states from block to block ({error}): it cannot be "
-                "pruned block by block"
-            ) from None
         except ValueError as error:
             first_error = first_error or error  # the better one
     assert first_error is not None
@@ -131,11 +143,9 @@ def _record(model: nn.Module, blocks: Sequence[Block], input_ids: Tensor, return
                 first.append(hidden)
             if not isinstance(hidden, Tensor) or hidden.shape != first[0].shape:
                 raise TypeError("a block did not get hidden states of the first one's shape")
-            handed = [str(key) for key, value in (*enumerate(rest), *kwargs.items()) if isinstance(value, _More)]
-            if handed:
-                raise _MoreError(handed[0])
-            calls.append(Call(tuple(rest), kwargs, len(input_ids)))
-            return (hidden, *(_More() for _ in range(returned - 1))) if returned else hidden
+            gives = tuple(More() for _ in range(returned - 1))
+            calls.append(Call(tuple(rest), kwargs, len(input_ids), gives))
+            return (hidden, *gives) if returned else hidden
 
         return forward
 
@@ -196,4 +206,4 @@ def _share_with_first_batch(recording: Recording) -> None:
 
     for calls in recording.calls:
         first, last = calls[0], calls[-1]
-        calls[-1] = Call(share(last.args, first.args), share(last.kwargs, first.kwargs), last.sequences)
+        calls[-1] = Call(share(last.args, first.args), share(last.kwargs, first.kwargs), last.sequences, last.gives)
