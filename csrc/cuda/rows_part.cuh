@@ -17,6 +17,7 @@ struct RowPart {
   static constexpr int kHalf = (kChunks + 1) / 2;  // chunks of the first half of a row
 
   const RowsParams& params;
+  Bits* weight;  // of the block's matrix
   uint32_t thread;
   Bits* row = nullptr;  // in device memory
   // The staged kernel: half h of the row of step s is number 2s + h of a stream of halves. Its buffer is that
@@ -44,7 +45,7 @@ struct RowPart {
 
   WANDA_DEVICE static constexpr int half_of(int chunk) { return chunk < kHalf ? 0 : 1; }
 
-  // Past the row's end: zeros. Shared memory holds them; the norms are then those of column 0.
+  // Past the row's end: zeros. Shared memory holds them; the norms are then those of the last chunk.
   WANDA_DEVICE uint4 load_chunk(int chunk, uint32_t column) const {
     if constexpr (kStaged) {
       return load_16(staged[half_of(chunk)] + column);
@@ -61,7 +62,9 @@ struct RowPart {
 
   WANDA_DEVICE float4 load_norms(uint32_t column, int quad) const {
     if constexpr (kStaged) {
-      return __ldg(reinterpret_cast<const float4*>(norm_at(params, holds(column) ? column : 0)) + quad);
+      const uint32_t last = norm_index(params, static_cast<uint32_t>(params.cols) - kChunk);
+      const uint32_t at = min(norm_index(params, column), last);
+      return __ldg(reinterpret_cast<const float4*>(params.norm + at) + quad);
     } else {
       float value[4];
 #pragma unroll
@@ -95,8 +98,7 @@ struct RowPart {
   WANDA_DEVICE void refill_from(int half, int number) {
     const int64_t row_index = blockIdx.x + int64_t{gridDim.x} * (number >> 1);
     const int shift = ((number & 1) - half) * static_cast<int>(capacity());
-    next[half] = static_cast<const Bits*>(params.weight) +
-                 (first_row_of(params) + row_index) * params.row_stride + shift;
+    next[half] = weight + row_index * params.row_stride + shift;
     limit[half] = row_index < params.norm_rows ? max(static_cast<int>(params.cols) - shift, 0) : 0;
   }
 
