@@ -247,9 +247,7 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
   WANDA_DYNAMIC_SHARED(memory);
   RowsShared& shared = *reinterpret_cast<RowsShared*>(memory);
   Bits* const buffers = reinterpret_cast<Bits*>(memory + sizeof(RowsShared));
-  Bits* const weight = static_cast<Bits*>(params.weight) + first_row_of(params) * params.row_stride;
-  Block block{
-      {params, weight, threadIdx.x, nullptr, buffers, tuning.halves, {}, {}, {}}, tuning, shared, {}, 0};
+  Block block{{params, threadIdx.x, nullptr, buffers, tuning.halves, {}, {}, {}}, tuning, shared, {}, 0};
   if constexpr (kStaged) block.fill();
   const uint32_t odd_norms = block_sum(block.has_ordinary_norms() ? 0u : 1u, shared.sums[1]);
   if (threadIdx.x == 0) {
@@ -262,7 +260,7 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
     const int64_t row_of_matrix = blockIdx.x + int64_t{gridDim.x} * step;
     if (row_of_matrix >= params.norm_rows) break;
     const int64_t row = first_row_of(params) + row_of_matrix;
-    block.row = weight + row_of_matrix * params.row_stride;
+    block.row = static_cast<Bits*>(params.weight) + row * params.row_stride;
     if constexpr (kStaged) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

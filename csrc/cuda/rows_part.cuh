@@ -17,7 +17,6 @@ struct RowPart {
   static constexpr int kHalf = (kChunks + 1) / 2;  // chunks of the first half of a row
 
   const RowsParams& params;
-  Bits* weight;  // of the block's matrix
   uint32_t thread;
   Bits* row = nullptr;  // in device memory
   // The staged kernel: half h of the row of step s is number 2s + h of a stream of halves. Its buffer is that
@@ -98,7 +97,8 @@ struct RowPart {
   WANDA_DEVICE void refill_from(int half, int number) {
     const int64_t row_index = blockIdx.x + int64_t{gridDim.x} * (number >> 1);
     const int shift = ((number & 1) - half) * static_cast<int>(capacity());
-    next[half] = weight + row_index * params.row_stride + shift;
+    next[half] = static_cast<const Bits*>(params.weight) +
+                 (first_row_of(params) + row_index) * params.row_stride + shift;
     limit[half] = row_index < params.norm_rows ? max(static_cast<int>(params.cols) - shift, 0) : 0;
   }
 
