@@ -61,9 +61,9 @@ at::Tensor aligned(const at::Tensor& tensor) {
 template <class Params, class Launch>
 at::Tensor select(const char* op, const Selection<Params>& selection, Launch launch) {
   const int64_t matrices = selection.stack.size(0), columns = matrices * selection.stack.size(2);
-  WANDA_CHECK_VALUE(matrices <= kMostMatrices && (matrices == 1 || columns >> 32 == 0),
+  WANDA_CHECK_VALUE(matrices <= kMostMatrices && (matrices == 1 || columns >> 31 == 0),
                     "weight must have at most ", kMostMatrices,
-                    " matrices, and together fewer than 2^32 columns, got ", selection.stack.sizes());
+                    " matrices, and together fewer than 2^31 columns, got ", selection.stack.sizes());
   return selection.run([&](const Params& params) {
     on_device(op, selection.stack,
               [&](const Device& device, CUstream_st* stream) { return launch(params, device, stream); });

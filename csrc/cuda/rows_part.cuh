@@ -44,7 +44,7 @@ struct RowPart {
 
   WANDA_DEVICE static constexpr int half_of(int chunk) { return chunk < kHalf ? 0 : 1; }
 
-  // Past the row's end: zeros. Shared memory holds them; the norms are then those of column 0.
+  // Past the row's end: zeros. Shared memory holds them; the norms are then those of the last chunk.
   WANDA_DEVICE uint4 load_chunk(int chunk, uint32_t column) const {
     if constexpr (kStaged) {
       return load_16(staged[half_of(chunk)] + column);
@@ -61,7 +61,9 @@ struct RowPart {
 
   WANDA_DEVICE float4 load_norms(uint32_t column, int quad) const {
     if constexpr (kStaged) {
-      return __ldg(reinterpret_cast<const float4*>(norm_at(params, holds(column) ? column : 0)) + quad);
+      const uint32_t last = norm_index(params, static_cast<uint32_t>(params.cols) - kChunk);
+      const uint32_t at = min(norm_index(params, column), last);
+      return __ldg(reinterpret_cast<const float4*>(params.norm + at) + quad);
     } else {
       float value[4];
 #pragma unroll
