@@ -108,6 +108,40 @@ def select(settings: Settings, shapes: Shapes) -> Iterator[Case]:
             yield from _selection(settings, rows, cols, dtype, "prune_rows_" + SUMS)
             yield from _selection(settings, rows, cols, dtype, "prune_rows_")
         yield from _selection(settings, *shapes[0], dtype, "row_mask")
+        yield _stack(settings, *shapes[0], dtype)
+
+
+def _stack(settings: Settings, rows: int, cols: int, dtype: torch.dtype) -> Case:
+    """The rows as those of experts, each with its norm, in one launch; beside a launch for each."""
+    experts = min(EXPERTS[0], rows)
+    operator, moved = "prune_rows_", 2 * rows * cols * torch.empty((), dtype=dtype).element_size()
+    kept = range(0, rows // experts, max(1, rows // experts - 1))
+
+    def make() -> tuple[Tensor, Tensor]:
+        weight, _ = weighted(rows // experts * experts, cols, dtype, settings)
+        return weight.view(experts, -1, cols), torch.rand(experts, cols, device=settings.device) + 0.2
+
+    def run(inputs: Inputs) -> None:
+        weight, norm = inputs
+        ops.prune_rows_(weight, norm, 0.5)
+
+    def one_by_one(inputs: Inputs) -> None:
+        for weight, norm in zip(*inputs, strict=True):
+            ops.prune_rows_(weight, norm, 0.5)
+
+    def check(inputs: Inputs) -> str:
+        weight, norm = inputs
+        wanted = weight[:, kept].clone()
+        run(inputs)
+        reference.prune_rows_(wanted, norm, 0.5)
+        if not torch.equal(weight[:, kept], wanted):
+            raise WrongResultError("its rows differ from the reference's")
+        return f"{wanted[..., 0].numel()} rows equal the reference's"
+
+    return Case(
+        "select", f"{operator} {experts} experts", _name(rows, cols), dtype, backend_of(operator, settings.device),
+        make, run, check, moved, {"one by one": one_by_one}, threads=_one_thread(settings), in_place=True,
+    )  # fmt: skip
 
 
 def _selection(settings: Settings, rows: int, cols: int, dtype: torch.dtype, name: str) -> Iterator[Case]:

@@ -173,7 +173,12 @@ def test_command_line_writes_rows_and_compares_them(tmp_path, capsys):
     assert "sort + scatter" in shown
     assert f"wrote {tmp_path / 'b' / 'select.csv'}" in shown
     rows = records.read(tmp_path / "a" / "select.csv")
-    assert {row["operator"] for row in rows} == {"prune_rows_", "prune_rows_ + sums", "row_mask"}
+    assert {row["operator"] for row in rows} == {
+        "prune_rows_",
+        "prune_rows_ + sums",
+        "prune_rows_ 64 experts",
+        "row_mask",
+    }
     assert all(row["device"] and row["torch"] and row["commit"] and row["date"] for row in rows)
     assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "select.csv"]
     assert run("bench", "--compare", tmp_path / "a" / "select.csv", tmp_path / "b" / "select.csv") == 0
@@ -185,7 +190,7 @@ def test_wrong_results_have_no_row_and_end_the_command_with_an_error(tmp_path, c
     assert run("bench", "--suite", "select", "--device", "cpu", "--quick", "--out", tmp_path) == 1
     assert "2 cases are wrong and were not timed: row_mask bfloat16 64 x 128" in capsys.readouterr().err
     rows = records.read(tmp_path / "select.csv")
-    assert {row["operator"] for row in rows} == {"prune_rows_", "prune_rows_ + sums"}
+    assert {row["operator"] for row in rows} == {"prune_rows_", "prune_rows_ + sums", "prune_rows_ 64 experts"}
 
 
 def test_comparison_flags_only_what_the_spread_does_not_explain():
