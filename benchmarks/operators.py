@@ -17,6 +17,7 @@ from wanda_kernels import _backend, ops, reference
 CHECKED_ROWS = 64  # evenly spread over the weight: rows do not depend on one another, and the reference is slow
 PEER_ROWS = 1024  # on the CPU, where the peers take minutes for the whole of a large weight
 TOKENS = 2048
+EXPERTS, EXPERTS_OF_A_TOKEN = (64, 128), 8
 WIDTHS = (torch.bfloat16, torch.float32)
 Shapes = Sequence[tuple[int, int]]
 
@@ -212,11 +213,40 @@ def _first(rows: int, run: Callable[[Inputs], Any], expected: Callable[[Inputs],
 
 
 def stats(settings: Settings, shapes: Shapes) -> Iterator[Case]:
-    """Sums of squares of [2048, C_in], alone and on the way; widths are those of the weights' inputs."""
+    """Sums of squares of [2048, C_in], alone and on the way; widths are those of the weights' inputs. And by expert."""
     tokens = 128 if settings.quick else TOKENS
     for dtype in WIDTHS:
         for cols in dict.fromkeys(cols for _, cols in shapes):
             yield from statistics_cases(settings, tokens, cols, dtype)
+        for experts in EXPERTS:
+            yield segment_case(settings, tokens // 2, 256 if settings.quick else 2048, dtype, experts)
+
+
+def segment_case(settings: Settings, tokens: int, cols: int, dtype: torch.dtype, experts: int) -> Case:
+    """Tokens sorted by expert, eight experts each, of which few see many, against the same rows as one sequence."""
+    device, rows = settings.device, tokens * EXPERTS_OF_A_TOKEN
+    shares = 1 / torch.arange(1, experts + 1).float()
+    ends = (shares.cumsum(0) / shares.sum() * rows).round().int().to(device)
+
+    def inputs() -> tuple[Tensor]:
+        return (torch.randn(rows, cols, device=device).to(dtype),)
+
+    def segmented(x: tuple[Tensor, ...]) -> Tensor:
+        sqnorm = torch.zeros(experts, cols, device=device)
+        ops.add_sqnorm_(sqnorm, x[0], ends=ends)
+        return sqnorm
+
+    def one_by_one(x: tuple[Tensor, ...]) -> Tensor:
+        parts = x[0].double().square().tensor_split(ends[:-1].tolist())
+        return torch.stack([part.sum(0) for part in parts])
+
+    return Case(
+        suite="stats", operator=f"add_sqnorm_ {experts} segments", shape=_name(rows, cols), dtype=dtype,
+        backend=backend_of("add_sqnorm_", device), make=inputs, run=segmented,
+        check=_close(segmented, one_by_one, 1e-5), bytes=rows * cols * torch.empty((), dtype=dtype).element_size(),
+        peers={"one sequence": lambda x: ops.add_sqnorm_(torch.zeros(cols, device=device), x[0])},
+        threads=_one_thread(settings),
+    )  # fmt: skip
 
 
 def statistics_cases(settings: Settings, tokens: int, cols: int, dtype: torch.dtype) -> Iterator[Case]:

@@ -20,7 +20,7 @@ Device device_of(int64_t processors, int64_t shared) {
 template <class Params, class... Counts>
 Params selection_of(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, Counts... counts) {
   float* const score_sums = sums != 0 ? somewhere<float>() : nullptr;
-  return {somewhere<void>(), somewhere<float>(),       nullptr, score_sums, rows, cols, cols,
+  return {somewhere<void>(), somewhere<float>(),       nullptr, score_sums, rows, cols, cols, rows,
           counts...,         static_cast<Dtype>(dtype)};
 }
 
@@ -87,7 +87,7 @@ void plan_of_sparse24(int64_t rows, int64_t cols, int64_t tokens, int64_t proces
 // threads, grid, shared bytes.
 void plan_of_sqnorm(int64_t tokens, int64_t cols, int64_t* out) {
   const SqnormParams params{
-      somewhere<float>(), somewhere<void>(), nullptr, 1, tokens, cols, tokens * cols, cols, true,
+      somewhere<float>(), somewhere<void>(), nullptr, nullptr, 1, tokens, cols, tokens * cols, cols, true,
       Dtype::kBFloat16};
   const Shape shape = sqnorm_shape(params, sqnorm_vector(params));
   out[0] = shape.threads;

@@ -38,8 +38,13 @@ def variants(arch: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
             yield f"act_mul_sqnorm_kernel<{name}, {activation}>", act.act_mul_sqnorm_kernel, pointers, constants, 4
         constants = {**run, "CHUNK": alone.CHUNK, "ROWS": alone.ROWS, "BLOCK": alone.BLOCK}
         yield f"sqnorm_kernel<{name}>", alone.sqnorm_kernel, {"x": f"*{dtype}"}, constants, 4
+        constants = {"CHUNK": alone.CHUNK, "ROWS": alone.ROWS, "BLOCK": alone.BLOCK}
+        pointers = {"x": f"*{dtype}", "segment_of": "*i32", "ends": "*i32"}
+        yield f"segment_sqnorm_kernel<{name}>", alone.segment_sqnorm_kernel, pointers, constants, 4
     constants = {"SHARED": False, "OVERLAP": arch >= 90, "ROWS": partials.TOTAL_ROWS, "BLOCK": partials.TOTAL_BLOCK}
     yield "total_kernel", partials.total_kernel, {}, constants, 4
+    constants = {"CHUNK": alone.CHUNK, "ROWS": partials.TOTAL_ROWS, "BLOCK": partials.TOTAL_BLOCK}
+    yield "segment_total_kernel", alone.segment_total_kernel, {"ends": "*i32"}, constants, 4
     constants = {"AHEAD": norms.AHEAD, "BLOCK": norms.BLOCK}
     yield "mean_kernel", norms.mean_kernel, {"mean": "*fp32"}, constants, 1
     pointers = {"work": "*fp32", "upper": "*fp32", "scale": "*fp32", "errors": "*fp32"}

@@ -34,6 +34,10 @@ RUNS = [
     {"method": "sparsegpt", "batch_size": 1, "block_size": 32},
     {"method": "ablate_wanda_seq", "batch_size": 2, "propagate": "dense", "exact_error": True},
     {"batch_size": 1, "owl": True, "exact_error": True},
+    *({"family": family, "batch_size": 2} for family in tiny.EXPERTS),
+    {"family": "mixtral", "method": "sparsegpt", "batch_size": 1, "min_tokens": 60, "exact_error": True},
+    {"family": "gpt_oss", "method": "ria", "batch_size": 2, "experts": "all", "propagate": "dense"},
+    {"family": "gpt2", "batch_size": 2},
 ]
 
 

@@ -15,25 +15,11 @@ from wanda_kernels.pruning.blocks import find_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
-MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
-FAMILIES = {
-    "mixtral": MOE,
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 2},
-    "gpt_oss": MOE | {"head_dim": 16, "sliding_window": 8},
-    "deepseek_v3": ROUTED | MLA
-    | {"moe_intermediate_size": 64, "first_k_dense_replace": 0, "num_key_value_heads": 4, "num_hidden_layers": 2},
-    "llama4_text": MOE | {"intermediate_size_mlp": 96, "head_dim": 16, "interleave_moe_layer_step": 1},
-    "longcat_flash": ROUTED | MLA
-    | {"expert_ffn_hidden_size": 64, "ffn_hidden_size": 96, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 2,
-       "num_key_value_heads": 4, "head_dim": 16},
-    "jetmoe": MOE | {"kv_channels": 16},
-}  # fmt: skip
+FAMILIES = tiny.EXPERTS
 
 
 def model(family: str, **changes):
-    return tiny.model(family, **FAMILIES[family] | changes)
+    return tiny.model(family, **changes)
 
 
 class Spy(torch.overrides.TorchFunctionMode):

@@ -96,7 +96,7 @@ def an_index_too(folder: Path) -> None:
     ("damage", "message"),
     [
         (header_twice, "model.safetensors is damaged: it has model.layers.0.mlp.up_proj.weight twice"),
-        (without_prefix, "holds model.layers.0.mlp.up_proj.weight twice: as .* and as layers.0.mlp.up_proj.weight"),
+        (without_prefix, "holds model.layers.0.mlp.up_proj.weight twice: as layers.0.mlp.up_proj.weight and as model"),
         (an_index_too, r"holds model.safetensors and also .*index.json of other files"),
         (lambda f: change(f, "model.norm.weight", dtype="I32"), "model.norm.weight is I32 in its files, float32 in"),
         (lambda f: set_config(f, num_hidden_layers=10**12), "num_hidden_layers is 1000000000000, the files hold"),

@@ -29,6 +29,22 @@ def test_counts_what_the_model_has(family, tmp_path):
     assert (shape.blocks, shape.width, shape.itemsize) == (3, 64, 4)
 
 
+def test_experts_that_are_not_chosen_are_memory_and_no_work(tmp_path, capsys):
+    model = tiny.model("mixtral")
+    model.save_pretrained(tmp_path)
+    shape = shape_of(AutoConfig.from_pretrained(tmp_path))
+    sizes = {name: matrix.weight.numel() for name, matrix in find_blocks(model)[0].matrices.items()}
+    in_experts = sum(size for name, size in sizes.items() if "experts" in name)
+    assert (shape.experts, shape.chosen) == (4, 2)
+    assert shape.block_weights == sum(sizes.values())
+    assert shape.token_weights == sum(sizes.values()) - in_experts // 2
+    assert shape.inner == 192
+    assert shape.inputs == 4 * 64 + 4 * (64 + 96)
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path)])
+    assert "4 experts a layer, 2 for a token: it reads" in capsys.readouterr().out
+
+
 def test_of_a_70b_model():
     shape = shape_of(LLAMA_70B)
     assert shape.model_bytes == 2 * 68_976_648_192  # LLaMA-2-70B's parameters

@@ -6,6 +6,7 @@ everything else about it is drawn from a seed as well: which kernel, block shape
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import random
 import re
@@ -48,6 +49,15 @@ def draw_matrix(draw: random.Random, rows: int, cols: int, dtype: torch.dtype) -
     return torch.from_numpy(weight.astype(np.float32)).to(dtype), torch.from_numpy(norm.astype(np.float32))
 
 
+def draw_weight(draw: random.Random, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A matrix, or a stack of them with norms of different kinds."""
+    if draw.random() < 0.7:
+        return draw_matrix(draw, draw.randint(1, 6), cols, dtype)
+    rows = draw.randint(1, 6)
+    matrices = [draw_matrix(draw, rows, cols, dtype) for _ in range(draw.randint(1, 3))]
+    return torch.stack([weight for weight, _ in matrices]), torch.stack([norm for _, norm in matrices])
+
+
 def check(weight: Tensor, norm: Tensor, want: Tensor, output: str, got: tuple[Tensor, Tensor]) -> None:
     if output == "mask":
         assert torch.equal(got[1].bool(), want)
@@ -56,14 +66,15 @@ def check(weight: Tensor, norm: Tensor, want: Tensor, output: str, got: tuple[Te
         return
     assert same_bits(got[0], weight.masked_fill(want, 0))
     if output == "sums":
-        score = (weight.abs().float() * norm).square()
-        expected = torch.stack([score.masked_fill(~want, 0).double().sum(1), score.double().sum(1)], 1).float()
+        score = (weight.abs().float() * norm.unsqueeze(-2)).square()
+        gone = score.masked_fill(~want, 0)
+        expected = torch.stack([gone.double().sum(-1), score.double().sum(-1)], -1).float()
         assert torch.allclose(got[1], expected, rtol=2e-5, atol=0, equal_nan=True)
 
 
 def row_mask(weight: Tensor, norm: Tensor, k: int) -> Tensor:
-    order = torch.sort(weight.abs().float() * norm, dim=1, stable=True).indices
-    return torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, order[:, :k], True)
+    order = torch.sort(weight.abs().float() * norm.unsqueeze(-2), dim=-1, stable=True).indices
+    return torch.zeros(weight.shape, dtype=torch.bool).scatter_(-1, order[..., :k], True)
 
 
 def draw_rows(machine: Machine, seed: int) -> int:
@@ -78,7 +89,7 @@ def draw_rows(machine: Machine, seed: int) -> int:
     if path == "staged":
         whole = 16 if output == "mask" else chunk
         cols = -(-cols // whole) * whole
-    weight, norm = draw_matrix(draw, draw.randint(1, 6), cols, dtype)
+    weight, norm = draw_weight(draw, cols, dtype)
     k = int(cols * draw.choice([0.0, 0.01, 0.3, 0.5, 0.5, 0.5, 0.7, 0.99]))
     if path == "any" and draw.random() < 0.5:
         k = cols
@@ -91,7 +102,7 @@ def draw_rows(machine: Machine, seed: int) -> int:
         distance=draw.choice([0.4, 0.4, -3.0, 6.0]), threads=draw.choice([32, 64, 256]), quads=quads,
     )  # fmt: skip
     check(weight, norm, row_mask(weight, norm, k), output, got)
-    return weight.shape[0]
+    return weight.numel() // cols
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -118,6 +129,17 @@ def test_wide_rows(machine: Machine, cols: int, dtype: torch.dtype, quads: int) 
     check(weight, norm, row_mask(weight, norm, cols // 2), "prune", got)
 
 
+@pytest.mark.parametrize("resident", [108, 132, 264, 528, 1056])
+@pytest.mark.parametrize("matrices", [1, 8, 32, 60, 64, 128, 200, 512])
+def test_blocks_of_a_stack_have_nearly_equal_shares(machine: Machine, matrices: int, resident: int) -> None:
+    for rows in (768, 1408, 2880, 14336):
+        grid = machine.library.simt_rows_grid(*(ctypes.c_int64(n) for n in (rows, matrices, resident)))
+        assert 1 <= grid <= rows
+        rounds = -(-grid * matrices // resident)
+        most = rounds * -(-rows // grid)  # rows, one after the other, of the busiest place
+        assert most <= 1.25 * rows * matrices / resident + 1
+
+
 def draw_nm(machine: Machine, seed: int) -> None:
     draw = random.Random(seed)
     machine.order, machine.seed = draw.choice(ORDERS), seed
@@ -132,7 +154,7 @@ def draw_nm(machine: Machine, seed: int) -> None:
         n = draw.randint(1, m - 1)
         cols, gap = m * draw.randint(1, 150 if path == "any" else 3), draw.randint(0, 3)
         offset = dtype.itemsize * draw.randint(0, 3)
-    weight, norm = draw_matrix(draw, draw.randint(1, 6), cols, dtype)
+    weight, norm = draw_weight(draw, cols, dtype)
     output = draw.choice(["prune", "sums", "mask"])
     got = simt.nm(
         machine, weight, norm, n, m, output=output, path=path, grid=draw.randint(1, 3), offset=offset, gap=gap,
@@ -212,6 +234,48 @@ def test_sqnorm(machine: Machine) -> None:
         draw_sqnorm(machine, seed)
 
 
+def draw_segments(machine: Machine, seed: int) -> None:
+    draw = random.Random(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    dtype, is_vector = draw.choice(DTYPES), draw.random() < 0.6
+    rows, segments = draw.choice([0, 1, 5, 129, 300, 1100]), draw.randint(1, 6)
+    cols = draw.randint(1, 10) * 8 if is_vector else draw.randint(1, 70)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, cols, generator=generator).to(dtype)
+    kind = draw.choice(["any", "all in the last", "all in the first", "single rows", "not all"])
+    ends = sorted(draw.randint(0, rows) for _ in range(segments))
+    if kind == "all in the last":
+        ends = [0] * (segments - 1) + [rows]
+    elif kind == "all in the first":
+        ends = [rows] * segments
+    elif kind == "single rows":
+        ends = [min(i, rows) for i in range(segments)]
+    elif kind == "any":
+        ends[-1] = rows
+    sqnorm = torch.rand(segments, cols, generator=generator)
+    where = {"is_vector": is_vector, "offset": 0 if is_vector else dtype.itemsize}
+    got = simt.add_sqnorm(machine, sqnorm, x, None, torch.tensor(ends, dtype=torch.int32), **where)
+    want = sqnorm.clone()
+    for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if end > begin:
+            want[i : i + 1] = simt.add_sqnorm(machine, want[i : i + 1], x[None, begin:end], None, **where)
+    assert same_bits(got, want)
+
+
+def test_segments(machine: Machine) -> None:
+    for seed in range(60):
+        draw_segments(machine, seed)
+
+
+@pytest.mark.parametrize("ends", [[-7, 3], [9, 2, 40], [2**31 - 1, -(2**31)], [41, 50]], ids=str)
+def test_bad_ends_read_and_write_nothing_outside(machine: Machine, ends: list[int]) -> None:
+    for order, cols in itertools.product(ORDERS, (3, 64)):
+        machine.order = order
+        simt.add_sqnorm(
+            machine, torch.zeros(len(ends), cols), torch.randn(40, cols), None, torch.tensor(ends, dtype=torch.int32)
+        )
+
+
 def draw_packed(machine: Machine, seed: int) -> None:
     draw = random.Random(seed)
     machine.order, machine.seed = draw.choice(ORDERS), seed
@@ -247,7 +311,9 @@ def test_packed(machine: Machine) -> None:
 
 # The tests of the tests: what a kernel needs is taken away, and something must notice.
 
-SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (draw_rows, draw_nm, draw_pack_24, draw_sqnorm, draw_packed)
+SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (
+    draw_rows, draw_nm, draw_pack_24, draw_sqnorm, draw_segments, draw_packed,
+)  # fmt: skip
 SITES = {"barrier": r"__sync(threads|warp)\(\)", "mask": r"\bkFullMask,", "copy wait": r"copy_async_wait<[^>]+>\(\);"}
 
 

@@ -12,7 +12,8 @@ from wanda_kernels import ops, reference
 
 BACKENDS = backends.names()
 CPU = [name for name in BACKENDS if name.startswith("cpu")]
-SEGMENTED = ["reference", *CPU]
+# What adds up segments: Triton by its interpreter, too.
+SEGMENTED = ["reference", *BACKENDS, *(name for name in backends.statistics_names() if name not in BACKENDS)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

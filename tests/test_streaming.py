@@ -70,6 +70,21 @@ def test_equals_the_run_in_memory_in_every_family(family, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
+@pytest.mark.parametrize("family", [*tiny.EXPERTS, "gpt2"])
+def test_experts_equal_the_run_in_memory(family, tmp_path):
+    """Files and model have other names, and other shapes."""
+    model, out = save_sharded(tmp_path / "model", family, torch.bfloat16), tmp_path / "out"
+    report = stream_prune(model, out, tiny.ids())
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    assert prune(whole, tiny.ids()).to_dict(seconds=False) == report.to_dict(seconds=False)
+    found, before = tensors(out), tensors(model)
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: t.shape for name, t in before.items()}
+    expected = whole.state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
 OPTIONS = [
     {"sparsity": 0.7, "batch_size": 2},
     {"pattern": "2:4", "propagate": "dense"},

@@ -181,6 +181,7 @@ def test_a_state_holds_no_plans(unfinished, whole):  # noqa: F811
 def test_a_report_with_numbers_that_json_has_not():
     layer = {"name": "a", "shape": [2, 3], "sparsity": 0.5, "seconds": 1, "estimated_error": "nan"}
     layer |= {"exact_error": "inf", "input_of": None, "statistics": None, "threshold": None, "damping": None}
+    layer |= {"tokens": None, "pooled": None}
     read = done_of({"done": 1, "layers": [layer], "sparsities": None}).layers[0]
     assert math.isnan(read.estimated_error)
     assert read.exact_error == math.inf

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from . import ops
     from .packed import compress, decompress
     from .pruning import LayerReport, Owl, Pattern, Progress, PruneSpec, PruningReport, prune
+    from .reap import DropReport, drop_experts
     from .streaming import stream_prune
     from .text import load_calibration, perplexity
 
 __all__ = [
-    "LayerReport", "Owl", "Pattern", "Progress", "PruneSpec", "PruningReport", "__version__", "compress", "decompress",
-    "load_calibration", "ops", "perplexity", "prune", "stream_prune",
+    "DropReport", "LayerReport", "Owl", "Pattern", "Progress", "PruneSpec", "PruningReport", "__version__", "compress",
+    "decompress", "drop_experts", "load_calibration", "ops", "perplexity", "prune", "stream_prune",
 ]  # fmt: skip
 
 # Loaded at the first use: torch alone takes seconds, in which the command line could not even say that it was
@@ -30,6 +31,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("compress", "decompress"), ".packed"),
     **dict.fromkeys(("LayerReport", "Owl", "Pattern", "Progress", "PruneSpec", "PruningReport", "prune"), ".pruning"),
+    **dict.fromkeys(("DropReport", "drop_experts"), ".reap"),
     **dict.fromkeys(("load_calibration", "perplexity"), ".text"),
     "stream_prune": ".streaming",
 }  # fmt: skip

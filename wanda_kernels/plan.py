@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .models.experts import experts_per_token
 from .models.load import empty_model
 from .pruning.blocks import find_blocks
 from .pruning.loop import BATCH_TOKENS
@@ -54,9 +55,12 @@ class Shape:
     """A model in numbers.
 
     Attributes:
-        blocks: how many; ``block_weights``: in the linear layers of one; ``block_bytes``: of all its tensors.
+        blocks: how many; ``block_weights``: in the linear layers and experts of one; ``block_bytes``: of all its
+            tensors.
+        token_weights: of a block's, those that a token is multiplied with: not of the experts that are not chosen.
+        experts: of a layer; 0 where there are none. chosen: of them, for a token.
         outside_bytes: embeddings, output, norms. width: of the hidden states. inner: the widest linear layer's.
-        inputs: summed widths of the distinct inputs of a block's linear layers, at most.
+        inputs: summed widths of the distinct inputs of a block's linear layers, at most, and of each expert's.
         itemsize: bytes of an element.
     """
 
@@ -68,6 +72,9 @@ class Shape:
     inner: int
     inputs: int
     itemsize: int
+    token_weights: int
+    experts: int = 0
+    chosen: int = 0
 
     @property
     def model_bytes(self) -> int:
@@ -83,15 +90,21 @@ def shape_of(config: Any) -> Shape:
     block_numel = sum(p.numel() for p in largest.module.parameters())
     in_blocks = sum(p.numel() for block in blocks for p in block.module.parameters())
     shapes = [matrix.weight.shape for matrix in largest.matrices.values()]
+    experts = max((shape[0] for shape in shapes if len(shape) == 3), default=0)
+    chosen = min(experts_per_token(config.get_text_config()), experts)
+    per_token = [s.numel() if len(s) == 2 else s.numel() // s[0] * chosen for s in shapes]
     return Shape(
         blocks=len(blocks),
         block_weights=sum(shape.numel() for shape in shapes),
         block_bytes=block_numel * dtype.itemsize,
         outside_bytes=(sum(p.numel() for p in model.parameters()) - in_blocks) * dtype.itemsize,
         width=config.get_text_config().hidden_size,
-        inner=max(max(shape) for shape in shapes),
-        inputs=sum(shape[1] for shape in shapes),
+        inner=max(max(shape[-2:]) for shape in shapes),
+        inputs=sum(shape[-1] * (shape[0] if len(shape) == 3 else 1) for shape in shapes),
         itemsize=dtype.itemsize,
+        token_weights=sum(per_token),
+        experts=experts,
+        chosen=chosen,
     )
 
 
@@ -116,13 +129,14 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """One run on ``devices`` devices, a process each. ``passes``: 2, or 1 for ``propagate="dense"``.
 
-    Forward: 2 operations for each weight and token, and the products of causal attention. They divide by the
-    processes, as the rows of the selection do; reading and writing the files, and exchanging rows and sums, do not.
+    Forward: 2 operations for each token and weight that it is multiplied with, and the products of causal attention.
+    They divide by the processes, as the rows of the selection do; reading and writing the files, and exchanging rows
+    and sums, do not.
     """
     tokens = samples * length
     shares = min(devices, max(1, tokens // max(batch_tokens, length)))  # batches stay whole
     attention = 2 * shape.width * length  # a token's scores and their product with the values, half of them masked
-    flops = shape.blocks * passes * tokens * (2 * shape.block_weights + attention)
+    flops = shape.blocks * passes * tokens * (2 * shape.token_weights + attention)
     weights = shape.blocks * shape.block_weights * shape.itemsize
     sums = shape.blocks * samples * shape.inputs * 4
     seconds = {

@@ -102,12 +102,23 @@ void sqnorm_tile(const typename Element<dtype>::Bits* x, const bool* token_mask,
     found -= counted;
     for (int64_t i = 0; i < found; ++i) rows[i] = rows[kSqnormBatch + i];
   }
-  for (int64_t j = 0; j < cols; ++j) {
-    const int64_t at = place_in_pair<Vector, dtype>(j);
+  // Column j, whose sums are at `at`.
+  const auto add = [&](int64_t j, int64_t at) {
     const float own =
         is_short ? partial[at] : static_cast<float>(total[at] + static_cast<double>(partial[at]));
     const float sum = sqnorm[column + j] + own;
     sqnorm[column + j] = sum != sum ? float_of_bits(0x7fc00000u) : sum;
+  };
+  constexpr int64_t kPair = 2 * Vector::kLanes;
+  if (place_in_pair<Vector, dtype>(1) == 1) {
+    for (int64_t j = 0; j < cols; ++j) add(j, j);
+  } else {
+    for (int64_t pair = 0; pair < cols; pair += kPair) {
+      for (int64_t i = 0; i < kPair / 2; ++i) {
+        add(pair + 2 * i, pair + i);
+        add(pair + 2 * i + 1, pair + kPair / 2 + i);
+      }
+    }
   }
 }
 

@@ -9,7 +9,7 @@ namespace {
 
 template <Dtype kDtype, int kM, int kKept>
 int launch_nm_kernel(const NmParams& params, const NmPlan& plan, CUstream_st* stream) {
-  Shape shape{plan.grid, plan.threads, 0};
+  Shape shape{plan.grid, plan.threads, 0, matrices_of(params)};
   const Output output = output_of(params);
   if (output == Output::kMask) {
     return launch(&nm_kernel<kDtype, kM, kKept, Output::kMask>, shape, stream, params);
@@ -35,7 +35,7 @@ int launch_nm_vector(const NmParams& params, const NmPlan& plan, CUstream_st* st
 
 template <Dtype kDtype, int kM>
 int launch_nm_tiles(const NmParams& params, const NmPlan& plan, CUstream_st* stream) {
-  const Shape shape{plan.grid, plan.threads, sizeof(NmAnyShared<kDtype, kM>)};
+  const Shape shape{plan.grid, plan.threads, sizeof(NmAnyShared<kDtype, kM>), matrices_of(params)};
   return launch(&nm_any_kernel<kDtype, kM>, shape, stream, params);
 }
 
@@ -51,10 +51,10 @@ int launch_nm(const NmParams& params, const NmPlan& plan, CUstream_st* stream) {
       if (params.m <= 16) return launch_nm_tiles<kDtype, 16>(params, plan, stream);
       return launch_nm_tiles<kDtype, 32>(params, plan, stream);
     }
-    const RowsParams rows{params.weight,     params.norm,         params.mask,
-                          params.score_sums, params.rows,         params.cols,
-                          params.row_stride, params.m - params.n, params.dtype};
-    const Shape shape{plan.grid, plan.threads, sizeof(RowsAnyShared)};
+    const RowsParams rows{params.weight,       params.norm, params.mask,       params.score_sums,
+                          params.rows,         params.cols, params.row_stride, params.norm_rows,
+                          params.m - params.n, params.dtype};
+    const Shape shape{plan.grid, plan.threads, sizeof(RowsAnyShared), matrices_of(params)};
     return launch(&rows_any_kernel<kDtype>, shape, stream, rows, params.m);
   });
 }

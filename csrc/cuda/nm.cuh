@@ -3,8 +3,9 @@
 // Algorithm: all pairs of a group are compared by one subtraction each, and the outcomes counted bit-parallel
 // (group.cuh): 9 SASS instructions an element for 2:4 and 16 for 4:8, bf16.
 //
-// Assumes: M of 2, 4, 8, 16 or 32; 16-byte aligned rows, norms and mask rows, whole units. Other M up to 32
-// and other rows go to nm_any.cuh, greater groups to rows_any.cuh, each as a row of its own.
+// Assumes: a block's rows are of one matrix, blockIdx.y; M of 2, 4, 8, 16 or 32; 16-byte aligned rows, norms
+// and mask rows, whole units. Other M up to 32 and other rows go to nm_any.cuh, greater groups to
+// rows_any.cuh, each as a row of its own.
 //
 // One thread: a unit of at least 16 bytes of what it writes and of M elements in each of kNmRows rows,
 // then the unit blockDim.x further on. The norms of a unit are loaded once for all of its rows: one byte an
@@ -94,13 +95,16 @@ struct NmUnit {
   }
 };
 
-// Rows blockIdx.x * kRows and the next ones, all of their columns: the order of a row's sums is fixed.
+// Rows blockIdx.x * kRows and the next ones of a matrix, all of their columns: the order of a row's sums is
+// fixed.
 template <Dtype kDtype, int kM, int kKept, Output kOutput>
 __global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams params) {
   using Unit = NmUnit<kDtype, kM, kKept, kOutput>;
   using Bits = typename Unit::Bits;
   constexpr int kRows = kNmRows<kM, kOutput>;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t first_row = first_row_of(params) + static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t rest = params.norm_rows - int64_t{blockIdx.x} * kRows;
+  const int rows = kRows == 1 ? 1 : static_cast<int>(min(int64_t{kRows}, rest));
   ScoreSums sums[kRows];
   for (int64_t col = static_cast<int64_t>(threadIdx.x) * Unit::kWidth; col < params.cols;
        col += static_cast<int64_t>(blockDim.x) * Unit::kWidth) {
@@ -108,17 +112,17 @@ __global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams
     uint4 chunks[kRows][Unit::kChunks];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (first_row + r >= params.rows) break;
+      if (r >= rows) break;
 #pragma unroll
       for (int c = 0; c < Unit::kChunks; ++c) {
         chunks[r][c] = load_16(weight + r * params.row_stride + c * Unit::kChunk);
       }
     }
     Unit unit;
-    unit.load_norms(params.norm + col);
+    unit.load_norms(norm_at(params, static_cast<uint32_t>(col)));
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (first_row + r >= params.rows) break;
+      if (r >= rows) break;
       bool* const mask =
           kOutput == Output::kMask ? params.mask + (first_row + r) * params.cols + col : nullptr;
       unit.process(chunks[r], weight + r * params.row_stride, mask, static_cast<uint32_t>(params.n), sums[r]);
@@ -126,8 +130,7 @@ __global__ void __launch_bounds__(kM == 32 ? 256 : 512) nm_kernel(const NmParams
   }
   if constexpr (kOutput == Output::kPruneAndSum) {
     WANDA_DYNAMIC_SHARED(memory);
-    write_sums(sums, params.rows - first_row, params.score_sums + 2 * first_row,
-               reinterpret_cast<float*>(memory));
+    write_sums(sums, rows, params.score_sums + 2 * first_row, reinterpret_cast<float*>(memory));
   }
 }
 

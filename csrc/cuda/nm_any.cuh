@@ -77,13 +77,15 @@ __global__ void __launch_bounds__(kNmAnyThreads) nm_any_kernel(const NmParams pa
   NmAnyShared<kDtype, kM>& shared = *reinterpret_cast<NmAnyShared<kDtype, kM>*>(memory);
   const int m = static_cast<int>(params.m);
   const int64_t tile_cols = int64_t{blockDim.x} * m;
-  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
+  const float* const norm = norm_at(params, 0);
+  const int64_t first_row = first_row_of(params);
+  for (int64_t row = first_row + blockIdx.x; row < first_row + params.norm_rows; row += gridDim.x) {
     Bits* const weight = static_cast<Bits*>(params.weight) + row * params.row_stride;
     ScoreSums sums[1];
     for (int64_t first = 0; first < params.cols; first += tile_cols) {
       const int cols = static_cast<int>(min(tile_cols, params.cols - first));
       const Tile<Bits> weights(shared.weight, weight + first, cols);
-      const Tile<float> norms(shared.norm, params.norm + first, cols);
+      const Tile<float> norms(shared.norm, norm + first, cols);
       bool* const mask = params.mask == nullptr ? nullptr : params.mask + row * params.cols + first;
       const Tile<bool> masks(shared.mask, mask, cols);
       weights.load();
@@ -97,9 +99,9 @@ __global__ void __launch_bounds__(kNmAnyThreads) nm_any_kernel(const NmParams pa
         for (int i = 0; i < kM; ++i) {
           score[i] = __uint_as_float(0x7fffffffu);  // the largest there is, and last among equals
           if (i >= m) continue;
-          const float norm = norms.shared[own + i];
-          signs |= __float_as_uint(norm);
-          score[i] = score_of<kDtype>(weights.shared[own + i], norm);
+          const float one = norms.shared[own + i];
+          signs |= __float_as_uint(one);
+          score[i] = score_of<kDtype>(weights.shared[own + i], one);
         }
         uint32_t flag[kM];  // bit 31: stays
         select_groups<kM, 0>(score, static_cast<uint32_t>(params.n) + kM - m, signs >> 31 != 0, flag);

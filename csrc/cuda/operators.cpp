@@ -57,24 +57,29 @@ at::Tensor aligned(const at::Tensor& tensor) {
 
 // ---- rows, N:M.
 
+// launch(params, device, stream) of all matrices, or of one after the other.
+template <class Params, class Launch>
+at::Tensor select(const char* op, const Selection<Params>& selection, Launch launch) {
+  const int64_t matrices = selection.stack.size(0), columns = matrices * selection.stack.size(2);
+  WANDA_CHECK_VALUE(matrices <= kMostMatrices && (matrices == 1 || columns >> 32 == 0),
+                    "weight must have at most ", kMostMatrices,
+                    " matrices, and together fewer than 2^32 columns, got ", selection.stack.sizes());
+  return selection.run([&](const Params& params) {
+    on_device(op, selection.stack,
+              [&](const Device& device, CUstream_st* stream) { return launch(params, device, stream); });
+  });
+}
+
 at::Tensor run_rows(const char* op, const Selection<RowsParams>& selection) {
-  const RowsParams& params = selection.params;
-  if (params.rows > 0 && params.cols > 0) {
-    on_device(op, selection.weight, [&](const Device& device, CUstream_st* stream) {
-      return launch_rows(params, plan_rows(params, device), stream);
-    });
-  }
-  return selection.finish();
+  return select(op, selection, [](const RowsParams& params, const Device& device, CUstream_st* stream) {
+    return launch_rows(params, plan_rows(params, device), stream);
+  });
 }
 
 at::Tensor run_nm(const char* op, const Selection<NmParams>& selection) {
-  const NmParams& params = selection.params;
-  if (params.rows > 0 && params.cols > 0) {
-    on_device(op, selection.weight, [&](const Device& device, CUstream_st* stream) {
-      return launch_nm(params, plan_nm(params, device), stream);
-    });
-  }
-  return selection.finish();
+  return select(op, selection, [](const NmParams& params, const Device& device, CUstream_st* stream) {
+    return launch_nm(params, plan_nm(params, device), stream);
+  });
 }
 
 void prune_rows_(at::Tensor weight, const at::Tensor& norm, double sparsity,
@@ -97,8 +102,9 @@ at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, 
 
 // ---- Column sums of squares.
 
-void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& token_mask) {
-  const SqnormArguments arguments = check_add_sqnorm("add_sqnorm_", sqnorm, x, token_mask);
+void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& token_mask,
+                 const OptionalTensor& ends) {
+  const SqnormArguments arguments = check_add_sqnorm("add_sqnorm_", sqnorm, x, token_mask, ends);
   const SqnormParams& params = arguments.params;
   if (params.sequences == 0) return;
   on_device("add_sqnorm_", x, [&](const Device&, CUstream_st* stream) {
@@ -111,7 +117,7 @@ void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& t
 std::tuple<at::Tensor, at::Tensor> pack(const char* op, const at::Tensor& weight, const at::Tensor& norm,
                                         uint32_t* overfull) {
   const bool fits =
-      has_plain_rows(weight) && is_aligned(weight.const_data_ptr()) && weight.stride(0) % 8 == 0;
+      has_plain_rows(weight.unsqueeze(0)) && is_aligned(weight.const_data_ptr()) && weight.stride(0) % 8 == 0;
   const at::Tensor plain = fits ? weight : aligned(weight);
   at::Tensor values, metadata;
   Pack24Params params = pack_24_params(plain, norm, values, metadata);

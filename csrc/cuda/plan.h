@@ -20,6 +20,7 @@ struct Shape {
   int64_t grid;
   int64_t threads;
   int64_t shared_bytes;
+  int64_t matrices = 1;  // the grid's second dimension
 };
 
 // What a selection writes.
@@ -46,6 +47,23 @@ bool has_aligned_rows(const Params& params) {
          params.row_stride * bytes_of(params.dtype) % 16 == 0;
 }
 
+// ---- Selection: prune_rows_, prune_nm_ and their masks.
+
+// Matrices are the grid's second dimension: a block never has rows of two, so whatever it stages or holds of
+// the norms is that of one. A plan's grid is that of one matrix.
+constexpr int64_t kMostMatrices = 65535;
+
+template <class Params>
+int64_t matrices_of(const Params& params) {
+  return params.rows / params.norm_rows;
+}
+
+// Of a matrix, for blocks that take row after row: about `in_all`.
+template <class Params>
+int64_t blocks_of_matrix(const Params& params, int64_t in_all) {
+  return std::min(params.norm_rows, divide_up(in_all, matrices_of(params)));
+}
+
 // ---- rows.cuh.
 
 enum class RowsPath : int { kStaged, kDirect, kAny };
@@ -62,7 +80,7 @@ struct RowsPlan {
   RowsPath path;
   int quads;  // of four elements, a thread
   int threads;
-  int64_t grid;  // 0: rows_grid, by how many blocks fit the device
+  int64_t grid;  // of a matrix. 0: rows_grid, by how many blocks fit the device
   RowsTuning tuning;
 };
 
@@ -79,9 +97,19 @@ inline int64_t rows_shared_bytes(const RowsPlan& plan, Dtype dtype) {
 }
 
 // Blocks that stay and take every grid-th row learn the distance; equal shares leave the shortest tail.
-// `resident`: as many as the device holds.
-inline int64_t rows_grid(int64_t rows, int64_t resident) {
-  return divide_up(rows, divide_up(rows, std::max<int64_t>(1, resident)));
+// `resident`: as many as the device holds. Of several matrices: rounds of resident blocks times a block's
+// rows are the least, a block's start counted as half a row, as its first row takes half as long again.
+inline int64_t rows_grid(int64_t rows, int64_t matrices, int64_t resident) {
+  resident = std::max<int64_t>(1, resident);
+  if (matrices == 1) return divide_up(rows, divide_up(rows, resident));
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t blocks = 1; blocks <= rows && (blocks - 1) * matrices < 4 * resident; ++blocks) {
+    const int64_t half_rows = divide_up(blocks * matrices, resident) * (2 * divide_up(rows, blocks) + 1);
+    if (half_rows >= least) continue;
+    least = half_rows;
+    best = blocks;
+  }
+  return best;
 }
 
 // How far log2 of |normal|'s `share`-quantile lies above the mean of its buckets (-0.973): the k-th score of
@@ -114,11 +142,7 @@ inline RowsPlan plan_rows(const RowsParams& params, const Device& device) {
   constexpr int64_t kWidest = rows_threads(16) / kWarp * warp_columns(16);  // held in registers: 57,344
   const int64_t cols = params.cols, bytes = bytes_of(params.dtype);
   if (cols > kWidest || params.k == cols) {
-    return {RowsPath::kAny,
-            0,
-            whole_warps(cols, 512),
-            std::min<int64_t>(params.rows, 4LL * device.processors),
-            {}};
+    return {RowsPath::kAny, 0, whole_warps(cols, 512), blocks_of_matrix(params, 4LL * device.processors), {}};
   }
   const auto fits = [&](int quads) {
     return rows_shared_bytes(rows_plan(params, RowsPath::kStaged, quads, 2), params.dtype) <=
@@ -158,7 +182,7 @@ struct NmPlan {
   NmPath path;
   int kept;  // known to the compiler; 0: counted at run time
   int threads;
-  int64_t grid;
+  int64_t grid;  // of a matrix
 };
 
 constexpr int kNmAnyThreads = 128;  // at most
@@ -182,9 +206,9 @@ inline NmPlan plan_nm(const NmParams& params, const Device& device) {
     const int64_t units = params.cols / width;
     return {NmPath::kVector, static_cast<int>(m == 4 || (m == 8 && params.n == 4) ? params.n : 0),
             static_cast<int>(divide_up(divide_up(units, divide_up(units, 256)), kWarp) * kWarp),
-            divide_up(params.rows, nm_rows(m, output))};
+            divide_up(params.norm_rows, nm_rows(m, output))};
   }
-  const int64_t grid = std::min<int64_t>(params.rows, 16LL * device.processors);
+  const int64_t grid = blocks_of_matrix(params, 16LL * device.processors);
   if (m <= 32) return {NmPath::kTiles, 0, whole_warps(params.cols / m, kNmAnyThreads), grid};
   return {NmPath::kSegments, 0, whole_warps(m, 512), grid};
 }
@@ -297,7 +321,8 @@ inline LinearPlan plan_sparse24_linear(const PackedWeight& weight, int64_t token
                        std::clamp<int64_t>(fit, 1, blocks == 1 ? kSparse24Warps : kSparse24Warps / 2));
 }
 
-// ---- sqnorm.cuh.
+// ---- sqnorm.cuh. Blocks of a segment are as many as those of a sequence: how long it is only the device
+// knows.
 
 constexpr int64_t kSqnormChunk = 4096;  // tokens that are added in float32
 constexpr int kSqnormWarps = 16;

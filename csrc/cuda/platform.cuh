@@ -166,7 +166,8 @@ WANDA_DEVICE void mma_sparse(float (&sum)[4], const uint32_t (&a)[4], const uint
 
 template <class Kernel, class... Arguments>
 int launch(Kernel* kernel, const Shape& shape, CUstream_st* stream, const Arguments&... arguments) {
-  kernel<<<shape.grid, shape.threads, shape.shared_bytes, stream>>>(arguments...);
+  const dim3 grid(shape.grid, shape.matrices);
+  kernel<<<grid, shape.threads, shape.shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }
 

@@ -9,11 +9,11 @@ namespace {
 template <Dtype kDtype, int kQuads, Output kOutput, bool kStaged>
 int launch_rows_kernel(const RowsParams& params, const RowsPlan& plan, CUstream_st* stream) {
   const auto kernel = &rows_kernel<kDtype, kQuads, kOutput, kStaged>;
-  Shape shape{plan.grid, plan.threads, rows_shared_bytes(plan, params.dtype)};
+  Shape shape{plan.grid, plan.threads, rows_shared_bytes(plan, params.dtype), matrices_of(params)};
   int64_t resident = 0;
   const int error = resident_blocks(kernel, shape, resident);
   if (error != 0) return error;
-  if (shape.grid == 0) shape.grid = rows_grid(params.rows, resident);
+  if (shape.grid == 0) shape.grid = rows_grid(params.norm_rows, shape.matrices, resident);
   return launch(kernel, shape, stream, params, plan.tuning);
 }
 
@@ -34,7 +34,7 @@ int launch_rows(const RowsParams& params, const RowsPlan& plan, CUstream_st* str
   return by_dtype(params.dtype, [&](auto dtype) {
     constexpr Dtype kDtype = decltype(dtype)::value;
     if (plan.path == RowsPath::kAny) {
-      const Shape shape{plan.grid, plan.threads, sizeof(RowsAnyShared)};
+      const Shape shape{plan.grid, plan.threads, sizeof(RowsAnyShared), matrices_of(params)};
       return launch(&rows_any_kernel<kDtype>, shape, stream, params, params.cols);
     }
     const Output output = output_of(params);

@@ -14,8 +14,9 @@
 // Rows that this does not fit (a norm that is negative, -0.0, infinite or NaN; a k-th score that is NaN; more
 // than kListed elements in one bin) go through rows_any.cuh.
 //
-// Assumes: at most 4 * kQuads columns a thread. The staged kernel: 16-byte aligned rows and norms, whole
-// chunks of 16 bytes (a mask: 16 columns). The direct kernel: nothing.
+// Assumes: a block's rows are of one matrix, blockIdx.y, and so are its norms and what it learns; at most
+// 4 * kQuads columns a thread. The staged kernel: 16-byte aligned rows and norms, whole chunks of 16 bytes (a
+// mask: 16 columns). The direct kernel: nothing.
 //
 // One thread: kQuads quads of four elements. Chunk c of a row belongs to thread c mod blockDim.x: a warp
 // reads 512 bytes in a row, and a thread's columns ascend with its quads.
@@ -76,7 +77,7 @@ struct RowBlock : RowPart<kDtype, kQuads, kOutput, kStaged> {
   WANDA_DEVICE uint32_t key_at(uint32_t column, int i, int bit) const {
     const bool is_first = Part::half_of(Part::quad_of(i, bit) / kQuadsPerChunk) == 0;
     const typename Part::Bits* const from = !kStaged ? row : is_first ? staged[0] : staged[1];
-    return __float_as_uint(score_of<kDtype>(from[column], __ldg(params.norm + column)));
+    return __float_as_uint(score_of<kDtype>(from[column], __ldg(norm_at(params, column))));
   }
 
   // This thread's elements of `set`, one by one: visit(column, word, bit).
@@ -256,8 +257,9 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
   }
   int buffer = 0;  // of the row's first half
   for (int step = 0;; ++step) {
-    const int64_t row = blockIdx.x + int64_t{gridDim.x} * step;
-    if (row >= params.rows) break;
+    const int64_t row_of_matrix = blockIdx.x + int64_t{gridDim.x} * step;
+    if (row_of_matrix >= params.norm_rows) break;
+    const int64_t row = first_row_of(params) + row_of_matrix;
     block.row = static_cast<Bits*>(params.weight) + row * params.row_stride;
     if constexpr (kStaged) {
 #pragma unroll
@@ -304,7 +306,7 @@ __global__ void __launch_bounds__(rows_threads(kQuads))
       sums[0].pruned = block.write_row(row, pruned);
     } else {
       __syncthreads();  // bins and slots are still being read
-      const Segment<kDtype> segment{block.row, params.norm,
+      const Segment<kDtype> segment{block.row, norm_at(params, 0),
                                     kOutput == Output::kMask ? params.mask + row * params.cols : nullptr,
                                     params.cols, params.k};
       sums[0] = select_segment<kDtype>(segment, shared.bins);

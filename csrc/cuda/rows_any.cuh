@@ -88,19 +88,22 @@ struct RowsAnyShared {
   float slots[2 * kWarp];
 };
 
-// A block takes whole rows, one after the other, each in stretches of `segment_cols` (the row itself, or the
-// groups of an N:M pattern that nm.cuh has no shape for) of which `params.k` elements are pruned.
+// A block takes whole rows of a matrix, one after the other, each in stretches of `segment_cols` (the row
+// itself, or the groups of an N:M pattern that nm.cuh has no shape for) of which `params.k` elements are
+// pruned.
 template <Dtype kDtype>
 __global__ void __launch_bounds__(512) rows_any_kernel(const RowsParams params, const int64_t segment_cols) {
   WANDA_DYNAMIC_SHARED(memory);
   RowsAnyShared& shared = *reinterpret_cast<RowsAnyShared*>(memory);
-  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
+  const float* const norm = norm_at(params, 0);
+  const int64_t first_row = first_row_of(params);
+  for (int64_t row = first_row + blockIdx.x; row < first_row + params.norm_rows; row += gridDim.x) {
     ScoreSums sums[1];
     for (int64_t col = 0; col < params.cols; col += segment_cols) {
       const Segment<kDtype> segment{
           static_cast<typename Element<kDtype>::Bits*>(params.weight) + row * params.row_stride + col,
-          params.norm + col, params.mask == nullptr ? nullptr : params.mask + row * params.cols + col,
-          segment_cols, params.k};
+          norm + col, params.mask == nullptr ? nullptr : params.mask + row * params.cols + col, segment_cols,
+          params.k};
       const ScoreSums part = select_segment<kDtype>(segment, shared.bins);
       sums[0].pruned = __fadd_rn(sums[0].pruned, part.pruned);
       sums[0].all = __fadd_rn(sums[0].all, part.all);

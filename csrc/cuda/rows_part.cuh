@@ -61,13 +61,13 @@ struct RowPart {
 
   WANDA_DEVICE float4 load_norms(uint32_t column, int quad) const {
     if constexpr (kStaged) {
-      return __ldg(reinterpret_cast<const float4*>(params.norm + (holds(column) ? column : 0)) + quad);
+      return __ldg(reinterpret_cast<const float4*>(norm_at(params, holds(column) ? column : 0)) + quad);
     } else {
       float value[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t at = column + 4 * quad + i;
-        value[i] = holds(at) ? __ldg(params.norm + at) : 0.0f;
+        value[i] = holds(at) ? __ldg(norm_at(params, at)) : 0.0f;
       }
       return make_float4(value[0], value[1], value[2], value[3]);
     }
@@ -95,8 +95,9 @@ struct RowPart {
   WANDA_DEVICE void refill_from(int half, int number) {
     const int64_t row_index = blockIdx.x + int64_t{gridDim.x} * (number >> 1);
     const int shift = ((number & 1) - half) * static_cast<int>(capacity());
-    next[half] = static_cast<const Bits*>(params.weight) + row_index * params.row_stride + shift;
-    limit[half] = row_index < params.rows ? max(static_cast<int>(params.cols) - shift, 0) : 0;
+    next[half] = static_cast<const Bits*>(params.weight) +
+                 (first_row_of(params) + row_index) * params.row_stride + shift;
+    limit[half] = row_index < params.norm_rows ? max(static_cast<int>(params.cols) - shift, 0) : 0;
   }
 
   // The next chunk on its way into the place of chunk `c`, which nobody reads any more. Past a row's end:

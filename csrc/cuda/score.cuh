@@ -36,6 +36,17 @@ WANDA_DEVICE float score_of(typename Element<kDtype>::Bits bits, float norm) {
   return __fmul_rn(fabsf(to_float<kDtype>(bits)), norm);
 }
 
+// A block's matrix is blockIdx.y: its first row, and the norm of a column. (Columns of all norms are below
+// 2^32: 32 bits beside the pointer, which is no register, take fewer than a pointer of the block's own.)
+template <class Params>
+WANDA_DEVICE int64_t first_row_of(const Params& params) {
+  return static_cast<int64_t>(blockIdx.y) * params.norm_rows;
+}
+template <class Params>
+WANDA_DEVICE const float* norm_at(const Params& params, uint32_t column) {
+  return params.norm + (blockIdx.y * static_cast<uint32_t>(params.cols) + column);
+}
+
 // The two 16-bit elements of a word.
 template <Dtype kDtype>
 WANDA_DEVICE void unpack(uint32_t word, float& low, float& high) {

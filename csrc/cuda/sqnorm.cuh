@@ -8,6 +8,12 @@
 // sqnorm. Nothing depends on the device: the same bits on every GPU, and for any split of whole sequences
 // into calls.
 //
+// Segments are sequences of unequal length, whose ends only the device knows: the same launch, a block for
+// each segment and its columns, which looks up the two ends and takes the tokens between them. A segment's
+// sum has the bits that it would have alone. Where one expert has most tokens its blocks end last, as those
+// of a sequence of so many; blocks of empty segments end at once. Ends are clamped to x, and descending ones
+// make empty segments: bad ones read nothing outside.
+//
 // Assumes: nothing; where rows are 16-byte aligned and whole chunks of 16 bytes, kVector elements a lane,
 // else one column a lane, of eight tokens, in the same order.
 //
@@ -95,7 +101,8 @@ WANDA_DEVICE void sum_of_warp(const typename Element<kDtype>::Bits* x, int64_t s
   }
 }
 
-// A block: kSqnormCols<kVector> columns of one sequence, or of all of them where they share a row of sqnorm.
+// A block: kSqnormCols<kVector> columns of one sequence or segment, or of all of them where they share a row
+// of sqnorm.
 template <Dtype kDtype, int kVector>
 __global__ void __launch_bounds__(kSqnormWarps* kWarp, 2) sqnorm_columns_kernel(const SqnormParams params) {
   using Bits = typename Element<kDtype>::Bits;
@@ -112,13 +119,21 @@ __global__ void __launch_bounds__(kSqnormWarps* kWarp, 2) sqnorm_columns_kernel(
   float* const target = params.sqnorm + row * params.cols + first_col + threadIdx.x;
   float sqnorm = adds ? *target : 0.0f;
   for (int64_t sequence = first; sequence < last; ++sequence) {
-    const Bits* const x = static_cast<const Bits*>(params.x) + sequence * params.sequence_stride + col;
+    const Bits* x = static_cast<const Bits*>(params.x) + sequence * params.sequence_stride + col;
+    int64_t tokens = params.tokens;
+    if (params.ends != nullptr) {
+      const int64_t before = sequence == 0 ? 0 : params.ends[sequence - 1];
+      const int64_t begin = min(max(before, int64_t{0}), tokens);
+      x += begin * params.token_stride;
+      tokens = max(min(static_cast<int64_t>(params.ends[sequence]), tokens) - begin, int64_t{0});
+      if (tokens == 0) return;
+    }
     const bool* const mask =
         params.token_mask == nullptr ? nullptr : params.token_mask + sequence * params.tokens;
     const auto counts = [&](int64_t token) { return mask == nullptr || mask[token]; };
     double total = 0;
-    for (int64_t begin = 0; begin < params.tokens; begin += kSqnormChunk) {
-      const int64_t end = min(begin + kSqnormChunk, params.tokens);
+    for (int64_t begin = 0; begin < tokens; begin += kSqnormChunk) {
+      const int64_t end = min(begin + kSqnormChunk, tokens);
       sum_of_warp<kDtype, kVector>(x, params.token_stride, begin, end, is_column, counts,
                                    sums[threadIdx.x / kWarp]);
       __syncthreads();

@@ -29,16 +29,18 @@ def _next_machine() -> Machine:
 
 
 def _plain(weight: Tensor) -> tuple[Tensor, int]:
-    """(the rows, the elements between them)"""
-    if weight.stride(1) != 1 and weight.shape[1] > 1:
-        return weight.contiguous(), 0
-    return weight, max(weight.stride(0) - weight.shape[1], 0) if weight.shape[0] > 1 else 0
+    """(the rows, the elements between them): a copy where rows are not evenly strided, of a stack as a whole"""
+    stack = weight if weight.dim() == 3 else weight[None]
+    matrices, rows, cols = stack.shape
+    stride = stack.stride(1) if rows > 1 else stack.stride(0) if matrices > 1 else cols
+    is_even = (cols <= 1 or stack.stride(2) == 1) and (matrices <= 1 or stack.stride(0) == rows * stride)
+    return (weight, stride - cols) if is_even and stride >= cols else (weight.contiguous(), 0)
 
 
 def _select_rows(weight: Tensor, norm: Tensor, sparsity: float, output: str) -> tuple[Tensor, Tensor]:
-    cols, (rows, gap) = weight.shape[1], _plain(weight)
+    cols, (rows, gap) = weight.shape[-1], _plain(weight)
     if rows.numel() == 0:
-        return rows, torch.empty(rows.shape if output == "mask" else (rows.shape[0], 2))
+        return rows, torch.empty(rows.shape if output == "mask" else (*rows.shape[:-1], 2))
     return operators.rows(_next_machine(), rows, norm, int(cols * sparsity), output=output, gap=gap)
 
 
@@ -84,7 +86,11 @@ def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
     return operators.unpack_24(_next_machine(), values, metadata)
 
 
-def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
+def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None, ends: Tensor | None = None) -> None:
+    if ends is not None:
+        if x.numel() and ends.numel():
+            sqnorm.copy_(operators.add_sqnorm(_next_machine(), sqnorm, x.contiguous(), None, ends))
+        return
     if x.dim() == 2:
         x = x.reshape(1 if sqnorm.dim() == 1 else sqnorm.shape[0], -1, x.shape[1])
     if x.numel() == 0:

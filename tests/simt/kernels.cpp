@@ -34,6 +34,9 @@ void simt_linear_plan(const PackedWeight* weight, int64_t tokens, int rows, int 
   *plan = weight->starts != nullptr ? bitmap_plan(*weight, tokens, rows, warps)
                                     : sparse24_plan(*weight, tokens, rows, slices, warps);
 }
+int simt_rows_grid(int64_t rows, int64_t matrices, int64_t resident) {
+  return static_cast<int>(rows_grid(rows, matrices, resident));
+}
 int simt_sqnorm_vector(const SqnormParams* params) { return sqnorm_vector(*params); }
 
 void simt_rows(const RowsParams* params, const RowsPlan* plan) { launch_rows(*params, *plan, nullptr); }

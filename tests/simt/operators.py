@@ -23,8 +23,8 @@ def _struct(pointers: str, integers: str, *rest: tuple[str, type]) -> type[ctype
 
 
 _DTYPE = ("dtype", ctypes.c_int)
-RowsParams = _struct("weight norm mask score_sums", "rows cols row_stride k", _DTYPE)
-NmParams = _struct("weight norm mask score_sums", "rows cols row_stride n m", _DTYPE)
+RowsParams = _struct("weight norm mask score_sums", "rows cols row_stride norm_rows k", _DTYPE)
+NmParams = _struct("weight norm mask score_sums", "rows cols row_stride norm_rows n m", _DTYPE)
 Pack24Params = _struct("weight norm values metadata overfull", "rows cols row_stride", _DTYPE)
 Unpack24Params = _struct("values metadata weight", "rows cols")
 PackedWeight = _struct("values codes starts", "rows cols", _DTYPE)
@@ -40,7 +40,7 @@ PackedLinearParams = type(
     },
 )
 SqnormParams = _struct(
-    "sqnorm x token_mask",
+    "sqnorm x token_mask ends",
     "sequences tokens cols sequence_stride token_stride",
     ("is_shared", ctypes.c_bool),
     _DTYPE,
@@ -68,23 +68,26 @@ def _planned(machine: Machine, function: str, params: ctypes.Structure, plan: ct
 
 
 class _Selection:
-    """The buffers of a selection that prunes ("prune"), also sums ("sums") or writes a mask ("mask")."""
+    """The buffers of a selection that prunes ("prune"), also sums ("sums") or writes a mask ("mask"), of a weight
+    [rows, cols] or [E, rows, cols]."""
 
     def __init__(self, weight: Tensor, norm: Tensor, output: str, offset: int, gap: int) -> None:
-        self.output, self.gap = output, gap
-        self.weight = Buffer(weight, "weight", output != "mask", offset, gap)
+        self.output, self.shape = output, weight.shape
+        self.weight = Buffer(weight.reshape(-1, weight.shape[-1]), "weight", output != "mask", offset, gap)
         self.norm = Buffer(norm, "norm", writable=False)
         self.mask = Buffer(torch.full(weight.shape, 7, dtype=torch.uint8), "mask")
-        self.sums = Buffer(torch.full((weight.shape[0], 2), math.nan), "score_sums")
+        self.sums = Buffer(torch.full((*weight.shape[:-1], 2), math.nan), "score_sums")
         self.buffers = [self.weight, self.norm, self.mask, self.sums]
         self.arguments = (
             self.weight.pointer, self.norm.pointer, self.mask.pointer if output == "mask" else None,
-            self.sums.pointer if output == "sums" else None, *weight.shape, weight.shape[1] + gap,
+            self.sums.pointer if output == "sums" else None, math.prod(weight.shape[:-1]), weight.shape[-1],
+            weight.shape[-1] + gap, weight.shape[-2],
         )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(weight, and the mask, the sums or nothing of interest)"""
-        return self.weight.tensor(), self.mask.tensor() if self.output == "mask" else self.sums.tensor()
+        weight = self.weight.tensor().view(self.shape)
+        return weight, self.mask.tensor() if self.output == "mask" else self.sums.tensor()
 
 
 def rows(
@@ -213,19 +216,22 @@ def packed_linear(
 
 
 def add_sqnorm(
-    machine: Machine, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None, *, is_vector: bool | None = None,
-    offset: int = 0,
+    machine: Machine, sqnorm: Tensor, x: Tensor, token_mask: Tensor | None, ends: Tensor | None = None, *,
+    is_vector: bool | None = None, offset: int = 0,
 ) -> Tensor:  # fmt: skip
-    """What add_sqnorm_ leaves in `sqnorm`, for x [sequences, tokens, C_in]."""
-    sequences, tokens, cols = x.shape
+    """What add_sqnorm_ leaves in `sqnorm`, for x [sequences, tokens, C_in], or [rows, C_in] with `ends`."""
+    tokens, cols = x.shape[-2:]
+    sequences = x.shape[0] if ends is None else ends.shape[0]
     target, inputs = Buffer(sqnorm, "sqnorm"), Buffer(x, "x", writable=False, offset=offset)
     counts = Buffer(torch.ones(1, dtype=torch.bool) if token_mask is None else token_mask, "token_mask", writable=False)
+    bounds = Buffer(torch.zeros(1, dtype=torch.int32) if ends is None else ends, "ends", writable=False)
     params = SqnormParams(
-        target.pointer, inputs.pointer, None if token_mask is None else counts.pointer, sequences, tokens,
-        cols, tokens * cols, cols, sqnorm.dim() == 1, DTYPES[x.dtype],
+        target.pointer, inputs.pointer, None if token_mask is None else counts.pointer,
+        None if ends is None else bounds.pointer, sequences, tokens, cols, tokens * cols if ends is None else 0, cols,
+        sqnorm.dim() == 1, DTYPES[x.dtype],
     )  # fmt: skip
     vector = machine.library.simt_sqnorm_vector(ctypes.byref(params))
     if is_vector is not None:
         vector = 16 // x.element_size() if is_vector else 1
-    machine.run("simt_sqnorm", [target, inputs, counts], ctypes.byref(params), vector)
+    machine.run("simt_sqnorm", [target, inputs, counts, bounds], ctypes.byref(params), vector)
     return target.tensor()

@@ -181,8 +181,9 @@ namespace wanda::cuda {
 
 template <class Kernel, class... Arguments>
 int launch(Kernel* kernel, const Shape& shape, CUstream_st*, const Arguments&... arguments) {
-  simt::launch({static_cast<uint32_t>(shape.grid), 1, 1}, static_cast<uint32_t>(shape.threads),
-               static_cast<size_t>(shape.shared_bytes), [&] { kernel(arguments...); });
+  const simt::Dim3 grid{static_cast<uint32_t>(shape.grid), static_cast<uint32_t>(shape.matrices), 1};
+  simt::launch(grid, static_cast<uint32_t>(shape.threads), static_cast<size_t>(shape.shared_bytes),
+               [&] { kernel(arguments...); });
   return 0;
 }
 template <class Kernel>

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import bench, compress, info, interrupt, plan, prune, ranks, speed, study
+from . import bench, compress, drop_experts, info, interrupt, plan, prune, ranks, speed, study
 from . import eval as evaluate
 from .options import UsageError, debug_wanted, of_options, usage
 
@@ -47,6 +47,7 @@ def _root(
 
 app.command("prune")(prune.prune_command)
 app.command("plan")(plan.plan_command)
+app.command("drop-experts")(drop_experts.drop_experts_command)
 app.command("compress")(compress.compress_command)
 app.command("decompress")(compress.decompress_command)
 app.command("eval")(evaluate.eval_command)

@@ -28,7 +28,8 @@ def usage() -> Iterator[None]:
 _NAMES = (
     "sparsity", "pattern", "method", "group", "variant", "weight_update", "block_size", "damping", "ria_power", "owl",
     "propagate", "batch_size", "exact_error", "fuse_statistics", "device", "dtype", "device_map", "offload",
-    "activation_memory", "samples", "length", "pack", "column", "split", "seed",
+    "experts", "min_tokens", "require_all", "share", "activation_memory", "samples", "length", "pack", "column",
+    "split", "seed",
 )  # fmt: skip
 _WORD = r"(?<![\w./-])({})(?![\w./:-])"  # no part of a path, nor a name of compared values
 
@@ -69,6 +70,23 @@ BatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", min=1, help="Sequences per forward pass. \\[default: by device and length]"),
 ]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="c4|wikitext2|HUB_ID|FILE",
+        help="Calibration data: a data set (owner/name or owner/name:configuration of the hub), a text file, a "
+        ".jsonl file, or a .safetensors file with input_ids \\[samples, length], int64.",
+    ),
+]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration sequences. \\[default: 128]")]
+Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens in each of them. \\[default: 2048]")]
+Pack = Annotated[
+    bool, typer.Option("--pack", help="Put documents together; otherwise those shorter than --length are skipped.")
+]
+Column = Annotated[str, typer.Option("--column", help="Of a data set or .jsonl file: holds the text.")]
+Split = Annotated[str, typer.Option("--split", help="Of a data set of the hub.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the drawing of calibration sequences.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")
 ]
@@ -76,6 +94,7 @@ Debug = Annotated[
 
 def check_length(length: int, config: object) -> None:
     """Raises ValueError where a window is longer than the model's context."""
-    limit = getattr(config, "max_position_embeddings", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         raise ValueError(f"--length {length} is longer than the model's context of {limit} tokens")

@@ -40,6 +40,11 @@ def plan_command(
         f"{shape.model_bytes / 1e9:.4g} GB in {shape.blocks} blocks of {shape.block_bytes / 1e9:.3g} GB; "
         f"{samples} x {length} tokens, {gpus} x {memory:g} GB",
     )
+    if shape.experts:
+        read = shape.token_weights * shape.itemsize / 1e9
+        screen.print(
+            f"{shape.experts} experts a layer, {shape.chosen} for a token: it reads {read:.3g} GB of a block's weights"
+        )
     ways = Table()
     for heading in ("way", "GB on each GPU", "fits", "command"):
         ways.add_column(heading, justify="right" if heading == "GB on each GPU" else "left")

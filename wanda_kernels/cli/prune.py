@@ -9,7 +9,22 @@ import typer
 
 from . import method_options as methods
 from . import ranks
-from .options import BatchSize, Debug, Device, Dtype, Model, check_length, usage
+from .options import (
+    BatchSize,
+    Calibration,
+    Column,
+    Debug,
+    Device,
+    Dtype,
+    Length,
+    Model,
+    Pack,
+    Samples,
+    Seed,
+    Split,
+    check_length,
+    usage,
+)
 
 if TYPE_CHECKING:
     from ..pruning import PruningReport
@@ -35,27 +50,13 @@ def prune_command(
             "mask with SparseGPT's update.",
         ),
     ] = "wanda",
-    calibration: Annotated[
-        str,
-        typer.Option(
-            "--calibration",
-            metavar="c4|wikitext2|HUB_ID|FILE",
-            help="Calibration data: a data set (owner/name or owner/name:configuration of the hub), a text file, a "
-            ".jsonl file, or a .safetensors file with input_ids \\[samples, length], int64.",
-        ),
-    ] = "c4",
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Calibration sequences. \\[default: 128]")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option("--length", min=2, help="Tokens in each of them. \\[default: 2048]")
-    ] = None,
-    pack: Annotated[
-        bool, typer.Option("--pack", help="Put documents together; otherwise those shorter than --length are skipped.")
-    ] = False,
-    column: Annotated[str, typer.Option("--column", help="Of a data set or .jsonl file: holds the text.")] = "text",
-    split: Annotated[str, typer.Option("--split", help="Of a data set of the hub.")] = "train",
-    seed: Annotated[int, typer.Option("--seed", help="Of the drawing of calibration sequences.")] = 0,
+    calibration: Calibration = "c4",
+    samples: Samples = None,
+    length: Length = None,
+    pack: Pack = False,
+    column: Column = "text",
+    split: Split = "train",
+    seed: Seed = 0,
     propagate: Annotated[
         str,
         typer.Option(
@@ -83,6 +84,28 @@ def prune_command(
             help="Let RMSNorm and MLP add up the statistics of what they make, or a pass of its own.",
         ),
     ] = True,
+    experts: Annotated[
+        str,
+        typer.Option(
+            "--experts",
+            metavar="routed|all",
+            help="What a fused expert's statistics come from: the tokens that the router sends it, or every token.",
+        ),
+    ] = "routed",
+    min_tokens: Annotated[
+        int,
+        typer.Option("--min-tokens", min=1, help="Experts with fewer take the mean over their layer's; 1: idle ones."),
+    ] = 1,
+    require_all: Annotated[
+        bool,
+        typer.Option(
+            "--require-all", help="Refuse models in whose blocks something stays dense (routers, convolutions)."
+        ),
+    ] = False,
+    drop_experts: Annotated[
+        float | None,
+        typer.Option("--drop-experts", metavar="SHARE", help="First, as `wanda-kernels drop-experts --share SHARE`."),
+    ] = None,
     compress: Annotated[
         bool, typer.Option("--compress", help="Pack the pruned weights (see `wanda-kernels compress`).")
     ] = False,
@@ -118,16 +141,21 @@ def prune_command(
     with usage():
         spec = PruneSpec(
             sparsity=sparsity, pattern=pattern, method=method, propagate=propagate, batch_size=batch_size,
-            exact_error=exact_error, fuse_statistics=fuse_statistics,
+            exact_error=exact_error, fuse_statistics=fuse_statistics, experts=experts, min_tokens=min_tokens,
+            require_all=require_all,
             owl=methods.owl_of(owl, owl_limit, owl_outlier), **method_options,
         )  # fmt: skip
         session = Session(model, dtype, device, device_map)
         _check_streaming(model, stream, resume, offload, compress, device_map)
+        if drop_experts is not None and (stream or ranks.launched()):
+            other = "--stream" if stream else "several processes"
+            raise ValueError(f"--drop-experts does not go with {other}: run `wanda-kernels drop-experts` first")
+    needs_text = bool(spec.needs) or drop_experts is not None
     if stream:
         _check_leftovers(out, resume, overwrite, model)
     check_output(out, overwrite, model)
     drawing = {"pack": pack, "column": column, "split": split}
-    processes = None
+    processes = dropped = None
     if ranks.launched():
         places = {"stream": stream, "dtype": dtype, "device": device, "compress": compress, "out": str(out.absolute())}
         named = {"MODEL": ranks.fingerprint(model), "calibration": ranks.fingerprint(calibration)}
@@ -137,10 +165,10 @@ def prune_command(
     session.begin()
     # What the config alone can tell, before anything large is read.
     tokens = None if calibration.endswith(".safetensors") else LENGTH  # such a file has its own length
-    session.check(spec, out, compress, (length or tokens) if spec.needs else None)
+    session.check(spec, out, compress, (length or tokens) if needs_text else None, drop_experts)
     outer = Stopwatch()
     with outer.measure("load"):
-        input_ids = session.calibration(calibration, samples, length, seed, **drawing) if spec.needs else None
+        input_ids = session.calibration(calibration, samples, length, seed, **drawing) if needs_text else None
         if not stream:
             loaded = session.model
     if input_ids is not None:
@@ -152,13 +180,16 @@ def prune_command(
         )  # fmt: skip
     else:
         check_space(out, loaded)
+        if drop_experts is not None and input_ids is not None:
+            dropped = session.drop_experts(input_ids, drop_experts, batch_size)
+            say(f"{dropped}")
         report = session.prune(input_ids, spec, processes)
     if processes is not None and not processes.is_first:
         return  # the first one saves
     packing = session.compress() if compress else None
     if not stream:
         with outer.measure("saving"):
-            session.save(out, overwrite, report)
+            session.save(out, overwrite, report, dropped)
     seconds = report.seconds
     load = {"load": seconds.pop("load", 0.0) + outer.seconds()["load"]}
     report.seconds = load | seconds | ({} if stream else {"saving": outer.seconds()["saving"]})

@@ -12,14 +12,15 @@ import torch
 from .._words import to_json
 from ..models import load_model, load_tokenizer, save_pretrained
 from ..models.load import check_choices, empty_model, load_config, weight_bytes
-from ..models.save import REPORT, check_bytes
+from ..models.save import DROP_REPORT, REPORT, check_bytes
 from ..packed import compress
 from ..packed.model import refuse_unpackable
 from ..pruning import PruneSpec, PruningReport, prune
 from ..pruning.blocks import find_blocks
 from ..pruning.driver import check_blocks
+from ..reap import DropReport, check_drop, drop_experts
 from ..text import evaluation_ids, load_calibration, perplexity, split_windows
-from .display import PruningDisplay, bar, quiet_libraries, tell_reference, working
+from .display import PruningDisplay, bar, pruning_bar, quiet_libraries, tell_reference, working
 from .options import check_length
 
 if TYPE_CHECKING:
@@ -50,18 +51,28 @@ class Session:
     def config(self) -> Any:
         return load_config(self.name)
 
-    def check(self, spec: PruneSpec, out: Path | None = None, packed: bool = False, length: int | None = None) -> None:
+    def check(
+        self,
+        spec: PruneSpec,
+        out: Path | None = None,
+        packed: bool = False,
+        length: int | None = None,
+        drop: float | None = None,
+    ) -> None:
         """What can be known to fail before the model is loaded, from its config and the sizes of its files.
 
         Raises:
-            ValueError, OSError: it cannot be pruned as ``spec`` says, packed, called with ``length`` tokens, or written
-                to ``out``.
+            ValueError, OSError: it cannot be pruned as ``spec`` says, packed, called with ``length`` tokens, lose the
+                share ``drop`` of its experts, or be written to ``out``.
         """
         with working(f"checking {self.name}"):
             if length is not None:
                 check_length(length, self.config)
-            blocks = find_blocks(empty_model(self.config), meta=True)
+            empty = empty_model(self.config)
+            blocks = find_blocks(empty, meta=True)
             check_blocks(blocks, spec)
+            if drop is not None:
+                check_drop(empty, drop, meta=True)
             if packed:
                 refuse_unpackable(blocks)
             needed = weight_bytes(self.name, self._dtype)
@@ -108,6 +119,11 @@ class Session:
         with bar() as shown:
             return prune(model, input_ids, spec=spec, processes=processes, progress=PruningDisplay(shown))
 
+    def drop_experts(self, input_ids: torch.Tensor, share: float, batch_size: int | None) -> DropReport:
+        model = self.model
+        with bar() as shown, pruning_bar(shown, "scoring experts") as progress:
+            return drop_experts(model, input_ids, share, batch_size=batch_size, progress=progress)
+
     def perplexity(self, windows: torch.Tensor, batch_size: int = 1) -> float:
         model = self.model
         with bar() as shown:
@@ -116,9 +132,13 @@ class Session:
                 model, windows, windows.shape[1], batch_size, on_window=lambda n: shown.update(task, completed=n)
             )
 
-    def save(self, out: Path, overwrite: bool, report: PruningReport | None = None) -> None:
+    def save(
+        self, out: Path, overwrite: bool, report: PruningReport | None = None, dropped: DropReport | None = None
+    ) -> None:
         # Without the seconds, so that the same command gives the same bytes.
         extra = {} if report is None else {REPORT: to_json(report.to_dict(seconds=False))}
+        if dropped is not None:
+            extra[DROP_REPORT] = dropped.to_json()
         with working(f"saving to {out}"):
             save_pretrained(out, self.model, self.tokenizer, extra=extra, overwrite=overwrite)
 

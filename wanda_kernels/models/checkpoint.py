@@ -227,10 +227,10 @@ class Checkpoint:
             os.close(fd)
         self._fds.clear()
 
-    def read(self, tensor: str, into: Tensor) -> None:
-        """Read a tensor into a contiguous CPU tensor of its size."""
+    def read(self, tensor: str, into: Tensor, begin: int = 0) -> None:
+        """Read a tensor, or what of it begins at byte ``begin``, into a contiguous CPU tensor of that size."""
         entry = self.entries[tensor]
-        read_at(self.fd(entry.file), bytes_of(into), entry.begin, str(self.folder / entry.file))
+        read_at(self.fd(entry.file), bytes_of(into), entry.begin + begin, str(self.folder / entry.file))
 
     def load(self, tensor: str) -> Tensor:
         entry = self.entries[tensor]
@@ -284,10 +284,10 @@ class CheckpointWriter:
         write_at(fd, data, offset, self._folder / name)
         self._sizes[name] = max(self._sizes[name], offset + len(data))
 
-    def write(self, tensor: str, data: Tensor) -> None:
-        """``data``: a contiguous CPU tensor of that tensor's dtype and shape."""
+    def write(self, tensor: str, data: Tensor, begin: int = 0) -> None:
+        """``data``: a contiguous CPU tensor of that tensor's dtype, to its bytes from ``begin`` on."""
         entry = self._source.entries[tensor]
-        self._write(entry.file, bytes_of(data), entry.begin)
+        self._write(entry.file, bytes_of(data), entry.begin + begin)
 
     def copy(self, tensor: str) -> None:
         """Byte for byte from the source."""

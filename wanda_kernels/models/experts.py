@@ -21,8 +21,12 @@ _UNDESCRIBED = {
     "transformers.models.step3p7.modeling_step3p7.Step3p7Experts",
 }
 
+# What configurations call the number of experts that the router chooses for a token.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
+
 # (parameter, rows sorted by expert, where each expert's end) -> its products
 Product = Callable[[str, Tensor, Tensor], Tensor]
+Seen = Callable[["Routing", Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Routing:
         one length."""
         experts = len(self.ends)
         return ends_of(self.expert * sequences + self.token // (tokens // sequences), experts * sequences)
+
+
+def experts_per_token(config: Any) -> int:
+    """How many the router chooses, by the config of the text model; 1 where it does not say."""
+    return next((getattr(config, name) for name in _CHOSEN if isinstance(getattr(config, name, None), int)), 1)
 
 
 def ends_of(keys: Tensor, count: int) -> Tensor:
@@ -91,15 +100,20 @@ class ExpertsLayout:
     def dense_product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         return grouped_mm(rows, self.weight(name).transpose(-1, -2), offs=ends)
 
-    def forward(self, hidden: Tensor, index: Tensor, shares: Tensor, product: Product) -> Tensor:
+    def forward(
+        self, hidden: Tensor, index: Tensor, shares: Tensor, product: Product, seen: Seen | None = None
+    ) -> Tensor:
         """What the module gives for ``hidden`` [tokens, C_in], ``index`` and ``shares`` [tokens, chosen].
 
         Args:
             product: makes the products of rows and weights; the dense one is :meth:`dense_product`.
+            seen: told each row's output before its share is applied.
         """
         routing = Routing.of(index, self.experts)
         rows = hidden[routing.token]
-        out = self.compute(rows, routing, product)
+        out = self._compute(rows, routing, product)
+        if seen is not None:
+            seen(routing, out)
         is_none = routing.expert >= self.experts
         if self._hands_on():
             out = torch.where(is_none.unsqueeze(-1), rows, out)
@@ -117,7 +131,7 @@ class ExpertsLayout:
         unsorted[routing.order] = out
         return unsorted.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
 
-    def compute(self, rows: Tensor, routing: Routing, product: Product) -> Tensor:
+    def _compute(self, rows: Tensor, routing: Routing, product: Product) -> Tensor:
         """Each row through its expert, without its share."""
         inner = product(self.up, rows, routing.ends)
         inner = self._gate(self._add_bias(self.up, inner, routing.expert))

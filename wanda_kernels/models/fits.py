@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, json_object
+from .placement import targets
 
 SHOWN = 4  # names in an error
 SLACK = 2**24  # of 4 bytes, that a model may have beside its weights: positions, masks
@@ -58,24 +59,6 @@ def check_config(path: Path, checkpoint: Checkpoint | None) -> None:
                 raise ValueError(f"{path}: {field} is {value}, the files hold {most} tensors")
 
 
-def places(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor of the files -> its name in the model: with and without the prefix of the model's decoder, as transformers
-    takes them.
-
-    Raises:
-        ValueError: two tensors of the files have one place.
-    """
-    own, prefix = model.state_dict(), f"{model.base_model_prefix}."
-    found: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for name in checkpoint.entries:
-        there = next((other for other in (name, prefix + name, name.removeprefix(prefix)) if other in own), name)
-        if there in taken:
-            raise ValueError(f"model {checkpoint.folder} holds {there} twice: as {taken[there]} and as {name}")
-        taken[there], found[name] = name, there
-    return found
-
-
 def check_size(model: Any, checkpoint: Checkpoint, quantised: bool) -> None:
     """Raises ValueError where a model on the meta device is far larger than what the files hold."""
     elements = sum(tensor.numel() for tensor in model.parameters()) + sum(b.nbytes // 4 for b in model.buffers())
@@ -97,9 +80,10 @@ def check_fits(model: Any, checkpoint: Checkpoint, packed: Iterable[str] | None 
         packed: its packed layers; None: nothing in it is quantised.
     """
     own, entries = model.state_dict(), checkpoint.entries
-    placed = places(model, checkpoint)
+    placed = targets(model, checkpoint)
     check_size(model, checkpoint, packed is not None)
-    for name, there in placed.items():
+    for name, target in placed.items():
+        there = target.name
         if there not in own:
             continue
         kind, tensor = DTYPES.get(entries[name].dtype), own[there]
@@ -120,18 +104,12 @@ def check_fits(model: Any, checkpoint: Checkpoint, packed: Iterable[str] | None 
 
 
 def unplaced(model: Any, checkpoint: Checkpoint) -> list[str]:
-    """The tensors of the files that a loaded model has no place for, and that transformers would drop."""
-    conversions = getattr(model, "_weight_conversions", None) or []
-    if any(hasattr(conversion, "operations") for conversion in conversions):  # several tensors may make one
-        return []
+    """The tensors of the files that the model has no place for, and that transformers would drop."""
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     ignored += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]  # of old checkpoints; made anew by transformers
-    own, placed = model.state_dict(), places(model, checkpoint)
-    left = sorted(
+    own = model.state_dict()
+    return sorted(
         name
-        for name, there in placed.items()
-        if there not in own and not any(re.search(pattern, there) for pattern in ignored)
+        for name, target in targets(model, checkpoint).items()
+        if target.name not in own and not any(re.search(pattern, target.name) for pattern in ignored)
     )
-    if conversions and len(left) <= len(own.keys() - set(placed.values())):  # the model has them under other names
-        return []
-    return left

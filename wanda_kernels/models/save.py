@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 REPORT = "pruning_report.json"  # beside a pruned model's weights
+DROP_REPORT = "dropped_experts.json"
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag, of Linux
 
 

@@ -178,14 +178,17 @@ class Loop:
         return self.plans[kind]
 
     def _refuse_large_silent(self, block: Block, plan: Plan) -> None:
-        for name in plan.silent:
-            share = block.share(block.matrices[name].stored)
-            if share > MOST_DENSE or self.spec.require_all:
-                raise ValueError(
-                    f"{block.name}.{name} received no input during calibration (its weight is used outside its "
-                    f"forward, or for other inputs than text), and holds {percent(share, 1)} of its block's weights: "
-                    "it cannot be pruned"
-                )
+        if not plan.silent:
+            return
+        shares = {name: block.share(block.matrices[name].stored) for name in plan.silent}
+        dense = sum(shares.values()) + sum(map(block.share, block.dense.values()))
+        if dense > MOST_DENSE or self.spec.require_all:
+            name = max(shares, key=lambda name: shares[name])
+            raise ValueError(
+                f"{block.name}.{name} received no input during calibration (its weight is used outside its forward, "
+                f"or for other inputs than text): it cannot be pruned, and would leave {percent(shares[name], 1)} of "
+                f"its block's weights dense (with what else is none, {percent(dense, 1)})"
+            )
 
     def _steps(self, blocks: int, batches: int, is_to_allocate: bool) -> int:
         passes = blocks * (2 if self.spec.propagate == "pruned" else 1) - (self.spec.propagate == "pruned")

@@ -137,7 +137,7 @@ class BlockStatistics:
             total, device = self._block.matrices[name].weight.shape[0], rows.x.device
             self._sqnorm[name] = torch.zeros(self._samples, total, cols, dtype=torch.float32, device=device)
             self._tokens[name] = torch.zeros(self._samples, total, dtype=torch.int64, device=device)
-            if self._hessians is not None:
+            if self._hessians is not None and name not in self._hessians:  # other processes' may be there
                 self._hessians[name] = torch.zeros(total, cols, cols, dtype=torch.float32, device=device)
         with self._stopwatch.measure("statistics"):
             sums = torch.zeros(count * sequences, cols, dtype=torch.float32, device=rows.x.device)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import give_back_freed
-from ..models.checkpoint import DTYPES, Checkpoint, CheckpointWriter
+from ..models.checkpoint import CheckpointWriter
+from ..models.placement import Placement
 from ..pruning.blocks import Block, refuse_non_finite
 from ..pruning.source import Activations, BlockSource, Done
 from ..pruning.stopwatch import Stopwatch
@@ -32,7 +33,7 @@ class StreamedBlocks(BlockSource):
     Args:
         model: on the meta device (``skeleton.build``).
         blocks: of ``model``.
-        checkpoint: to read from.
+        placement: of its tensors in the files that are read.
         writer: to write pruned blocks to; None: they are not written (another process does it).
         commit: told the state after each block once everything that it speaks of is on the disk.
         device: to compute on.
@@ -43,7 +44,7 @@ class StreamedBlocks(BlockSource):
         self,
         model: nn.Module,
         blocks: list[Block],
-        checkpoint: Checkpoint,
+        placement: Placement,
         writer: CheckpointWriter | None,
         commit: Commit | None,
         device: torch.device,
@@ -51,14 +52,14 @@ class StreamedBlocks(BlockSource):
     ) -> None:
         super().__init__(blocks, stopwatch)
         self._model = model
-        self._checkpoint = checkpoint
+        self._placement = placement
         self._writer = writer
         self._commit = commit
         self._device = device
         self._groups = shared_names(model)
         self._names = [self._names_of(block) for block in blocks]
         self._places = [self._places_of(names) for names in self._names]
-        self._in_blocks = {name for names in self._names for name in names}
+        self._files = [placement.files_of(f"{block.name}.") for block in blocks]
         self._slots: list[Tensor] = []
         self._reads: dict[int, Future[None]] = {}
         self._written: Future[None] | None = None
@@ -76,7 +77,7 @@ class StreamedBlocks(BlockSource):
         places, end = {}, 0
         for name in names:
             begin = -(-end // ALIGNMENT) * ALIGNMENT
-            end = begin + self._checkpoint.entries[name].size
+            end = begin + tensor_of(self._model, name).nbytes
             places[name] = slice(begin, end)
         return places
 
@@ -91,11 +92,14 @@ class StreamedBlocks(BlockSource):
         head = self._model.get_output_embeddings()  # type: ignore[operator]
         in_head = {f"{name}.weight" for name, module in self._model.named_modules() if module is head}
         in_head |= {name.removesuffix("weight") + "bias" for name in in_head}
-        outside = [g for g in self._groups if g[0] not in self._in_blocks and not in_head.issuperset(g)]
+        in_blocks = {name for names in self._names for name in names}
+        outside = [g for g in self._groups if g[0] not in in_blocks and not in_head.issuperset(g)]
         with self._stopwatch.measure("load"):
             for names in outside:
-                found = next(name for name in names if name in self._checkpoint.entries)
-                tensor = self._checkpoint.load(found).to(self._device)
+                found = next(name for name in names if name in self._placement.parts)
+                tensor = torch.empty_like(tensor_of(self._model, found), device="cpu")
+                self._placement.read(found, tensor)
+                tensor = tensor.to(self._device)
                 for name in names:
                     put(self._model, name, tensor)
             for name, buffer in list(self._model.named_buffers()):
@@ -117,12 +121,20 @@ class StreamedBlocks(BlockSource):
             self._reads[index] = self._io.submit(self._read, index)
 
     def _view(self, index: int, name: str) -> Tensor:
-        entry = self._checkpoint.entries[name]
-        return self._slots[index % 2][self._places[index][name]].view(DTYPES[entry.dtype]).view(entry.shape)
+        own = tensor_of(self._model, name)
+        return self._slots[index % 2][self._places[index][name]].view(own.dtype).view(own.shape)
 
     def _read(self, index: int) -> None:
         for name in self._names[index]:
-            self._checkpoint.read(name, self._view(index, name))
+            self._placement.read(name, self._view(index, name))
+
+    def _write(self, index: int, writer: CheckpointWriter) -> None:
+        views = {name: self._view(index, name) for name in self._names[index]}
+        for file in self._files[index]:
+            if any(views[part.name].dtype != self._placement.dtype(file) for part in self._placement.files[file]):
+                writer.copy(file)  # it was not pruned (refuse_other_dtypes)
+            else:
+                self._placement.write(file, views, writer)
 
     @contextmanager
     def holding(self, index: int) -> Iterator[None]:
@@ -154,8 +166,7 @@ class StreamedBlocks(BlockSource):
 
         def write() -> None:
             if self._writer is not None:
-                for name in self._names[index]:
-                    self._writer.write(name, self._view(index, name))
+                self._write(index, self._writer)
                 self._writer.sync()
             if self._commit is not None and done.can_resume:
                 stored = None if saver is None else asdict(saver())
@@ -176,9 +187,10 @@ class StreamedBlocks(BlockSource):
         """The tensors outside the blocks, and those that the model does not know."""
         if self._writer is None:
             return
-        for name in self._checkpoint.entries:
-            if name not in self._in_blocks:
-                self._writer.copy(name)
+        in_blocks = {file for files in self._files for file in files}
+        for file in self._placement.checkpoint.entries:
+            if file not in in_blocks:
+                self._writer.copy(file)
         self._writer.create_all()
         self._writer.sync()
 

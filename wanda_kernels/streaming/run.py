@@ -16,6 +16,7 @@ from .._words import to_json
 from ..distributed import Processes
 from ..models.checkpoint import Checkpoint, CheckpointWriter
 from ..models.load import choose_device
+from ..models.placement import Placement
 from ..models.save import check_bytes, check_output
 from ..pruning.blocks import Block, find_blocks, matrices_of
 from ..pruning.driver import check_blocks, check_input_ids
@@ -26,11 +27,17 @@ from ..pruning.spec import PruneSpec, SpecArguments
 from ..pruning.stopwatch import Stopwatch
 from .activations import FiledActivations, SavedActivations, SpilledActivations, Stored, TwoFiles
 from .blocks import Commit, StreamedBlocks
-from .skeleton import build
+from .skeleton import build, refuse_other_dtypes
 from .workfolder import WorkFolder, done_of, identity, path_for, read_state, refuse_other_run
 
 ACTIVATION_MEMORY = 4 * 2**30
-COPIED = ("config.json", "generation_config.json")
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",  # of models that take images too
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 def stream_prune(
@@ -53,8 +60,8 @@ def stream_prune(
     """Prune a safetensors checkpoint to another folder with two blocks in memory.
 
     The pruned tensors are, bit for bit, those of :func:`wanda_kernels.prune`; the others are copied byte for byte.
-    The output has the input's files: same shards, same index. After each block the state is kept in ``.OUT.partial``
-    beside ``out``; a run that ended there goes on with ``resume``, to the same files.
+    The output has the input's files: same shards, same index, same names and shapes. After each block the state is kept
+    in ``.OUT.partial`` beside ``out``; a run that ended there goes on with ``resume``, to the same files.
 
     Args:
         model: a folder with config.json and ``model.safetensors``, or shards and their index.
@@ -90,13 +97,14 @@ def stream_prune(
         raise FileNotFoundError(f"model folder {model} holds no config.json: only folders can be streamed")
     place = choose_device(device)
     checkpoint = Checkpoint(model)
-    skeleton = build(model, checkpoint, dtype)
+    skeleton, placement = build(model, checkpoint, dtype)
     blocks = find_blocks(skeleton, meta=True)
     check_blocks(blocks, spec)
+    refuse_other_dtypes(blocks, placement)
     ids = check_input_ids(skeleton, input_ids, spec)
     if ids is not None and spec.batch_size is None:  # what a run begins with decides
         spec = spec.with_batch_size(default_batch_size(place, ids.shape[1]))
-    job = _Job(spec, skeleton, blocks, checkpoint, ids, place, activation_memory, processes, progress or Progress())
+    job = _Job(spec, skeleton, blocks, placement, ids, place, activation_memory, processes, progress or Progress())
     begun_with = identity(spec.to_dict(), ids, checkpoint, place)
     if processes is not None:
         processes.refuse_differences(begun_with)
@@ -127,7 +135,7 @@ class _Job:
     spec: PruneSpec
     skeleton: Any
     blocks: list[Block]
-    checkpoint: Checkpoint
+    placement: Placement
     ids: Tensor | None
     device: torch.device
     activation_memory: int
@@ -139,7 +147,7 @@ class _Job:
     ) -> PruningReport:
         """All blocks that ``state`` does not have, to ``writer``."""
         stopwatch = Stopwatch(self.device)
-        source = StreamedBlocks(self.skeleton, self.blocks, self.checkpoint, writer, commit, self.device, stopwatch)
+        source = StreamedBlocks(self.skeleton, self.blocks, self.placement, writer, commit, self.device, stopwatch)
         try:
             done, stored = _go_on_from(state)
             hidden = None
@@ -156,7 +164,7 @@ class _Job:
         finally:
             source.close()
             files.close()
-            self.checkpoint.close()
+            self.placement.checkpoint.close()
             if writer is not None:
                 writer.close()
 
@@ -168,8 +176,9 @@ class _Job:
         blocks = self.blocks[: done.blocks]
         layers = {name: tuple(matrix.weight.shape) for name, matrix in matrices_of(blocks).items()}
         reported = {layer.name: layer.shape for layer in done.layers}
-        known = [name for name in layers if name in reported]
-        if list(reported) != known or any(layers[name] != reported[name] for name in known):
+        known = [name for name in layers if name in reported]  # no input came to the others: they stayed dense
+        silent = [block.name for block in blocks if not any(name.startswith(f"{block.name}.") for name in known)]
+        if silent or list(reported) != known or any(layers[name] != reported[name] for name in known):
             raise ValueError(f"it reports on {len(done.layers)} layers, {len(layers)} are done, or on others")
         if (None if done.sparsities is None else len(done.sparsities)) != (len(self.blocks) if self.spec.owl else None):
             raise ValueError(f"it has the sparsities {str(done.sparsities)[:100]}")
@@ -180,8 +189,7 @@ class _Job:
             assert self.spec.batch_size is not None
             stored.check(done.blocks, self.ids.split(self.spec.batch_size), self.skeleton.dtype)
             files.check(stored)
-        begun = tuple(f"{block.name}." for block in blocks)
-        writer.check_written(name for name in self.checkpoint.entries if name.startswith(begun))
+        writer.check_written(file for block in blocks for file in self.placement.files_of(f"{block.name}."))
 
     def _activations(self, ids: Tensor, files: TwoFiles, source: StreamedBlocks) -> FiledActivations:
         width = self.skeleton.config.get_text_config().hidden_size
@@ -230,15 +238,15 @@ def _work_folder(
         if state is not None:
             refuse_other_run(state["begun_with"], begun_with, out)
             try:
-                job.check_state(state, CheckpointWriter(work.folder, job.checkpoint), work.files)
+                job.check_state(state, CheckpointWriter(work.folder, job.placement.checkpoint), work.files)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"the unfinished run to {out} cannot be gone on with: {error}; pass overwrite=True "
                     "without resume=True to start anew"
                 ) from error
-            work.keep_only(set(job.checkpoint.files))
+            work.keep_only(set(job.placement.checkpoint.files))
         there = sum(path.stat().st_size for path in work.folder.iterdir()) if state is not None else 0
-        check_bytes(work.path, job.checkpoint.size - there)
+        check_bytes(work.path, job.placement.checkpoint.size - there)
     except BaseException:
         _leave(work)
         raise

@@ -12,15 +12,18 @@ from .._words import need
 from ..models.checkpoint import DTYPES, Checkpoint
 from ..models.fits import unplaced
 from ..models.load import auto_class, listed, load_config
+from ..models.placement import Placement
+from ..pruning.blocks import Block, matrices_of
 
 
-def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
-    """The model of ``folder``: parameters on the meta device, the buffers that a checkpoint does not hold real.
+def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> tuple[Any, Placement]:
+    """The model of ``folder``, parameters on the meta device, the buffers that a checkpoint does not hold real; and
+    where its tensors lie in the files.
 
     Raises:
         ImportError: without accelerate.
-        ValueError: where transformers would do more than copy tensors by their names (other names or shapes, another
-            dtype, quantised weights).
+        ValueError: where files and model do not hold the same tensors, or the way from one to the other is more than
+            moving elements (quantised weights).
     """
     need("accelerate", "stream", "streaming needs the accelerate package")
     from accelerate import init_empty_weights
@@ -32,11 +35,27 @@ def build(folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, dtype=wanted)
     model.tie_weights()
-    for module in model.modules():
+    owner = {"": model}
+    for name, module in model.named_modules():
+        parent = owner[name.rpartition(".")[0]]
+        owner[name] = module if hasattr(module, "_init_weights") else parent
         if module._non_persistent_buffers_set:  # as from_pretrained: computed in float32, then rounded
-            model._init_weights(module)
-    _refuse_conversions(model, checkpoint, wanted)
-    return model.eval()
+            owner[name]._init_weights(module)
+    _keep_in_float32(model, wanted)
+    placement = Placement(model, checkpoint)
+    _refuse_missing(model, placement)
+    return model.eval(), placement
+
+
+def _keep_in_float32(model: Any, wanted: torch.dtype) -> None:
+    """What from_pretrained loads in float32 into a model of 16 bits: routers, their biases."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = model._get_dtype_plan(wanted)
+    pattern = build_glob_alternation(list(kept))[0] if kept else None
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if pattern is not None and pattern.search(name):
+            tensor.data = tensor.data.float()
 
 
 def _dtype(config: Any, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
@@ -50,36 +69,42 @@ def _dtype(config: Any, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     return own
 
 
-def _refuse_conversions(model: Any, checkpoint: Checkpoint, wanted: torch.dtype) -> None:
-    missing: list[str] = []
-    for names in shared_names(model):
-        found = [name for name in names if name in checkpoint.entries]
-        if not found:
-            missing.append(names[0])
-        for name in found:
-            entry, own = checkpoint.entries[name], tensor_of(model, name)
-            if entry.shape != tuple(own.shape) or DTYPES.get(entry.dtype) != own.dtype:
-                raise ValueError(
-                    f"{name} is {entry.dtype} {list(entry.shape)} in the checkpoint and {own.dtype} "
-                    f"{list(own.shape)} in the model: it cannot be streamed"
-                )
+def _refuse_missing(model: Any, placement: Placement) -> None:
+    folder = placement.checkpoint.folder
+    groups = shared_names(model)
+    missing = [names[0] for names in groups if not any(name in placement.parts for name in names)]
     if missing:
-        known = {name for names in shared_names(model) for name in names}
-        other = [name for name in checkpoint.entries if name not in known]
-        hint = (
-            f"; it holds {listed(other)}, which the model does not know. Where transformers renames them while "
-            "loading, the model can be pruned in memory, without streaming"
-        )
-        raise ValueError(f"{checkpoint.folder} has no tensor {listed(missing)}{hint if other else ''}")
-    if left := unplaced(model, checkpoint):
+        other = f"; it holds {listed(placement.left)}, which the model does not know" if placement.left else ""
+        raise ValueError(f"{folder} has no tensor {listed(missing)}{other}")
+    if left := unplaced(model, placement.checkpoint):
         raise ValueError(
-            f"{checkpoint.folder} holds tensors that its config.json has no place for: {listed(left)}. Correct "
-            "config.json, or take them out of the files"
+            f"{folder} holds tensors that its config.json has no place for: {listed(left)}. Correct config.json, or "
+            "take them out of the files"
         )
-    if wanted != torch.float32 and any(
-        getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    ):
-        raise ValueError(f"{type(model).__name__} keeps some modules in float32: it cannot be streamed in {wanted}")
+    for name, parts in placement.parts.items():
+        own = tensor_of(model, name).dtype
+        for part in parts:
+            kind = placement.dtype(part.file)
+            if kind != own and not (kind is not None and kind.is_floating_point and own.is_floating_point):
+                raise _other_dtype(placement, name, part.file, own)
+
+
+def refuse_other_dtypes(blocks: list[Block], placement: Placement) -> None:
+    """Raises ValueError where what is pruned has another dtype in the files than in the model. What is not pruned,
+    routers and their biases above all, may have: it is copied as it is."""
+    for full, matrix in matrices_of(blocks).items():
+        name, own = matrix.name_of(full), matrix.stored.dtype
+        for part in placement.parts[name]:
+            if placement.dtype(part.file) != own:
+                raise _other_dtype(placement, name, part.file, own)
+
+
+def _other_dtype(placement: Placement, name: str, file: str, own: torch.dtype) -> ValueError:
+    entry = placement.checkpoint.entries[file]
+    return ValueError(
+        f"{file} is {entry.dtype} {list(entry.shape)} in the checkpoint and {own} in the model ({name}): it cannot be "
+        "streamed"
+    )
 
 
 def shared_names(model: nn.Module) -> list[list[str]]:
