@@ -1,4 +1,5 @@
-// y = x W^T + bias for a W packed as a bitmap and up to 8 rows of x.
+// y = x W^T + bias for a W packed as a bitmap and up to 8 rows of x; or for each expert's W and rows
+// (experts.cuh).
 //
 // Algorithm, 16-bit types: bitmap.cuh walks the rows, four elements a lane. Two byte permutations, chosen by
 // the four bits, put them where they belong, and the tensor cores multiply: a lane's four elements of two

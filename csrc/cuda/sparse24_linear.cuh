@@ -1,4 +1,5 @@
-// y = x W^T + bias for a 2:4 weight and up to 32 rows of x, on the sparse tensor cores.
+// y = x W^T + bias for a 2:4 weight and up to 32 rows of x, on the sparse tensor cores; or for each expert's
+// weight and rows (experts.cuh).
 //
 // Algorithm: mma.sp m16n8k32 with W as its sparse operand and 8 rows of x as the 8 columns. Values, codes and
 // x of 128 columns at a time come to shared memory by asynchronous copies, a few such stages ahead of where
