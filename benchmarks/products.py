@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import grouped_mm, linear
 
 from benchmarks import peers
 from benchmarks.harness import Case, Inputs, Settings, WrongResultError
@@ -27,6 +27,11 @@ FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Tensor]]] = {
     "2:4": ("sparse24_linear", pack_sparse24, ops.sparse24_linear),
 }
 
+EXPERTS: dict[str, tuple[str, Callable[..., Any], Callable[..., Tensor]]] = {
+    "bitmap": ("bitmap_experts", pack_bitmap, lambda *inputs: ops.bitmap_experts(*inputs)),
+    "2:4": ("sparse24_experts", pack_sparse24, lambda *inputs: ops.sparse24_experts(*inputs)),
+}
+
 
 def sparse(settings: Settings, shapes: Shapes) -> Iterator[Case]:
     """bfloat16, half of the weights kept (2:4 in both formats)."""
@@ -40,6 +45,8 @@ def sparse(settings: Settings, shapes: Shapes) -> Iterator[Case]:
     for tokens in MANY_TOKENS:
         for form in FORMATS:
             yield _layer(settings, *shapes[0], tokens, form, threads[-1])
+    for form in FORMATS:
+        yield _experts(settings, form, threads[-1])
 
 
 def _pruned(settings: Settings, rows: int, cols: int) -> Tensor:
@@ -134,6 +141,37 @@ def _layer(settings: Settings, rows: int, cols: int, tokens: int, form: str, thr
         lambda inputs: _check(inputs, inputs[2](inputs[0])),
         rows * cols * 2 * 9 // 16 + tokens * (rows + cols) * 2,
         {"torch linear": lambda inputs: linear(inputs[0], inputs[1])}, tokens=tokens, threads=threads,
+    )  # fmt: skip
+
+
+def _experts(settings: Settings, form: str, threads: int | str) -> Case:
+    """One token with four of the experts of a layer, as in a step of decoding, against torch's grouped product."""
+    operator, pack, product = EXPERTS[form]
+    experts, rows, cols = (8, 64, 128) if settings.quick else (32, 1280, 1024)
+
+    def make() -> Inputs:
+        """x, the chosen experts' weights, the packed stack, where experts' tokens end, the dense stack."""
+        stack = _pruned(settings, experts * rows, cols)
+        chosen = torch.randperm(experts, device=settings.device)[:4].sort().values
+        ends = torch.searchsorted(chosen, torch.arange(experts, device=settings.device), right=True).int()
+        weights = stack.view(experts, rows, cols)
+        x = torch.randn(4, cols, device=settings.device).to(torch.bfloat16)
+        return x, weights[chosen], pack(stack), ends, weights
+
+    def check(inputs: Inputs) -> str:
+        x, weights, packed, ends, _ = inputs
+        exact = (weights.double() @ x.double().unsqueeze(2)).squeeze(2)
+        error = float((product(x, *packed, ends).double() - exact).abs().max() / exact.abs().max())
+        if not error <= 1e-2:
+            raise WrongResultError(f"its result is off by {error:.2e} of the largest output")
+        return f"relative error {error:.1e}"
+
+    return Case(
+        "sparse", operator, f"4 of {experts} x {rows} x {cols}", torch.bfloat16,
+        backend_of(operator, settings.device), make, lambda inputs: product(inputs[0], *inputs[2], inputs[3]), check,
+        4 * (rows * cols * 2 * 9 // 16 + (rows + cols) * 2),
+        {"torch grouped_mm": lambda inputs: grouped_mm(inputs[0], inputs[4].transpose(1, 2), offs=inputs[3])},
+        tokens=1, threads=threads,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from benchmarks import end_to_end, generate, operators, products, scaling, shapes
+from benchmarks import end_to_end, experts, generate, operators, products, scaling, shapes
 from benchmarks.circumstances import circumstances
 from benchmarks.harness import Case, Settings, WrongResultError, keep_freed_memory, measure
 from benchmarks.records import Row, writer
@@ -36,7 +36,8 @@ def steps_of(suite: str, settings: Settings, models: Sequence[str] | None) -> li
         default = SPARSE_MODELS if suite == "sparse" else MODELS
         wanted = shapes.weights_of(list(models or default[settings.device.type]))
         cases = _distinct(KERNELS[suite](settings, shapes.QUICK if settings.quick else wanted))
-        return [(str(case), lambda case=case: measure(case, settings)) for case in cases]  # type: ignore[misc]
+        kernels: list[Step] = [(str(case), lambda case=case: measure(case, settings)) for case in cases]  # type: ignore[misc]
+        return [*kernels, *experts.steps(settings)] if suite == "sparse" and settings.device.type == "cpu" else kernels
     if suite == "scaling":
         return scaling.steps(settings)
     return [*end_to_end.steps(settings), *generate.steps(settings)]

@@ -74,10 +74,11 @@ def _ratios(rows: list[Row]) -> str:
 def products(rows: list[Row]) -> str:
     """torch's dense product and the packed ones."""
     cells = []
-    chosen = [row for row in native(rows) if not row["operator"].startswith("PackedLinear")]
+    operators = ("bitmap_linear", "sparse24_linear")
+    chosen = [row for row in native(rows) if row["operator"] in operators]
     for (shape, threads, tokens), group in _groups(chosen, "shape", "threads", "tokens").items():
         line = [shape, threads, tokens]
-        for operator in ("bitmap_linear", "sparse24_linear"):
+        for operator in operators:
             by_name = {row["implementation"]: row for row in group if row["operator"] == operator}
             dense = by_name.get("torch linear")
             if operator == "bitmap_linear":

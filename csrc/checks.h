@@ -285,6 +285,22 @@ inline void check_packed_linear(const char* op, const PackedWeight& weight, cons
                     "], got ", bias->sizes());
 }
 
+// x [rows, C_in] sorted by expert, `ends` [E] where each expert's rows end, `stack` [E * C_out, C_in].
+// Returns C_out.
+inline int64_t check_experts(const char* op, const PackedWeight& stack, const at::Tensor& values,
+                             const at::Tensor& x, const at::Tensor& ends) {
+  check_like(op, "x", x, "values are", values);
+  WANDA_CHECK_VALUE(x.dim() == 2 && x.size(1) == stack.cols, "x must be [rows, ", stack.cols, "], got ",
+                    x.sizes());
+  check_type(op, "ends", ends, at::kInt, "int32");
+  check_device(op, "ends", ends, "values are", values);
+  WANDA_CHECK_VALUE(
+      ends.dim() == 1 && ends.size(0) > 0 && stack.rows % ends.size(0) == 0 && ends.is_contiguous(),
+      "ends must be contiguous [E], of a number of experts that divides the ", stack.rows,
+      " rows of the weight, got ", ends.sizes());
+  return stack.rows / ends.size(0);
+}
+
 // ---- add_sqnorm_, rms_norm_sqnorm, silu_mul_sqnorm, gelu_tanh_mul_sqnorm.
 
 struct SqnormShape {

@@ -41,6 +41,8 @@ CALLS = {
     "silu_mul_sqnorm": lambda: (WEIGHT, WEIGHT.flip(0), torch.zeros(64), None),
     "bitmap_linear": lambda: (WEIGHT[:3], *pack_bitmap(SPARSE), NORM[:32]),
     "sparse24_linear": lambda: (WEIGHT[:3], *pack_sparse24(SPARSE), None),
+    "bitmap_experts": lambda: (WEIGHT, *pack_bitmap(SPARSE), ENDS),
+    "sparse24_experts": lambda: (WEIGHT, *pack_sparse24(SPARSE), ENDS),
     "unpack_bitmap": lambda: pack_bitmap(SPARSE),
     "unpack_sparse24": lambda: pack_sparse24(SPARSE),
     "gelu_tanh_mul_sqnorm": lambda: (HALF, HALF.flip(0), torch.zeros(4, 64), None),
@@ -149,6 +151,22 @@ BAD = [
     ("bitmap_linear", (WEIGHT, *pack_bitmap(SPARSE), NORM), ValueError, r"bias must be \[32\], got \[64\]"),
     ("sparse24_linear", (WEIGHT, SPARSE, torch.zeros(32, 8)), TypeError, "indices must be uint8, got"),
     ("unpack_sparse24", (SPARSE, pack_sparse24(SPARSE)[1]), ValueError, r"values must be \[32, 32\], got \[32, 64\]"),
+    *(
+        ("bitmap_experts", (x, *pack_bitmap(SPARSE), ends), kind, message)
+        for x, ends, kind, message in (
+            (HALF, ENDS, TypeError, "x must be [Ff]loat.*, as values are|x must be torch.fl"),
+            (WEIGHT[:, :63], ENDS, ValueError, r"x must be \[rows, 64\], got \[32, 63\]"),
+            (WEIGHT[None], ENDS, ValueError, r"x must be \[rows, 64\], got \[1, 32, 64\]"),
+            (WEIGHT, ENDS.long(), TypeError, "ends must be int32, got"),
+            (WEIGHT, ENDS[:3], ValueError, r"ends must be contiguous \[E\], .* divides the 32 rows .* got \[3\]"),
+            (WEIGHT, ENDS[:0], ValueError, r"ends must be contiguous \[E\], .* divides the 32 rows .* got \[0\]"),
+            (WEIGHT, ENDS[None], ValueError, r"ends must be contiguous \[E\], .* got \[1, 4\]"),
+            (WEIGHT, ENDS + 2, ValueError, r"ends .* most 32, .* x, got ends\[3\] = 33 after 22"),
+            (WEIGHT, -ENDS, ValueError, r"ends must ascend from 0 .* got ends\[0\] = -3 after 0"),
+        )
+    ),
+    ("sparse24_experts", (WEIGHT, *pack_sparse24(SPARSE), ENDS.flip(0)), ValueError, r"ends must ascend"),
+    ("sparse24_experts", (WEIGHT, SPARSE, torch.zeros(32, 8), ENDS), TypeError, "indices must be uint8, got"),
     (
         "add_sqnorm_",
         (NORM.clone(), WEIGHT, torch.ones(31, dtype=torch.bool)),

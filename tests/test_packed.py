@@ -143,6 +143,81 @@ def test_products_against_float64(backend, data):
     assert ((got.double() - exact).abs() <= 2e-6 * size + unit * exact.abs() * 1.01).all()
 
 
+@st.composite
+def experts_of(draw, count: int, many: bool = True):
+    """How many tokens each of some experts gets: none, few, or more than kernels multiply with packed weights."""
+    return [
+        draw(st.sampled_from([0, 0, 1, 1, 2, 3, 7, 8, 9, 20, *([32, 33, 40] if many else [])])) for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=100)
+@given(data=st.data())
+def test_products_with_experts_are_those_with_each(backend, data):
+    """Rows sorted by expert, and some behind the last that are nobody's."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    counts = data.draw(st.integers(1, 9).flatmap(experts_of))
+    rows, cols = data.draw(st.sampled_from([1, 3, 16, 17, 65])), 64 * data.draw(st.sampled_from([1, 2, 3, 7]))
+    dtype, behind = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 3))
+    weight = torch.randn(len(counts) * rows, cols, generator=generator).to(dtype)
+    x = torch.randn(sum(counts) + behind, cols, generator=generator).to(dtype)
+    ends = torch.tensor(counts).cumsum(0).int()
+    x[int(ends[-1]) :] = torch.nan
+    if data.draw(st.booleans()):
+        weight.masked_fill_(reference.nm_mask(weight, torch.ones(cols), 2, 4), 0)
+        got = backends.implementation(backend, "sparse24_experts")(x, *pack_sparse24(weight), ends)
+    else:
+        weight.masked_fill_(torch.rand(weight.shape, generator=generator) < 0.5, 0)
+        got = backends.implementation(backend, "bitmap_experts")(x, *pack_bitmap(weight), ends)
+    assert got.dtype == dtype
+    assert got.shape == (len(x), rows)
+    begin = 0
+    for one, end in zip(weight.view(-1, rows, cols), ends.tolist(), strict=True):
+        part = x[begin:end].double()
+        exact, size = part @ one.double().T, part.abs() @ one.double().abs().T + 1
+        unit = torch.finfo(dtype).eps / 2
+        assert ((got[begin:end].double() - exact).abs() <= 2e-6 * size + unit * exact.abs() * 1.01).all()
+        begin = end
+    assert bool((got[begin:] == 0).all())
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_products_have_the_same_bits_alone_and_for_any_number_of_threads(backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([1, 0, 3, 32, 9, 0])
+    weight = torch.randn(6 * 300, 192, generator=generator).to(dtype)
+    weight.masked_fill_(reference.nm_mask(weight, torch.ones(192), 2, 4), 0)
+    x, ends = torch.randn(45, 192, generator=generator).to(dtype), counts.cumsum(0).int()
+    for form, pack in (("bitmap", pack_bitmap), ("sparse24", pack_sparse24)):
+        experts = backends.implementation(backend, f"{form}_experts")
+        expected = experts(x, *pack(weight), ends)
+        alone = [
+            backends.implementation(backend, f"{form}_linear")(part, *pack(one))
+            for part, one in zip(x.split(counts.tolist()), weight.split(300), strict=True)
+        ]
+        assert torch.equal(torch.cat(alone), expected)
+        threads = torch.get_num_threads()
+        try:
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(experts(x, *pack(weight), ends), expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_what_belongs_to_experts_without_a_token_is_not_read():
+    weight = torch.randn(4 * 8, 64)
+    weight.masked_fill_(reference.nm_mask(weight, torch.ones(64), 2, 4), 0)
+    values, bitmap, starts = pack_bitmap(weight)
+    x, ends = torch.randn(3, 64), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    expected = ops.bitmap_experts(x, values, bitmap, starts, ends)
+    values[starts[16] : starts[24]] = torch.nan
+    starts[17:24] = 2**30  # far outside
+    assert torch.equal(ops.bitmap_experts(x, values, bitmap, starts, ends), expected)
+
+
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")])
 def test_the_same_bits_for_any_number_of_threads(backend):
     torch.manual_seed(0)

@@ -344,5 +344,5 @@ def test_prefill_copies_that_cannot_be():
     for form in ("bitmap", "2:4"):
         with pytest.raises(ValueError, match=message.format(form)):
             PackedLinear.from_linear(layer, form).keep_prefill_copy()
-    with pytest.raises(ValueError, match="no layer that is packed as 2:4"):
+    with pytest.raises(ValueError, match="no linear layer that is packed as 2:4"):
         keep_prefill_copies(layer)

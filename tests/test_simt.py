@@ -309,10 +309,54 @@ def test_packed(machine: Machine) -> None:
         draw_packed(machine, seed)
 
 
+def draw_packed_experts(machine: Machine, seed: int) -> None:
+    """Idle experts, more tokens than there is room for, tokens that are nobody's; ends that are wrong write nowhere
+    else."""
+    draw = random.Random(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    form = draw.choice(["bitmap", "2:4"])
+    dtype = draw.choice(DTYPES if form == "bitmap" else DTYPES[1:])
+    rows, cols = draw.choice([1, 5, 16, 17]), 64 * draw.choice([1, 3, 17, 33])
+    counts = [draw.choice([0, 0, 1, 2, 5, 9]) for _ in range(draw.randint(1, 4))]
+    weight, _ = draw_matrix(draw, len(counts) * rows, cols, dtype)
+    weight = weight.nan_to_num(1, 2, -2).clamp(-50, 50)
+    if form == "bitmap":
+        packed, room = pack_bitmap(weight.masked_fill_(torch.rand(weight.shape) < 0.5, 0)), draw.choice([1, 2, 3, 8])
+    else:
+        weight.masked_fill_(reference.nm_mask(weight, torch.ones(cols), 2, 4), 0)
+        packed, room = pack_sparse24(weight), draw.choice([1, 2, 8, 9, 32])
+    ends = torch.tensor(counts).cumsum(0).int()
+    x = torch.randn(int(ends[-1]) + draw.randint(0, 2), cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if len(x) == 0:
+        return
+    block = None if draw.random() < 0.3 else (room, draw.choice([1, 2, 4]))
+    got = simt.packed_experts(machine, x, packed, ends, block=block)
+    begin = 0
+    for one, end in zip(weight.view(-1, rows, cols).double(), ends.tolist(), strict=True):
+        part = x[begin:end].double()
+        exact, size = part @ one.T, part.abs() @ one.abs().T + 1
+        unit = torch.finfo(dtype).eps / 2
+        assert ((got[begin:end].double() - exact).abs() <= 2e-6 * size + unit * exact.abs() * 1.01).all()
+        begin = end
+    assert bool((got[begin:] == 0).all())
+    wrong = torch.tensor([draw.choice([-(2**31), -1, 0, 3, 100, 2**31 - 1]) for _ in counts], dtype=torch.int32)
+    machine.races = False  # experts that claim the same tokens
+    try:
+        simt.packed_experts(machine, x, packed, wrong, block=block)
+    finally:
+        machine.races = True
+
+
+def test_packed_experts(machine: Machine) -> None:
+    for seed in range(60):
+        draw_packed_experts(machine, seed)
+
+
 # The tests of the tests: what a kernel needs is taken away, and something must notice.
 
 SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (
     draw_rows, draw_nm, draw_pack_24, draw_sqnorm, draw_segments, draw_packed,
+    draw_packed_experts,
 )  # fmt: skip
 SITES = {"barrier": r"__sync(threads|warp)\(\)", "mask": r"\bkFullMask,", "copy wait": r"copy_async_wait<[^>]+>\(\);"}
 

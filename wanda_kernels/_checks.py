@@ -241,3 +241,26 @@ def _check_product(op: str, x: Tensor, values: Tensor, codes: Tensor, bias: Tens
     if bias is not None:
         _check_like(op, "bias", bias, "values", values)
         _check_shape(op, "bias", bias, rows)
+
+
+def check_bitmap_experts(op: str, x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, ends: Tensor) -> None:
+    check_bitmap(op, values, bitmap, starts)
+    _check_experts(op, x, values, bitmap, ends)
+
+
+def check_sparse24_experts(op: str, x: Tensor, values: Tensor, indices: Tensor, ends: Tensor) -> None:
+    check_sparse24(op, values, indices)
+    _check_experts(op, x, values, indices, ends)
+
+
+def _check_experts(op: str, x: Tensor, values: Tensor, codes: Tensor, ends: Tensor) -> None:
+    rows, cols = codes.shape[0], codes.shape[1] * 8
+    _check_like(op, "x", x, "values", values)
+    if x.dim() != 2 or x.shape[1] != cols:
+        raise ValueError(f"wanda::{op}: x must be [rows, {cols}], got {list(x.shape)}")
+    _check_beside(op, "ends", ends, torch.int32, "values", values)
+    if ends.dim() != 1 or len(ends) == 0 or rows % len(ends) or not ends.is_contiguous():
+        raise ValueError(
+            f"wanda::{op}: ends must be contiguous [E], of a number of experts that divides the {rows} rows of the "
+            f"weight, got {list(ends.shape)}"
+        )

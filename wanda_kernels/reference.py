@@ -13,9 +13,9 @@ from torch.sparse._semi_structured_conversions import (
 from . import _checks
 
 __all__ = [
-    "add_sqnorm_", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_", "prune_pack_24",
-    "prune_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_linear", "unpack_24", "unpack_bitmap",
-    "unpack_sparse24",
+    "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_",
+    "prune_pack_24", "prune_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_experts",
+    "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
 ]  # fmt: skip
 
 
@@ -125,6 +125,29 @@ def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bia
 def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
     _checks.check_sparse24_linear("sparse24_linear", x, values, indices, bias)
     return linear(x, unpack_sparse24(values, indices), bias)
+
+
+# Products of rows sorted by expert, each with its own expert's weight of a stack [E * C_out, C_in].
+
+
+def bitmap_experts(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    _checks.check_bitmap_experts("bitmap_experts", x, values, bitmap, starts, ends)
+    return _experts("bitmap_experts", x, unpack_bitmap(values, bitmap, starts), ends)
+
+
+def sparse24_experts(x: Tensor, values: Tensor, indices: Tensor, ends: Tensor) -> Tensor:
+    _checks.check_sparse24_experts("sparse24_experts", x, values, indices, ends)
+    return _experts("sparse24_experts", x, unpack_sparse24(values, indices), ends)
+
+
+def _experts(op: str, x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    weights = stack.view(len(ends), -1, stack.shape[1])
+    y = x.new_zeros(x.shape[0], weights.shape[1])
+    begin = 0
+    for weight, end in zip(weights, _checks.check_ends(op, ends, x.shape[0]), strict=True):
+        y[begin:end] = linear(x[begin:end], weight)
+        begin = end
+    return y
 
 
 # Column sums of squares (section 3, eq. 1: the square of ||X_j||_2).

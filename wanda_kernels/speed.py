@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory import added_peak
-from .packed.model import packed_layers
+from .packed.model import linear_layers
 from .static import StaticDecoder, first_difference
 
 BATCHES = (1, 4, 16)
@@ -77,7 +77,7 @@ def _generation(start: float, times: list[float], tokens: Tensor) -> Generation:
 def weight_bytes(model: nn.Module) -> int:
     """Of parameters and buffers, shared ones once, and of copies kept for prefill."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copies = sum(layer.prefill_bytes() for layer in packed_layers(model).values())
+    copies = sum(layer.prefill_bytes() for layer in linear_layers(model).values())
     return copies + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

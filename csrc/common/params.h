@@ -104,6 +104,16 @@ struct PackedLinearParams {
   int64_t tokens;
 };
 
+// y = x W^T on CUDA, each row of x with its own expert's W. All but `ends` are 16-byte aligned.
+struct PackedExpertsParams {
+  PackedWeight stack;   // [experts * rows of a weight, cols]
+  const void* x;        // [tokens, cols], sorted by expert
+  const int32_t* ends;  // [experts]: where each expert's tokens end
+  void* y;              // [tokens, rows of a weight], 0 where no expert's tokens are
+  int64_t tokens;
+  int64_t experts;
+};
+
 // Products of bitmaps may read this many values past the last one: they load whole registers.
 constexpr int64_t kPackedPadding = 32;
 

@@ -3,7 +3,6 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/rsqrt.h>
@@ -18,16 +17,10 @@
 #include "../checks.h"
 #include "convert.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace wanda::cpu {
 namespace {
-
-// work(begin, end) over rows of `cols` elements. A task below some tens of thousands of elements costs more
-// to hand to a thread than to run.
-template <class Work>
-void over_rows(int64_t rows, int64_t cols, Work work) {
-  if (cols > 0) at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / cols), work);
-}
 
 // work(sequence, first column, last column + 1): by sequences, or by columns where there are few or where all
 // add to one row. Threads part a row at cache lines.
@@ -230,111 +223,6 @@ at::Tensor unpack_24(const at::Tensor& values, const at::Tensor& metadata) {
   return weight;
 }
 
-// ---- Packed weights.
-
-constexpr int64_t kPackedBatch = 32;  // rows of x at most
-
-at::Tensor unpack_dense(const PackedWeight& weight, const at::Tensor& values) {
-  at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options());
-  void* out = dense.data_ptr();
-  over_rows(weight.rows, weight.cols,
-            [&](int64_t begin, int64_t end) { kernels().packed_unpack(weight, out, begin, end); });
-  return dense;
-}
-
-// x [tokens, cols] in the layout that the kernel wants, tokens filled up with zeros to `batch`. ATen aligns
-// what it allocates to 64 bytes.
-at::Tensor laid_out(const at::Tensor& x, int64_t batch, PackedLayout layout, Dtype dtype) {
-  const int64_t cols = x.size(1), slab = std::min(batch, kPackedSlab);
-  const at::Tensor buffer =
-      at::empty({batch * cols}, layout.as_float ? x.options().dtype(at::kFloat) : x.options());
-  by_dtype(dtype, [&](auto constant) {
-    constexpr Dtype kDtype = decltype(constant)::value;
-    const auto* tokens = static_cast<const typename Element<kDtype>::Bits*>(x.const_data_ptr());
-    const auto lay = [&](auto* out, auto converted) {
-      const int64_t there = x.size(0), unit = layout.unit;
-      for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t j = 0; j < cols; j += unit) {
-          const auto* from = tokens + b * cols + j;
-          auto* to = out + b / slab * slab * cols + j * slab + b % slab * unit;
-          if (b < there) {
-            for (int64_t i = 0; i < unit; ++i) to[i] = converted(from[i]);
-          } else {
-            std::fill(to, to + unit, 0);
-          }
-        }
-      }
-    };
-    if (layout.as_float) {
-      lay(static_cast<float*>(buffer.data_ptr()), [](auto bits) { return to_float<kDtype>(bits); });
-    } else {
-      lay(static_cast<uint16_t*>(buffer.data_ptr()), [](auto bits) { return bits; });
-    }
-  });
-  return buffer;
-}
-
-template <Dtype dtype>
-void add_bias(const float* sums, const void* bias, int64_t tokens, int64_t rows, int64_t batch, void* y) {
-  using T = typename Element<dtype>::Bits;
-  const T* added = static_cast<const T*>(bias);
-  for (int64_t b = 0; b < tokens; ++b) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const float sum = sums[row * batch + b] + (added != nullptr ? to_float<dtype>(added[row]) : 0.0f);
-      static_cast<T*>(y)[b * rows + row] = from_float<dtype>(sum);
-    }
-  }
-}
-
-// x [tokens, cols], tokens <= kPackedBatch.
-at::Tensor packed_product(const PackedWeight& weight, const at::Tensor& x, const OptionalTensor& bias) {
-  const int64_t tokens = x.size(0);
-  at::Tensor y = at::empty({tokens, weight.rows}, x.options());
-  int64_t batch = 1;
-  while (batch < tokens) batch = batch < kPackedSlab ? 2 * batch : batch + kPackedSlab;
-  const at::Tensor columns = laid_out(x, batch, kernels().packed_layout(weight), weight.dtype);
-  const void* laid = columns.const_data_ptr();
-  std::vector<float> sums(static_cast<size_t>(weight.rows * batch));
-  over_rows(weight.rows, weight.cols, [&](int64_t begin, int64_t end) {
-    kernels().packed_product(weight, laid, batch, sums.data(), begin, end);
-  });
-  const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
-  const void* to_add = added.defined() ? added.const_data_ptr() : nullptr;
-  by_dtype(weight.dtype, [&](auto dtype) {
-    add_bias<decltype(dtype)::value>(sums.data(), to_add, tokens, weight.rows, batch, y.data_ptr());
-  });
-  return y;
-}
-
-at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& values, const at::Tensor& x,
-                  const OptionalTensor& bias) {
-  check_packed_linear(op, weight, values, x, bias);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = weight.rows;
-  const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
-  if (tokens.size(0) == 0) return at::empty(shape, x.options());
-  if (tokens.size(0) > kPackedBatch) return at::linear(x, unpack_dense(weight, values), bias);
-  return packed_product(weight, tokens, bias).view(shape);
-}
-
-at::Tensor bitmap_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& bitmap,
-                         const at::Tensor& starts, const OptionalTensor& bias) {
-  return linear("bitmap_linear", check_bitmap("bitmap_linear", values, bitmap, starts), values, x, bias);
-}
-
-at::Tensor sparse24_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& indices,
-                           const OptionalTensor& bias) {
-  return linear("sparse24_linear", check_sparse24("sparse24_linear", values, indices), values, x, bias);
-}
-
-at::Tensor unpack_bitmap(const at::Tensor& values, const at::Tensor& bitmap, const at::Tensor& starts) {
-  return unpack_dense(check_bitmap("unpack_bitmap", values, bitmap, starts), values);
-}
-
-at::Tensor unpack_sparse24(const at::Tensor& values, const at::Tensor& indices) {
-  return unpack_dense(check_sparse24("unpack_sparse24", values, indices), values);
-}
-
 }  // namespace
 }  // namespace wanda::cpu
 
@@ -350,8 +238,4 @@ TORCH_LIBRARY_IMPL(wanda, CPU, m) {
   m.impl("pack_24", &wanda::cpu::pack_24);
   m.impl("prune_pack_24", &wanda::cpu::prune_pack_24);
   m.impl("unpack_24", &wanda::cpu::unpack_24);
-  m.impl("bitmap_linear", &wanda::cpu::bitmap_linear);
-  m.impl("sparse24_linear", &wanda::cpu::sparse24_linear);
-  m.impl("unpack_bitmap", &wanda::cpu::unpack_bitmap);
-  m.impl("unpack_sparse24", &wanda::cpu::unpack_sparse24);
 }

@@ -1,4 +1,5 @@
-// y = x W^T + bias for a W packed as a bitmap and up to 8 rows of x.
+// y = x W^T + bias for a W packed as a bitmap and up to 8 rows of x; or for each expert's W and rows
+// (experts.cuh).
 //
 // Algorithm, 16-bit types: bitmap.cuh walks the rows, four elements a lane. Two byte permutations, chosen by
 // the four bits, put them where they belong, and the tensor cores multiply: a lane's four elements of two
@@ -18,6 +19,7 @@
 #pragma once
 
 #include "bitmap.cuh"
+#include "experts.cuh"
 
 namespace wanda::cuda {
 
@@ -132,13 +134,12 @@ struct BitmapProduct<Dtype::kFloat32, kRows, kBatch> {
 };
 
 template <Dtype kDtype, int kRows, int kBatch>
-__global__ void __launch_bounds__(kBitmapWarps* kWarp)
-    bitmap_linear_kernel(const PackedLinearParams params, const int stages) {
+WANDA_DEVICE void bitmap_linear_block(const PackedLinearParams& params, int64_t block, unsigned char* memory,
+                                      int stages) {
   using Bits = typename Element<kDtype>::Bits;
   constexpr int kSums = kRows * kBatch;
-  WANDA_DYNAMIC_SHARED(memory);
   const PackedWeight& weight = params.weight;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t first_row = block * kRows;
   BitmapProduct<kDtype, kRows, kBatch> product(params);
   walk_bitmap<kDtype, kRows>(weight, first_row, memory, stages,
                              [&](uint32_t column, uint32_t offset, const Quad(&quads)[kRows]) {
@@ -160,6 +161,23 @@ __global__ void __launch_bounds__(kBitmapWarps* kWarp)
   const Bits* const bias = static_cast<const Bits*>(params.bias);
   if (bias != nullptr) total = __fadd_rn(total, to_float<kDtype>(bias[first_row + r]));
   static_cast<Bits*>(params.y)[b * weight.rows + first_row + r] = from_float<kDtype>(total);
+}
+
+template <Dtype kDtype, int kRows, int kBatch>
+__global__ void __launch_bounds__(kBitmapWarps* kWarp)
+    bitmap_linear_kernel(const PackedLinearParams params, const int stages) {
+  WANDA_DYNAMIC_SHARED(memory);
+  bitmap_linear_block<kDtype, kRows, kBatch>(params, blockIdx.x, memory, stages);
+}
+
+// `blocks`: of an expert.
+template <Dtype kDtype, int kRows, int kBatch>
+__global__ void __launch_bounds__(kBitmapWarps* kWarp)
+    bitmap_experts_kernel(const PackedExpertsParams params, const uint32_t blocks, const int stages) {
+  WANDA_DYNAMIC_SHARED(memory);
+  each_turn<kDtype>(params, blocks, kBatch, [&](const PackedLinearParams& own, uint32_t block) {
+    bitmap_linear_block<kDtype, kRows, kBatch>(own, block, memory, stages);
+  });
 }
 
 }  // namespace wanda::cuda

@@ -17,6 +17,9 @@ int launch_sqnorm(const SqnormParams& params, int vector, CUstream_st* stream);
 // At most kBitmapTokens or kSparse24Tokens tokens, the latter in 16-bit types.
 int launch_bitmap_linear(const PackedLinearParams& params, const LinearPlan& plan, CUstream_st* stream);
 int launch_sparse24_linear(const PackedLinearParams& params, const LinearPlan& plan, CUstream_st* stream);
+// Any number of tokens. 2:4: in 16-bit types.
+int launch_bitmap_experts(const PackedExpertsParams& params, const LinearPlan& plan, CUstream_st* stream);
+int launch_sparse24_experts(const PackedExpertsParams& params, const LinearPlan& plan, CUstream_st* stream);
 int launch_unpack_bitmap(const PackedWeight& weight, void* dense, const LinearPlan& plan,
                          CUstream_st* stream);
 int launch_unpack_sparse24(const PackedWeight& weight, void* dense, CUstream_st* stream);

@@ -1,4 +1,6 @@
 // The operators on CUDA tensors: device, stream, alignment, registration.
+#include <ATen/ops/_grouped_mm.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
@@ -238,6 +240,56 @@ at::Tensor sparse24_linear(const at::Tensor& x, const at::Tensor& values, const 
                   });
 }
 
+// The product with unpacked weights, without a word to the host. grouped_mm leaves what is nobody's as it
+// was.
+at::Tensor grouped(const at::Tensor& x, const at::Tensor& dense, const at::Tensor& ends) {
+  const at::Tensor weights = dense.view({ends.size(0), -1, x.size(1)}).transpose(1, 2);
+  const at::Tensor nobodys = at::arange(x.size(0), ends.options()).ge(ends[ends.size(0) - 1]).unsqueeze(1);
+  return at::_grouped_mm(x.contiguous(), weights, ends).masked_fill_(nobodys, 0);
+}
+
+// launch(params, device, stream) of all experts.
+template <class Launch>
+at::Tensor experts(const char* op, PackedWeight stack, const at::Tensor& values, const at::Tensor& codes,
+                   const at::Tensor& x, const at::Tensor& ends, Launch launch) {
+  const at::Tensor plain = aligned(values), words = aligned(codes), tokens = aligned(x);
+  stack.values = plain.const_data_ptr();
+  stack.codes = words.const_data_ptr<uint8_t>();
+  at::Tensor y = at::zeros({x.size(0), stack.rows / ends.size(0)}, x.options());
+  if (x.size(0) == 0) return y;
+  const PackedExpertsParams params{
+      stack,       tokens.const_data_ptr(), ends.const_data_ptr<int32_t>(), y.mutable_data_ptr(), x.size(0),
+      ends.size(0)};
+  on_device(op, x, [&](const Device& device, CUstream_st* stream) { return launch(params, device, stream); });
+  return y;
+}
+
+at::Tensor bitmap_experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& bitmap,
+                          const at::Tensor& starts, const at::Tensor& ends) {
+  const PackedWeight stack = check_bitmap("bitmap_experts", values, bitmap, starts);
+  check_experts("bitmap_experts", stack, values, x, ends);
+  if (x.size(0) > kExpertsTokens * ends.size(0)) {
+    return grouped(x, unpack_bitmap(values, bitmap, starts), ends);
+  }
+  return experts("bitmap_experts", stack, values, bitmap, x, ends,
+                 [](const PackedExpertsParams& params, const Device& device, CUstream_st* stream) {
+                   return launch_bitmap_experts(params, plan_bitmap_experts(params, device), stream);
+                 });
+}
+
+at::Tensor sparse24_experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& indices,
+                            const at::Tensor& ends) {
+  const PackedWeight stack = check_sparse24("sparse24_experts", values, indices);
+  check_experts("sparse24_experts", stack, values, x, ends);
+  if (x.size(0) > kExpertsTokens * ends.size(0) || stack.dtype == Dtype::kFloat32) {
+    return grouped(x, unpack_sparse24(values, indices), ends);
+  }
+  return experts("sparse24_experts", stack, values, indices, x, ends,
+                 [](const PackedExpertsParams& params, const Device&, CUstream_st* stream) {
+                   return launch_sparse24_experts(params, plan_sparse24_experts(params), stream);
+                 });
+}
+
 }  // namespace
 }  // namespace wanda::cuda
 
@@ -252,6 +304,8 @@ TORCH_LIBRARY_IMPL(wanda, CUDA, m) {
   m.impl("unpack_24", &wanda::cuda::unpack_24);
   m.impl("bitmap_linear", &wanda::cuda::bitmap_linear);
   m.impl("sparse24_linear", &wanda::cuda::sparse24_linear);
+  m.impl("bitmap_experts", &wanda::cuda::bitmap_experts);
+  m.impl("sparse24_experts", &wanda::cuda::sparse24_experts);
   m.impl("unpack_bitmap", &wanda::cuda::unpack_bitmap);
   m.impl("unpack_sparse24", &wanda::cuda::unpack_sparse24);
 }

@@ -1,4 +1,6 @@
 // Launchers of products with packed weights and of unpacking.
+#include <type_traits>
+
 #include "bitmap_linear.cuh"
 #include "launchers.h"
 #include "sparse24_linear.cuh"
@@ -44,6 +46,39 @@ int launch_sparse24_room(const PackedLinearParams& params, const LinearPlan& pla
              : launch_sparse24<kDtype, 1, 32>(params, plan, stream);
 }
 
+// f(Constant) of the plan's room, one of these.
+template <int kRoom, int... kRooms, class F>
+int by_room(int room, F f) {
+  if constexpr (sizeof...(kRooms) > 0) {
+    if (room != kRoom) return by_room<kRooms...>(room, f);
+  }
+  return f(std::integral_constant<int, kRoom>());
+}
+
+template <Dtype kDtype, int kRows>
+int launch_bitmap_experts_rows(const PackedExpertsParams& params, const LinearPlan& plan,
+                               CUstream_st* stream) {
+  const int64_t blocks = divide_up(params.stack.rows / params.experts, kRows);
+  const Shape shape{params.experts * blocks, plan.threads, bitmap_shared_bytes(plan, kDtype)};
+  return by_room<1, 2, 4, 8>(plan.room, [&](auto room) {
+    return launch(&bitmap_experts_kernel<kDtype, kRows, decltype(room)::value>, shape, stream, params,
+                  static_cast<uint32_t>(blocks), plan.stages);
+  });
+}
+
+template <Dtype kDtype>
+int launch_sparse24_experts_room(const PackedExpertsParams& params, const LinearPlan& plan,
+                                 CUstream_st* stream) {
+  const int64_t blocks = divide_up(params.stack.rows / params.experts, plan.rows);
+  const Shape shape{params.experts * blocks, plan.threads, sparse24_shared_bytes(plan, plan.room)};
+  return by_room<2, 8, 16, 32>(plan.room, [&](auto room) {
+    const auto kernel = &sparse24_experts_kernel<kDtype, decltype(room)::value>;
+    const int error = allow_shared(kernel, shape.shared_bytes);
+    if (error != 0) return error;
+    return launch(kernel, shape, stream, params, static_cast<uint32_t>(blocks), plan.stages);
+  });
+}
+
 }  // namespace
 
 int launch_bitmap_linear(const PackedLinearParams& params, const LinearPlan& plan, CUstream_st* stream) {
@@ -59,6 +94,21 @@ int launch_sparse24_linear(const PackedLinearParams& params, const LinearPlan& p
     return launch_sparse24_room<Dtype::kBFloat16>(params, plan, stream);
   }
   return launch_sparse24_room<Dtype::kFloat16>(params, plan, stream);
+}
+
+int launch_bitmap_experts(const PackedExpertsParams& params, const LinearPlan& plan, CUstream_st* stream) {
+  return by_dtype(params.stack.dtype, [&](auto dtype) {
+    constexpr Dtype kDtype = decltype(dtype)::value;
+    return plan.rows == 2 ? launch_bitmap_experts_rows<kDtype, 2>(params, plan, stream)
+                          : launch_bitmap_experts_rows<kDtype, 4>(params, plan, stream);
+  });
+}
+
+int launch_sparse24_experts(const PackedExpertsParams& params, const LinearPlan& plan, CUstream_st* stream) {
+  if (params.stack.dtype == Dtype::kBFloat16) {
+    return launch_sparse24_experts_room<Dtype::kBFloat16>(params, plan, stream);
+  }
+  return launch_sparse24_experts_room<Dtype::kFloat16>(params, plan, stream);
 }
 
 int launch_unpack_bitmap(const PackedWeight& weight, void* dense, const LinearPlan& plan,

@@ -321,6 +321,26 @@ inline LinearPlan plan_sparse24_linear(const PackedWeight& weight, int64_t token
                        std::clamp<int64_t>(fit, 1, blocks == 1 ? kSparse24Warps : kSparse24Warps / 2));
 }
 
+// ---- experts.cuh: room for twice the tokens that an expert has on average. More blocks than those of a
+// weight's rows make slices needless.
+
+constexpr int64_t kExpertsTokens = 16;  // on average, at most: more go through the unpacked weights
+
+constexpr int64_t experts_room(const PackedExpertsParams& params, int64_t most) {
+  return std::clamp<int64_t>(divide_up(2 * params.tokens, params.experts), 1, most);
+}
+
+inline LinearPlan plan_bitmap_experts(const PackedExpertsParams& params, const Device& device) {
+  const int64_t at_work = params.stack.rows / params.experts * std::min(params.experts, params.tokens);
+  const int rows = at_work < 12LL * device.processors ? 2 : 4;
+  return bitmap_plan(params.stack, experts_room(params, kBitmapTokens), rows,
+                     bitmap_warps(params.stack.dtype, rows));
+}
+
+inline LinearPlan plan_sparse24_experts(const PackedExpertsParams& params) {
+  return sparse24_plan(params.stack, experts_room(params, kSparse24Tokens), 16, 1, kSparse24Warps / 2);
+}
+
 // ---- sqnorm.cuh. Blocks of a segment are as many as those of a sequence: how long it is only the device
 // knows.
 

@@ -1,4 +1,5 @@
-// y = x W^T + bias for a 2:4 weight and up to 32 rows of x, on the sparse tensor cores.
+// y = x W^T + bias for a 2:4 weight and up to 32 rows of x, on the sparse tensor cores; or for each expert's
+// weight and rows (experts.cuh).
 //
 // Algorithm: mma.sp m16n8k32 with W as its sparse operand and 8 rows of x as the 8 columns. Values, codes and
 // x of 128 columns at a time come to shared memory by asynchronous copies, a few such stages ahead of where
@@ -26,6 +27,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "experts.cuh"
 #include "score.cuh"
 
 namespace wanda::cuda {
@@ -47,11 +49,11 @@ struct Sparse24Product {
   uint32_t value_at[4], code_at, x_at[kTokenTiles][2];  // for each four chunks of a row of values, eight of x
   float sums[kRowTiles][kTokenTiles][4] = {};
 
-  WANDA_DEVICE Sparse24Product(const PackedLinearParams& params, int slices, uint32_t column)
+  WANDA_DEVICE Sparse24Product(const PackedLinearParams& params, int64_t block, int slices, uint32_t column)
       : cols(static_cast<uint32_t>(params.weight.cols / slices)),
         columns(static_cast<int32_t>(params.tokens) * slices) {
     const int lane = lane_of(threadIdx.x), quad = lane / 4, matrix = lane / 8, row = lane % 8;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+    const int64_t first = block * kRows;
     const int64_t last = params.weight.rows * slices - 1 - first;  // rows past the last: the last again
     values = static_cast<const char*>(params.weight.values) + first * cols + lane % 8 * 16 + column;
     codes =
@@ -168,15 +170,14 @@ struct Sparse24Product {
 };
 
 template <Dtype kDtype, int kRowTiles, int kMostColumns>
-__global__ void __launch_bounds__(kSparse24Warps* kWarp)
-    sparse24_linear_kernel(const PackedLinearParams params, const int slices, const int stages) {
-  WANDA_DYNAMIC_SHARED(memory);
+WANDA_DEVICE void sparse24_linear_block(const PackedLinearParams& params, int64_t block, int slices,
+                                        unsigned char* memory, int stages) {
   using Product = Sparse24Product<kDtype, kRowTiles, kMostColumns>;
   constexpr int kRows = Product::kRows, kAhead = Product::kStages - 1;
   const PackedWeight& weight = params.weight;
   const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const uint32_t step = opaque(warps * kSparse24Cols), column = warp * kSparse24Cols;
-  Product product(params, slices, column);
+  Product product(params, block, slices, column);
   const uint32_t stage_bytes = opaque(product.stage_bytes()), warp_bytes = stages * stage_bytes;
   unsigned char* const own = memory + warp * warp_bytes;
   const SharedAddress begin = shared_address(own), end = begin + warp_bytes;
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kSparse24Warps* kWarp)
 
   const uint16_t* const bias = static_cast<const uint16_t*>(params.bias);
   const int rows = kRows / slices;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * rows;
+  const int64_t first_row = block * rows;
   for (int i = static_cast<int>(threadIdx.x); i < rows * params.tokens; i += static_cast<int>(blockDim.x)) {
     const int r = i % rows, token = i / rows;
     if (first_row + r >= weight.rows) continue;
@@ -220,6 +221,23 @@ __global__ void __launch_bounds__(kSparse24Warps* kWarp)
     if (bias != nullptr) total = __fadd_rn(total, to_float<kDtype>(bias[first_row + r]));
     static_cast<uint16_t*>(params.y)[token * weight.rows + first_row + r] = from_float<kDtype>(total);
   }
+}
+
+template <Dtype kDtype, int kRowTiles, int kMostColumns>
+__global__ void __launch_bounds__(kSparse24Warps* kWarp)
+    sparse24_linear_kernel(const PackedLinearParams params, const int slices, const int stages) {
+  WANDA_DYNAMIC_SHARED(memory);
+  sparse24_linear_block<kDtype, kRowTiles, kMostColumns>(params, blockIdx.x, slices, memory, stages);
+}
+
+// `blocks`: of an expert.
+template <Dtype kDtype, int kMostColumns>
+__global__ void __launch_bounds__(kSparse24Warps* kWarp)
+    sparse24_experts_kernel(const PackedExpertsParams params, const uint32_t blocks, const int stages) {
+  WANDA_DYNAMIC_SHARED(memory);
+  each_turn<kDtype>(params, blocks, kMostColumns, [&](const PackedLinearParams& own, uint32_t block) {
+    sparse24_linear_block<kDtype, 1, kMostColumns>(own, block, 1, memory, stages);
+  });
 }
 
 }  // namespace wanda::cuda

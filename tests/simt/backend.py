@@ -10,6 +10,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from wanda_kernels.packed import pack_bitmap
+
 from . import operators
 from .machine import ORDERS, Machine, load
 
@@ -121,3 +123,21 @@ def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | N
     if x.dtype == torch.float32:
         return torch.nn.functional.linear(x, operators.unpack(_next_machine(), (values, indices)), bias)
     return _linear(x, (values, indices), bias, 32)
+
+
+def _experts(x: Tensor, packed: tuple[Tensor, ...], ends: Tensor) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_empty(0, packed[1].shape[0] // len(ends))
+    if len(packed) == 3 or x.dtype != torch.float32:
+        return operators.packed_experts(_next_machine(), x, packed, ends)
+    dense = operators.unpack(_next_machine(), packed)
+    packed = pack_bitmap(dense)  # float32 has no sparse product: here the unpacked weight goes another way
+    return operators.packed_experts(_next_machine(), x, packed, ends)
+
+
+def bitmap_experts(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    return _experts(x, (values, bitmap, starts), ends)
+
+
+def sparse24_experts(x: Tensor, values: Tensor, indices: Tensor, ends: Tensor) -> Tensor:
+    return _experts(x, (values, indices), ends)

@@ -25,6 +25,10 @@ void simt_plan_linear(const PackedLinearParams* params, const Device* device, Li
   *plan = params->weight.starts != nullptr ? plan_bitmap_linear(params->weight, params->tokens, *device)
                                            : plan_sparse24_linear(params->weight, params->tokens, *device);
 }
+void simt_plan_experts(const PackedExpertsParams* params, const Device* device, LinearPlan* plan) {
+  *plan = params->stack.starts != nullptr ? plan_bitmap_experts(*params, *device)
+                                          : plan_sparse24_experts(*params);
+}
 void simt_plan_unpack(const PackedWeight* weight, const Device*, LinearPlan* plan) {
   *plan = plan_unpack_bitmap(*weight);
 }
@@ -49,6 +53,12 @@ void simt_bitmap_linear(const PackedLinearParams* params, const LinearPlan* plan
 }
 void simt_sparse24_linear(const PackedLinearParams* params, const LinearPlan* plan) {
   launch_sparse24_linear(*params, *plan, nullptr);
+}
+void simt_bitmap_experts(const PackedExpertsParams* params, const LinearPlan* plan) {
+  launch_bitmap_experts(*params, *plan, nullptr);
+}
+void simt_sparse24_experts(const PackedExpertsParams* params, const LinearPlan* plan) {
+  launch_sparse24_experts(*params, *plan, nullptr);
 }
 void simt_unpack_bitmap(const PackedWeight* weight, void* dense, const LinearPlan* plan) {
   launch_unpack_bitmap(*weight, dense, *plan, nullptr);

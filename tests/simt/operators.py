@@ -39,6 +39,17 @@ PackedLinearParams = type(
         ]
     },
 )
+PackedExpertsParams = type(
+    "PackedExpertsParams",
+    (ctypes.Structure,),
+    {
+        "_fields_": [
+            ("stack", PackedWeight),
+            *((name, ctypes.c_void_p) for name in ("x", "ends", "y")),
+            *((name, ctypes.c_int64) for name in ("tokens", "experts")),
+        ]
+    },
+)
 SqnormParams = _struct(
     "sqnorm x token_mask ends",
     "sequences tokens cols sequence_stride token_stride",
@@ -212,6 +223,26 @@ def packed_linear(
     )
     name = "simt_bitmap_linear" if len(packed) == 3 else "simt_sparse24_linear"
     machine.run(name, buffers, ctypes.byref(params), ctypes.byref(plan))
+    return y.tensor()
+
+
+def packed_experts(
+    machine: Machine, x: Tensor, packed: tuple[Tensor, ...], ends: Tensor, *, block: tuple[int, int] | None = None
+) -> Tensor:
+    """x [rows, C_in] sorted by expert; `block`: tokens that there is room for, warps at most."""
+    stack = _Packed(packed)
+    inputs, bounds = Buffer(x, "x", writable=False), Buffer(ends, "ends", writable=False)
+    y = Buffer(torch.zeros((x.shape[0], stack.rows // len(ends)), dtype=x.dtype), "y")
+    params = PackedExpertsParams(
+        stack.struct, inputs.pointer, bounds.pointer, y.pointer, x.shape[0], len(ends)
+    )  # fmt: skip
+    plan = (
+        _planned(machine, "simt_plan_experts", params, LinearPlan())
+        if block is None
+        else _linear_plan(machine, stack, block[0], (4 if len(packed) == 3 else 16, 1, block[1]))
+    )
+    name = "simt_bitmap_experts" if len(packed) == 3 else "simt_sparse24_experts"
+    machine.run(name, [*stack.buffers, inputs, bounds, y], ctypes.byref(params), ctypes.byref(plan))
     return y.tensor()
 
 

@@ -41,7 +41,7 @@ def speed_command(
     from ..models.load import check_choices
     from ..models.save import check_file
     from ..packed import dispatch, keep_prefill_copies
-    from ..packed.model import dense_layers, packed_layers, stayed_dense
+    from ..packed.model import dense_layers, linear_layers, packed_layers, stayed_dense
     from ..speed import WAYS, measure
     from ..static import CaptureError, check_static
     from .display import bar, quiet_libraries, say, screen, tell_reference, working
@@ -60,7 +60,7 @@ def speed_command(
     for name in names:
         with working(f"loading {name}"):
             models[name] = load_model(name, dtype, device)
-            if prefill_copy and packed_layers(models[name]):
+            if prefill_copy and linear_layers(models[name]):
                 keep_prefill_copies(models[name])
         if static:
             try:

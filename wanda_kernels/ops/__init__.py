@@ -10,19 +10,28 @@
                     operation that makes the input)
 ``bitmap_linear``   product with a packed weight (``sparse24_linear``; ``unpack_bitmap``,
                     ``unpack_sparse24``: back to dense)
+``bitmap_experts``  products of tokens with the packed weights of the experts that they go to
+                    (``sparse24_experts``)
 ==================  ==================================================================================
 """
 
 from .act_mul_sqnorm import gelu_tanh_mul_sqnorm, silu_mul_sqnorm
 from .nm import nm_mask, prune_nm_
 from .pack_24 import pack_24, prune_pack_24, unpack_24
-from .packed import bitmap_linear, sparse24_linear, unpack_bitmap, unpack_sparse24
+from .packed import (
+    bitmap_experts,
+    bitmap_linear,
+    sparse24_experts,
+    sparse24_linear,
+    unpack_bitmap,
+    unpack_sparse24,
+)
 from .rms_norm_sqnorm import rms_norm_sqnorm
 from .rows import prune_rows_, row_mask
 from .sqnorm import add_sqnorm_
 
 __all__ = [
-    "add_sqnorm_", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_", "prune_pack_24",
-    "prune_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_linear", "unpack_24", "unpack_bitmap",
-    "unpack_sparse24",
+    "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_",
+    "prune_pack_24", "prune_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_experts",
+    "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
 ]  # fmt: skip

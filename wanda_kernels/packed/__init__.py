@@ -4,11 +4,12 @@
 ``import wanda_kernels``, ``from_pretrained`` carry packed models. The formats are in ``format.py``.
 """
 
+from .experts import PackedExperts
 from .format import FORMATS, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
 from .linear import PackedLinear
 from .model import PackedReport, compress, decompress, keep_prefill_copies
 
 __all__ = [
-    "FORMATS", "PackedLinear", "PackedReport", "compress", "decompress", "keep_prefill_copies", "pack_bitmap",
-    "pack_sparse24", "validate_bitmap", "validate_sparse24",
+    "FORMATS", "PackedExperts", "PackedLinear", "PackedReport", "compress", "decompress", "keep_prefill_copies",
+    "pack_bitmap", "pack_sparse24", "validate_bitmap", "validate_sparse24",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from .._checks import FLOATS
 
 FORMATS = ("bitmap", "2:4")
 COLUMNS = 64  # C_in is a multiple
+MOST_VALUES = 2**31 - 1  # of a bitmap, whose row starts are int32
 PADDING = 32  # values that kernels may read past the last one of a bitmap
 _INTEGERS = {4: torch.int32, 2: torch.int16}
 
@@ -39,8 +40,8 @@ def pack_bitmap(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_columns(weight)
     mask = kept(weight)
     counts = mask.sum(dim=1)
-    if int(counts.sum()) >= 2**31:
-        raise ValueError(f"weight keeps {int(counts.sum())} values, 2^31 - 1 is the most that a bitmap counts")
+    if int(counts.sum()) > MOST_VALUES:
+        raise ValueError(f"weight {_too_many(int(counts.sum()))}")
     starts = torch.zeros(weight.shape[0] + 1, dtype=torch.int32, device=weight.device)
     starts[1:] = counts.cumsum(0)
     if _in_triton("pack_bitmap", weight):
@@ -130,7 +131,7 @@ def choose_format(weight: Tensor, wanted: str = "auto") -> str | None:
     if weight.shape[1] % COLUMNS:
         return None
     forms = ["2:4"] if wanted != "bitmap" and is_24(weight) else []
-    forms += ["bitmap"] if wanted != "2:4" else []
+    forms += ["bitmap"] if wanted != "2:4" and _values_beyond(weight) == 0 else []
     sizes = {form: packed_bytes(weight, form) for form in forms}
     best = min(sizes, key=lambda form: sizes[form], default=None)
     return best if best is not None and sizes[best] < weight.numel() * weight.element_size() else None
@@ -142,7 +143,21 @@ def why_dense(weight: Tensor, wanted: str = "auto") -> str:
         return why_not_packable(weight.shape[1])
     if wanted == "2:4" and not is_24(weight):
         return "four of its columns keep more than two weights"
+    if wanted != "2:4" and (many := _values_beyond(weight)):
+        return f"it {_too_many(many)}"
     return "too few of its weights are zero to shrink it: prune it first"
+
+
+def _values_beyond(weight: Tensor) -> int:
+    """How many weights are not +0, where they are more than a bitmap counts, or 0."""
+    if weight.numel() <= MOST_VALUES:
+        return 0
+    many = sum(int(kept(part).sum()) for part in weight.split(4096))
+    return many if many > MOST_VALUES else 0
+
+
+def _too_many(values: int) -> str:
+    return f"keeps {values} values, a bitmap counts up to {MOST_VALUES}"
 
 
 def why_not_packable(columns: int) -> str:

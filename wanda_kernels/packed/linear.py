@@ -12,7 +12,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from ..ops import unpack_bitmap, unpack_sparse24
 from . import dispatch
-from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
+from .weight import PackedWeight, pack, unpack
 
 # 11008 x 4096, time as a multiple of the dense product's, by the size of a band. Small bands lose in the product, whose
 # fixed costs come once a band and thread; large ones in page faults, since the allocator gives them back.
@@ -28,18 +28,13 @@ MOST_BYTES = 16 << 20  # of all: the allocator keeps no larger ones
 _PRODUCTS = {"bitmap": torch.ops.wanda.bitmap_linear.default, "2:4": torch.ops.wanda.sparse24_linear.default}
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedWeight):
     """``nn.Linear`` on a packed weight. One copy of the weight is resident; what it is unpacked into, on the CPU
     a band of rows at a time (:func:`banded_linear`), is freed again.
 
-    State dict: ``weight`` (the values: another shape than a dense weight's, so that nothing takes one for the other),
-    and ``weight_bitmap`` [C_out, C_in / 8] and ``weight_starts`` [C_out + 1], or ``weight_indices`` [C_out, C_in / 8].
-    They are checked at the first forward pass, or by :meth:`validate`.
-
     Args:
         in_features, out_features, bias: as in ``nn.Linear``; ``in_features`` is a multiple of 64.
-        form: ``"bitmap"`` or ``"2:4"``.
-        kept: how many values a bitmap keeps.
+        form, kept: as of :class:`PackedWeight`.
     """
 
     def __init__(
@@ -52,45 +47,22 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        if form not in ("bitmap", "2:4"):
-            raise ValueError(f"form must be bitmap or 2:4, got '{form}'")
-        if in_features % COLUMNS:
-            raise ValueError(f"in_features must be a multiple of {COLUMNS}, got {in_features}")
-        self.in_features, self.out_features, self.form = in_features, out_features, form
-
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        codes = empty(out_features, in_features // 8, dtype=torch.uint8)
-        if form == "bitmap":
-            values = empty(kept + PADDING)
-            self.register_buffer("weight_bitmap", codes)
-            self.register_buffer("weight_starts", empty(out_features + 1, dtype=torch.int32))
-        else:
-            values = empty(out_features, in_features // 2)
-            self.register_buffer("weight_indices", codes)
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.bias = nn.Parameter(empty(out_features), requires_grad=False) if bias else None
-        self._is_valid = False
+        super().__init__(in_features, out_features, form, kept, dtype, device)
+        added = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if added is None else nn.Parameter(added, requires_grad=False)
         self._prefill: Tensor | None = None
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, form: str) -> PackedLinear:
         """Pack a layer's weight; ``form`` as :func:`choose_format` gives it."""
         weight = layer.weight.data
-        codes = pack_bitmap(weight) if form == "bitmap" else pack_sparse24(weight)
-        kept = codes[0].numel() - PADDING if form == "bitmap" else 0
+        codes, kept = pack(weight, form)
         packed = cls(
             layer.in_features, layer.out_features, layer.bias is not None, form, kept, weight.dtype, weight.device
         )
-        with torch.no_grad():
-            for target, source in zip(packed.packed(), codes, strict=True):
-                target.copy_(source)
-            if packed.bias is not None:
-                packed.bias.copy_(layer.bias)
-        packed._is_valid = True
-        return packed
+        if packed.bias is not None:
+            packed.bias.data.copy_(layer.bias.data)
+        return packed.fill(codes)
 
     def to_linear(self) -> nn.Linear:
         """A dense layer with the same weight, bit for bit."""
@@ -99,25 +71,6 @@ class PackedLinear(nn.Module):
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone())
         return layer.train(self.training)
-
-    def packed(self) -> tuple[Tensor, ...]:
-        """What the operators take: (values, bitmap, starts) or (values, indices)."""
-        names = ("weight_bitmap", "weight_starts") if self.form == "bitmap" else ("weight_indices",)
-        return self.weight, *(self.get_buffer(name) for name in names)
-
-    def unpacked(self) -> Tensor:
-        self.validate()
-        return _unpack(self.packed())
-
-    def validate(self) -> None:
-        """Raises ValueError where the packed tensors contradict each other. Once, after they were loaded."""
-        if not self._is_valid:
-            codes = self.packed()[1]
-            if tuple(codes.shape) != (self.out_features, self.in_features // 8):
-                whole = [self.out_features, self.in_features]
-                raise ValueError(f"its {self.form} codes are {list(codes.shape)}, which is not 1/8 of {whole}")
-            validate_bitmap(*self.packed()) if self.form == "bitmap" else validate_sparse24(*self.packed())
-            self._is_valid = True
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:  # shapes alone
@@ -192,7 +145,6 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         self._prefill = None
-        self._is_valid = False  # to_empty() leaves what was in memory before
         return super()._apply(fn, recurse)
 
     def _packed_product(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
@@ -210,23 +162,15 @@ class PackedLinear(nn.Module):
     def _dense_product(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         # On CUDA a band would be too small a product; a compiled graph would hold every band.
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return linear(x, _unpack(packed), bias)
+            return linear(x, unpack(packed), bias)
         return banded_linear(x, packed, bias)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._is_valid = False
         self._prefill = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.form}"
-        )
-
-
-def _unpack(packed: tuple[Tensor, ...]) -> Tensor:
-    return unpack_bitmap(*packed) if len(packed) == 3 else unpack_sparse24(*packed)
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
 
 
 def rows_of_band(cols: int, element_size: int) -> int:

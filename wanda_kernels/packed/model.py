@@ -1,15 +1,18 @@
-"""Packs the linear layers of a model's blocks in place, and unpacks them."""
+"""Packs the linear layers and experts of a model's blocks in place, and unpacks them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..pruning.blocks import Block, find_blocks, matrices_of, unwrapped, why_not_plain
-from .format import COLUMNS, PADDING, check_format, choose_format, why_dense, why_not_packable
+from ..pruning.matrices import Matrix, adapter_of
+from .experts import PackedExperts, PackedStack, why_not_packable_experts
+from .format import COLUMNS, check_format, choose_format, why_dense, why_not_packable
 from .linear import PackedLinear
+from .weight import PackedWeight
 
 
 @dataclass
@@ -49,15 +52,16 @@ def stayed_dense(reasons: dict[str, str]) -> list[str]:
 
 
 def compress(model: nn.Module, format: str = "auto") -> PackedReport:
-    """Replace the linear layers of a transformers decoder's blocks by :class:`PackedLinear`, in place.
+    """Replace the linear layers of a transformers decoder's blocks by :class:`PackedLinear`, and its fused experts by
+    :class:`PackedExperts`, in place.
 
     Args:
         model: pruned; float32, bfloat16 or float16.
         format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap.
 
-    A layer that would not shrink, or that is not a plain ``nn.Linear`` (a subclass, one with hooks), stays dense; the
-    report says why. ``model.save_pretrained`` then writes a packed checkpoint, which ``from_pretrained`` loads after
-    ``import wanda_kernels``.
+    A layer that would not shrink, or that is not a plain ``nn.Linear`` (a subclass, one with hooks), stays dense, and
+    so do experts of a form of their own (Llama 4, JetMoE); the report says why. ``model.save_pretrained`` then writes
+    a packed checkpoint, which ``from_pretrained`` loads after ``import wanda_kernels``.
 
     Raises:
         ValueError: an unknown format, a model that is packed already, or one in which every layer stays dense.
@@ -68,25 +72,52 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
     model = unwrapped(model)
     report = PackedReport({}, {}, 0, 0)
     for name, matrix in matrices_of(find_blocks(model)).items():
-        linear, stored = matrix.module, matrix.stored.detach()
-        special: str | None = f"a {type(linear).__name__} is not packed"
-        if isinstance(linear, nn.Linear):
-            special = why_not_plain(linear)
-        form = choose_format(stored, format) if special is None else None
+        stored = matrix.stored.detach()
+        special = _why_special(matrix)
+        form = choose_format(_as_matrix(matrix), format) if special is None else None
         report.formats[name] = form or "dense"
         report.dense_bytes += stored.nbytes
-        if form is None or not isinstance(linear, nn.Linear):
-            report.dense[name] = special or why_dense(stored, format)
+        if form is None:
+            report.dense[name] = special or why_dense(_as_matrix(matrix), format)
             report.packed_bytes += stored.nbytes
-            continue
-        packed = PackedLinear.from_linear(linear, form).train(linear.training)
-        report.packed_bytes += sum(tensor.nbytes for tensor in packed.packed())
-        model.set_submodule(name, packed)
-    layers = packed_layers(model)
-    if not layers:
+        else:
+            packed = _pack(model, name, matrix, form)
+            report.packed_bytes += sum(tensor.nbytes for tensor in packed.packed())
+    if not packed_layers(model):
         raise ValueError(_nothing_packed(report.dense, format))
-    _set_config(model, {name: describe(layer) for name, layer in layers.items()})
+    _set_config(model, describe(model))
     return report
+
+
+def _why_special(matrix: Matrix) -> str | None:
+    """Why a matrix must stay dense, whatever it holds."""
+    if matrix.experts is not None:
+        return why_not_packable_experts(matrix.module)
+    if isinstance(matrix.module, nn.Linear):
+        return why_not_plain(matrix.module)
+    return f"a {type(matrix.module).__name__} is not packed"
+
+
+def _as_matrix(matrix: Matrix) -> Tensor:
+    """[C_out, C_in]; of experts [E * C_out, C_in], with those that no router chooses."""
+    stored = matrix.stored.detach()
+    stored = stored.transpose(-1, -2) if matrix.is_transposed else stored
+    return stored.reshape(-1, stored.shape[-1])
+
+
+def _pack(model: nn.Module, name: str, matrix: Matrix, form: str) -> PackedWeight:
+    """In place."""
+    if isinstance(matrix.module, nn.Linear):
+        layer = PackedLinear.from_linear(matrix.module, form).train(matrix.module.training)
+        model.set_submodule(name, layer)
+        return layer
+    place, _, parameter = name.rpartition(".")
+    experts = PackedExperts.of(model.get_submodule(place))
+    stored = matrix.stored.detach()
+    stack = PackedStack.from_weight(stored.transpose(-1, -2) if matrix.is_transposed else stored, form)
+    experts.put(parameter, stack.train(experts.training))
+    model.set_submodule(place, experts)
+    return stack
 
 
 def refuse_unpackable(blocks: list[Block]) -> None:
@@ -103,56 +134,81 @@ def _nothing_packed(reasons: dict[str, str], format: str) -> str:
 
 
 def decompress(model: nn.Module) -> None:
-    """Replace every :class:`PackedLinear` by a dense layer with the same weight, bit for bit, in place.
+    """Replace every packed layer by a dense one with the same weight, bit for bit, in place.
 
     Raises:
         ValueError: the model holds none.
     """
     model = unwrapped(model)
-    layers = packed_layers(model)
-    if not layers:
+    if not packed_layers(model):
         raise ValueError("the model is not packed")
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.to_linear())
+    unpack_layers(model)
     _set_config(model, None)
 
 
+def unpack_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Puts dense modules in the places of packed ones; returns them."""
+    places = [name for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedExperts)]
+    for name in places:
+        packed = model.get_submodule(name)
+        assert isinstance(packed, PackedLinear | PackedExperts)
+        model.set_submodule(name, packed.to_linear() if isinstance(packed, PackedLinear) else packed.to_dense())
+    return {name: model.get_submodule(name) for name in places}
+
+
 def keep_prefill_copies(model: nn.Module) -> int:
-    """Give every 2:4 layer torch's semi-structured tensor beside its packed weight, for products with many tokens on
-    CUDA (:meth:`PackedLinear.keep_prefill_copy`). Returns the bytes that they take.
+    """Give every linear 2:4 layer torch's semi-structured tensor beside its packed weight, for products with many
+    tokens on CUDA (:meth:`PackedLinear.keep_prefill_copy`). Returns the bytes that they take.
 
     Raises:
         ValueError: the model has no 2:4 layer, or one cannot have a copy.
     """
-    layers = [layer for layer in packed_layers(model).values() if layer.form == "2:4"]
+    layers = [layer for layer in linear_layers(model).values() if layer.form == "2:4"]
     if not layers:
-        raise ValueError("the model has no layer that is packed as 2:4")
+        raise ValueError("the model has no linear layer that is packed as 2:4")
     for layer in layers:
         layer.keep_prefill_copy()
     return sum(layer.prefill_bytes() for layer in layers)
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+
+
+def linear_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: layer for name, layer in packed_layers(model).items() if isinstance(layer, PackedLinear)}
 
 
 def dense_layers(model: nn.Module) -> dict[str, str]:
-    """The linear layers beside the packed ones in the blocks of a packed model -> why they are dense."""
-    packed = packed_layers(model)
-    stacks = {name.rpartition(".")[0] for name in packed}
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[0] in stacks
-    }
-    return {name: why_not_plain(linear) or why_dense(linear.weight.data) for name, linear in found.items()}
+    """The linear layers beside the packed ones in the blocks of a packed model, and its experts that are not packed
+    -> why they are dense."""
+    stacks = {name.rpartition(".")[0] for name in linear_layers(model)}
+    found = {}
+    for name, module in model.named_modules():
+        adapter = adapter_of(module)
+        if isinstance(module, nn.Linear) and name.rpartition(".")[0] in stacks:
+            found[name] = why_not_plain(module) or why_dense(module.weight.data)
+        elif isinstance(module, PackedExperts):
+            for weight in module.layout.names:
+                if module.stack_of(weight) is None:
+                    matrix = Matrix(module, weight, module.layout.is_transposed, module.layout.experts)
+                    found[f"{name}.{weight}"] = why_dense(_as_matrix(matrix))
+        elif adapter is not None:
+            for weight, matrix in adapter.matrices(f"{name}.").items():
+                found[weight] = _why_special(matrix) or why_dense(_as_matrix(matrix))
+    return found
 
 
-def describe(layer: PackedLinear) -> dict[str, Any]:
-    """What config.json says of a layer: enough to make it without its data."""
-    if layer.form == "2:4":
-        return {"format": "2:4"}
-    return {"format": layer.form, "kept": layer.weight.numel() - PADDING}
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What config.json says of the packed weights, by the names that they have in the dense model."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            layers[name] = module.describe()
+        elif isinstance(module, PackedExperts):
+            stacks = {weight: module.stack_of(weight) for weight in module.layout.names}
+            layers |= {f"{name}.{weight}": stack.describe() for weight, stack in stacks.items() if stack is not None}
+    return layers
 
 
 def _set_config(model: Any, layers: dict[str, dict[str, Any]] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..models.checkpoint import Checkpoint
+from ..models.experts import layout_of
 from ..models.fits import check_fits, listed, unplaced
 from ..pruning.blocks import PACKED
+from .experts import PackedExperts, PackedStack
 from .format import COLUMNS, FORMATS
 from .linear import PackedLinear
-from .model import packed_layers
+from .model import packed_layers, unpack_layers
 
 VERSION = 1
 
@@ -24,7 +27,8 @@ class WandaPackedConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed checkpoint.
 
     Args:
-        layers: layer -> ``{"format": "2:4"}`` or ``{"format": "bitmap", "kept": values}``.
+        layers: linear layer, or weight of fused experts -> ``{"format": "2:4"}`` or ``{"format": "bitmap", "kept":
+            values}``.
         version: of the formats.
     """
 
@@ -45,7 +49,8 @@ class WandaPackedConfig(QuantizationConfigMixin):
 
 
 class WandaPackedQuantizer(HfQuantizer):
-    """Puts :class:`PackedLinear` in the places that the config names, and checks them after loading."""
+    """Puts :class:`PackedLinear` and :class:`PackedExperts` in the places that the config names, and checks them after
+    loading."""
 
     requires_calibration = True  # it loads what is packed; compress() packs
     quantization_config: WandaPackedConfig
@@ -56,19 +61,7 @@ class WandaPackedQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         for name, layer in self.quantization_config.layers.items():
-            try:
-                dense = model.get_submodule(name)
-            except AttributeError:
-                dense = None
-            if not isinstance(dense, nn.Linear):
-                raise ValueError(
-                    f"quantization_config names {name}, which is no linear layer of {type(model).__name__}"
-                )
-            rows, cols = dense.out_features, dense.in_features
-            if cols % COLUMNS or layer.get("kept", 0) > rows * cols:
-                raise ValueError(f"quantization_config: {name} of [{rows}, {cols}] cannot be packed as {layer}")
-            form, kept, has_bias = layer["format"], layer.get("kept", 0), dense.bias is not None
-            model.set_submodule(name, PackedLinear(cols, rows, has_bias, form, kept, dense.weight.dtype, "meta"))
+            _prepare(model, name, layer)
         files = [Path(file) for file in checkpoint_files or ()]
         if len({file.parent for file in files}) == 1 and all(file.suffix == ".safetensors" for file in files):
             self._checkpoint = Checkpoint(files[0].parent, sorted({file.name for file in files}))
@@ -108,6 +101,43 @@ class WandaPackedQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for name, layer in packed_layers(model).items():
-            model.set_submodule(name, layer.to_linear().to(dtype))
+        for dense in unpack_layers(model).values():
+            dense.to(dtype)
         return model
+
+
+def _prepare(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
+    """A packed layer without data in the place of a dense one."""
+    form, kept = layer["format"], layer.get("kept", 0)
+
+    def check(*shape: int) -> None:
+        if shape[-1] % COLUMNS or kept > math.prod(shape):
+            raise ValueError(f"quantization_config: {name} of {list(shape)} cannot be packed as {layer}")
+
+    linear = _submodule(model, name)
+    if isinstance(linear, nn.Linear):
+        rows, cols, has_bias = linear.out_features, linear.in_features, linear.bias is not None
+        check(rows, cols)
+        model.set_submodule(name, PackedLinear(cols, rows, has_bias, form, kept, linear.weight.dtype, "meta"))
+        return
+    place, _, parameter = name.rpartition(".")
+    experts = _submodule(model, place)
+    layout = experts.layout if isinstance(experts, PackedExperts) else None if experts is None else layout_of(experts)
+    if experts is None or layout is None or parameter not in layout.names:
+        raise ValueError(
+            f"quantization_config names {name}, which is no linear layer of {type(model).__name__}, nor a weight of "
+            "its experts"
+        )
+    weight = experts.get_parameter(parameter)
+    count, rows, cols = weight.shape if not layout.is_transposed else weight.transpose(-1, -2).shape
+    check(count, rows, cols)
+    packed = PackedExperts.of(experts)
+    packed.put(parameter, PackedStack(count, cols, rows, form, kept, weight.dtype, "meta"))
+    model.set_submodule(place, packed)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,232 @@
+// The operators on packed weights on the CPU: products with one weight, or with each expert's of a stack, and
+// unpacking.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../checks.h"
+#include "convert.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace wanda::cpu {
+namespace {
+
+constexpr int64_t kPackedBatch = 32;              // rows of x at most
+constexpr int64_t kBandBytes = int64_t{8} << 20;  // of an expert's weight that is unpacked at a time
+
+// Rows [begin, end) of a weight.
+PackedWeight rows_of(const PackedWeight& weight, int64_t begin, int64_t end) {
+  PackedWeight part = weight;
+  part.codes += begin * (weight.cols / 8);
+  part.rows = end - begin;
+  if (weight.starts != nullptr) {
+    part.starts += begin;
+  } else {
+    const int64_t bytes = weight.dtype == Dtype::kFloat32 ? 4 : 2;
+    part.values = static_cast<const char*>(weight.values) + begin * (weight.cols / 2) * bytes;
+  }
+  return part;
+}
+
+void unpack_into(const PackedWeight& weight, void* dense) {
+  over_rows(weight.rows, weight.cols,
+            [&](int64_t begin, int64_t end) { kernels().packed_unpack(weight, dense, begin, end); });
+}
+
+at::Tensor unpack_dense(const PackedWeight& weight, const at::Tensor& values) {
+  const at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options());
+  unpack_into(weight, dense.data_ptr());
+  return dense;
+}
+
+// A weight and the rows of x that it is multiplied with.
+struct Group {
+  PackedWeight weight;
+  int64_t first, tokens;  // tokens <= kPackedBatch
+  int64_t batch;          // tokens, filled up to what kernels take
+  int64_t columns;        // where its rows lie in what is laid out
+};
+
+int64_t batch_of(int64_t tokens) {
+  int64_t batch = 1;
+  while (batch < tokens) batch = batch < kPackedSlab ? 2 * batch : batch + kPackedSlab;
+  return batch;
+}
+
+// The rows of x that a group takes, in the layout that the kernel wants, filled up with zeros to its batch.
+template <class From, class To, class Convert>
+void lay_out(const From* x, const Group& group, int64_t unit, To* out, Convert converted) {
+  const int64_t cols = group.weight.cols, slab = std::min(group.batch, kPackedSlab);
+  for (int64_t b = 0; b < group.batch; ++b) {
+    for (int64_t j = 0; j < cols; j += unit) {
+      const From* from = x + (group.first + b) * cols + j;
+      To* to = out + group.columns + b / slab * slab * cols + j * slab + b % slab * unit;
+      if (b < group.tokens) {
+        for (int64_t i = 0; i < unit; ++i) to[i] = converted(from[i]);
+      } else {
+        std::fill(to, to + unit, 0);
+      }
+    }
+  }
+}
+
+// All groups' rows of x. ATen aligns what it allocates to 64 bytes; columns are a multiple of 64.
+template <Dtype dtype>
+at::Tensor laid_out(const at::Tensor& x, const std::vector<Group>& groups, int64_t size) {
+  const PackedLayout layout = kernels().packed_layout(groups[0].weight);
+  const at::Tensor buffer = at::empty({size}, layout.as_float ? x.options().dtype(at::kFloat) : x.options());
+  const auto* from = static_cast<const typename Element<dtype>::Bits*>(x.const_data_ptr());
+  void* const to = buffer.data_ptr();
+  over_rows(static_cast<int64_t>(groups.size()), x.size(1), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const Group& group = groups[static_cast<size_t>(g)];
+      if (layout.as_float) {
+        lay_out(from, group, layout.unit, static_cast<float*>(to),
+                [](auto bits) { return to_float<dtype>(bits); });
+      } else {
+        lay_out(from, group, layout.unit, static_cast<uint16_t*>(to), [](auto bits) { return bits; });
+      }
+    }
+  });
+  return buffer;
+}
+
+// y's rows of each group. Every thread takes a share of the outputs and multiplies it with all groups:
+// whatever their tokens, threads have as much to do. `bias`: [rows of a weight] or nullptr.
+template <Dtype dtype>
+void multiply(const std::vector<Group>& groups, const at::Tensor& x, const void* bias, at::Tensor& y) {
+  using T = typename Element<dtype>::Bits;
+  int64_t batches = 0, widest = 0;
+  for (const Group& group : groups) {
+    batches += group.batch;
+    widest = std::max(widest, group.batch);
+  }
+  const int64_t rows = y.size(1), cols = x.size(1);
+  const at::Tensor columns = laid_out<dtype>(x, groups, batches * cols);
+  const auto* laid = static_cast<const char*>(columns.const_data_ptr());
+  const int64_t element = columns.element_size();
+  const T* added = static_cast<const T*>(bias);
+  T* const out = static_cast<T*>(y.data_ptr());
+  over_rows(rows, cols * static_cast<int64_t>(groups.size()), [&](int64_t begin, int64_t end) {
+    const int64_t count = end - begin;
+    std::vector<float> sums(static_cast<size_t>(count * widest));
+    for (const Group& group : groups) {
+      const PackedWeight part = rows_of(group.weight, begin, end);
+      kernels().packed_product(part, laid + group.columns * element, group.batch, sums.data(), 0, count);
+      for (int64_t b = 0; b < group.tokens; ++b) {
+        T* const to = out + (group.first + b) * rows + begin;
+        for (int64_t row = 0; row < count; ++row) {
+          const float add = added != nullptr ? to_float<dtype>(added[begin + row]) : 0.0f;
+          to[row] = from_float<dtype>(sums[static_cast<size_t>(row * group.batch + b)] + add);
+        }
+      }
+    }
+  });
+}
+
+// ---- One weight.
+
+at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& values, const at::Tensor& x,
+                  const OptionalTensor& bias) {
+  check_packed_linear(op, weight, values, x, bias);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.rows;
+  const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
+  const int64_t count = tokens.size(0);
+  if (count == 0) return at::empty(shape, x.options());
+  if (count > kPackedBatch) return at::linear(x, unpack_dense(weight, values), bias);
+  const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
+  at::Tensor y = at::empty({count, weight.rows}, x.options());
+  by_dtype(weight.dtype, [&](auto dtype) {
+    multiply<decltype(dtype)::value>({{weight, 0, count, batch_of(count), 0}}, tokens,
+                                     added.defined() ? added.const_data_ptr() : nullptr, y);
+  });
+  return y.view(shape);
+}
+
+at::Tensor bitmap_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& bitmap,
+                         const at::Tensor& starts, const OptionalTensor& bias) {
+  return linear("bitmap_linear", check_bitmap("bitmap_linear", values, bitmap, starts), values, x, bias);
+}
+
+at::Tensor sparse24_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& indices,
+                           const OptionalTensor& bias) {
+  return linear("sparse24_linear", check_sparse24("sparse24_linear", values, indices), values, x, bias);
+}
+
+at::Tensor unpack_bitmap(const at::Tensor& values, const at::Tensor& bitmap, const at::Tensor& starts) {
+  return unpack_dense(check_bitmap("unpack_bitmap", values, bitmap, starts), values);
+}
+
+at::Tensor unpack_sparse24(const at::Tensor& values, const at::Tensor& indices) {
+  return unpack_dense(check_sparse24("unpack_sparse24", values, indices), values);
+}
+
+// ---- A stack of experts' weights.
+
+// y = x W^T by the unpacked weight, a band of its rows at a time: all bands in the same memory. Their size
+// does not depend on the number of threads, so that products are cut in the same way.
+void multiply_unpacked(const PackedWeight& weight, const at::Tensor& x, const at::Tensor& y) {
+  const int64_t band =
+      std::clamp<int64_t>(kBandBytes / (weight.cols * x.element_size()), int64_t{1}, weight.rows);
+  const at::Tensor dense = at::empty({band, weight.cols}, x.options());
+  for (int64_t first = 0; first < weight.rows; first += band) {
+    const PackedWeight part = rows_of(weight, first, std::min(first + band, weight.rows));
+    unpack_into(part, dense.data_ptr());
+    at::Tensor columns = y.narrow(1, first, part.rows);
+    at::mm_out(columns, x, dense.narrow(0, 0, part.rows).t());
+  }
+}
+
+at::Tensor experts(const char* op, const PackedWeight& stack, const at::Tensor& values, const at::Tensor& x,
+                   const at::Tensor& ends) {
+  const int64_t rows = check_experts(op, stack, values, x, ends);
+  check_ends(op, ends, x.size(0));
+  const at::Tensor tokens = x.contiguous();
+  at::Tensor y = at::empty({x.size(0), rows}, x.options());
+  std::vector<Group> groups;
+  const int32_t* const end = ends.const_data_ptr<int32_t>();
+  int64_t first = 0, columns = 0;
+  for (int64_t expert = 0; expert < ends.size(0); ++expert) {
+    const int64_t count = end[expert] - first;
+    const PackedWeight weight = rows_of(stack, expert * rows, (expert + 1) * rows);
+    if (count > kPackedBatch) {
+      multiply_unpacked(weight, tokens.narrow(0, first, count), y.narrow(0, first, count));
+    } else if (count > 0) {
+      groups.push_back({weight, first, count, batch_of(count), columns});
+      columns += groups.back().batch * stack.cols;
+    }
+    first = end[expert];
+  }
+  y.narrow(0, first, x.size(0) - first).zero_();
+  if (groups.empty()) return y;
+  by_dtype(stack.dtype, [&](auto dtype) { multiply<decltype(dtype)::value>(groups, tokens, nullptr, y); });
+  return y;
+}
+
+at::Tensor bitmap_experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& bitmap,
+                          const at::Tensor& starts, const at::Tensor& ends) {
+  return experts("bitmap_experts", check_bitmap("bitmap_experts", values, bitmap, starts), values, x, ends);
+}
+
+at::Tensor sparse24_experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& indices,
+                            const at::Tensor& ends) {
+  return experts("sparse24_experts", check_sparse24("sparse24_experts", values, indices), values, x, ends);
+}
+
+}  // namespace
+}  // namespace wanda::cpu
+
+TORCH_LIBRARY_IMPL(wanda, CPU, m) {
+  m.impl("bitmap_linear", &wanda::cpu::bitmap_linear);
+  m.impl("sparse24_linear", &wanda::cpu::sparse24_linear);
+  m.impl("unpack_bitmap", &wanda::cpu::unpack_bitmap);
+  m.impl("unpack_sparse24", &wanda::cpu::unpack_sparse24);
+  m.impl("bitmap_experts", &wanda::cpu::bitmap_experts);
+  m.impl("sparse24_experts", &wanda::cpu::sparse24_experts);
+}
