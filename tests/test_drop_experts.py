@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import saved
 import tiny
 import torch
+from test_cli import call
 from test_experts import model
 from transformers import AutoModelForCausalLM
 
@@ -85,8 +89,8 @@ def test_it_can_be_pruned_afterwards():
     ("family", "share", "message"),
     [
         ("llama", 0.5, "LlamaForCausalLM has no fused experts"),
-        ("mixtral", 0.2, r"share 0\.2 of 4 experts drops none"),
-        ("mixtral", 0.75, r"share 0\.75 leaves 1 of 4 experts, a token takes 2"),
+        ("mixtral", 0.2, r"share must be larger: 0\.2 of 4 experts drops none"),
+        ("mixtral", 0.75, "share must leave 2 experts, which a token takes: 0.75 leaves 1 of 4"),
         ("mixtral", 0.0, r"share must be in \(0, 1\), got 0"),
         ("mixtral", 1.0, r"share must be in \(0, 1\), got 1"),
         ("longcat_flash", 0.5, "its router also chooses experts that compute nothing"),
@@ -99,3 +103,61 @@ def test_what_cannot_be_dropped_is_refused(family, share, message):
     with pytest.raises(ValueError, match=message):
         drop_experts(of, tiny.ids(), share)
     assert all(torch.equal(p, before[n]) for n, p in of.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    saved.save_model(folder / "model", "mixtral")
+    saved.save_model(folder / "dense")
+    (folder / "text.txt").write_text(saved.text(4000))
+    return folder
+
+
+def calibrated(work) -> list[str]:
+    return ["--calibration", str(work / "text.txt"), "--samples", "4", "--length", "32"]
+
+
+def test_command(work, tmp_path, capsys):
+    out = tmp_path / "smaller"
+    code, stdout, _ = call(capsys, "drop-experts", work / "model", "--out", out, "--share", "0.25", *calibrated(work))
+    assert code == 0
+    assert "1 of 4 experts dropped in each of 2 layers" in stdout
+    assert json.loads((out / "config.json").read_text())["num_local_experts"] == 3
+    told = json.loads((out / "dropped_experts.json").read_text())
+    assert [layer["name"] for layer in told["layers"]] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    code, stdout, _ = call(capsys, "prune", out, "--out", tmp_path / "pruned", "--pattern", "2:4", *calibrated(work))
+    assert code == 0
+
+
+def test_dropped_and_pruned_in_one_run(work, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    options = ["--drop-experts", "0.25", "--min-tokens", "1000", "--experts", "all"]
+    code, stdout, _ = call(capsys, "prune", work / "model", "--out", out, *options, *calibrated(work))
+    assert code == 0
+    assert "pooled norms (fewer than 1000 tokens): 12 experts of 4 layers" in " ".join(stdout.split())
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert (report["experts"], report["min_tokens"]) == ("all", 1000)
+    assert {tuple(layer["shape"]) for layer in report["layers"] if layer["tokens"]} == {(3, 192, 64), (3, 64, 96)}
+    assert report["dense"].keys() == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "command", "options", "code", "message"),
+    [
+        ("model", "drop-experts", ["--share", "1.5"], 2, "--share must be in (0, 1), got 1.5"),
+        ("model", "drop-experts", ["--share", "0.1"], 1, "--share must be larger: 0.1 of 4 experts drops none"),
+        ("dense", "drop-experts", [], 1, "LlamaForCausalLM has no fused experts"),
+        ("dense", "prune", ["--experts", "all"], 1, "--experts is for models with fused experts"),
+        ("model", "prune", ["--experts", "some"], 2, "--experts must be one of routed, all, got 'some'"),
+        ("model", "prune", ["--require-all"], 1, "would stay dense, which --require-all forbids"),
+        ("model", "prune", ["--drop-experts", "0.5", "--stream"], 2, "--drop-experts does not go with --stream"),
+    ],
+)
+def test_what_the_command_line_refuses(model, command, options, code, message, work, tmp_path, capsys):
+    arguments = [command, work / model, "--out", tmp_path / "out", *options, *calibrated(work)]
+    found, _, stderr = call(capsys, *arguments)
+    assert found == code
+    assert message in stderr
+    assert not (tmp_path / "out").exists()

@@ -143,10 +143,12 @@ def _count_to_drop(config: Any, experts: int, share: float) -> int:
     dropped = int(experts // groups * share) * groups
     if dropped == 0:
         of = f" in each of {groups} groups" if groups > 1 else ""
-        raise ValueError(f"share {share:g} of {experts // groups} experts{of} drops none: it must be larger")
+        raise ValueError(f"share must be larger: {share:g} of {experts // groups} experts{of} drops none")
     chosen = experts_per_token(config)
     if experts - dropped < chosen:
-        raise ValueError(f"share {share:g} leaves {experts - dropped} of {experts} experts, a token takes {chosen}")
+        raise ValueError(
+            f"share must leave {chosen} experts, which a token takes: {share:g} leaves {experts - dropped} of {experts}"
+        )
     return dropped
 
 
