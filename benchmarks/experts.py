@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from benchmarks.generate import FORMATS, PROMPT, TOKENS
+from benchmarks.generate import FORMATS, TOKENS
 from benchmarks.harness import Settings
 from benchmarks.operators import backend_of
 from benchmarks.records import Row
@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
     "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 8, "num_hidden_layers": 2, "head_dim": 16,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
 }  # fmt: skip
+PROMPT = 8  # batched_mm copies the weights of each token's experts
 DENSE = ("grouped_mm", "batched_mm", "eager")  # of transformers' experts_implementation
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import grouped_mm
 
 from ..models.experts import ExpertsLayout, layout_of
 from ..pruning.blocks import what_it_computes
+from .format import join_bitmaps
 from .weight import PackedWeight, pack
 
 _PRODUCTS = {"bitmap": torch.ops.wanda.bitmap_experts.default, "2:4": torch.ops.wanda.sparse24_experts.default}
@@ -40,10 +41,12 @@ class PackedStack(PackedWeight):
 
     @classmethod
     def from_weight(cls, weight: Tensor, form: str) -> PackedStack:
-        """Packs a weight [E, C_out, C_in], as :func:`choose_format` chose for it as one matrix."""
-        codes, kept = pack(weight.reshape(-1, weight.shape[-1]), form)
+        """Packs a weight [E, C_out, C_in], as :func:`choose_format` chose for it as one matrix: expert by expert, for
+        packing takes several times the memory of what is packed."""
+        parts, counts = zip(*(pack(one, form) for one in weight), strict=True)
+        codes = join_bitmaps(parts) if form == "bitmap" else tuple(torch.cat(held) for held in zip(*parts, strict=True))
         experts, rows, cols = weight.shape
-        return cls(experts, cols, rows, form, kept, weight.dtype, weight.device).fill(codes)
+        return cls(experts, cols, rows, form, sum(counts), weight.dtype, "meta").fill(codes)
 
     def dense(self) -> Tensor:
         """[E, C_out, C_in], bit for bit what was packed."""

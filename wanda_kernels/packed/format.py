@@ -8,6 +8,8 @@ bitmap    one bit per weight, and the weights that are not +0      9/16 of bfloa
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ FORMATS = ("bitmap", "2:4")
 COLUMNS = 64  # C_in is a multiple
 MOST_VALUES = 2**31 - 1  # of a bitmap, whose row starts are int32
 PADDING = 32  # values that kernels may read past the last one of a bitmap
+_PART = 2**26  # elements
 _INTEGERS = {4: torch.int32, 2: torch.int16}
 
 
@@ -53,11 +56,25 @@ def pack_bitmap(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, bitmap, starts
 
 
+def join_bitmaps(bitmaps: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The bitmap of matrices of one width that lie one below the other."""
+    values, codes, starts = zip(*bitmaps, strict=True)
+    begins = torch.cat([torch.diff(one) for one in starts]).cumsum(0, dtype=torch.int32)
+    padding = values[0].new_zeros(PADDING)
+    joined = torch.cat([*(one[:-PADDING] for one in values), padding])
+    return joined, torch.cat(codes), torch.cat([begins.new_zeros(1), begins])
+
+
+def _parts(weight: Tensor) -> Iterator[Tensor]:
+    """A weight in parts of some rows, for what takes more memory than the weight."""
+    yield from weight.split(max(1, _PART // weight.shape[1]))
+
+
 def is_24(weight: Tensor) -> bool:
     """Whether no four columns keep more than two weights."""
     if weight.shape[1] % 4:
         return False
-    return bool((kept(weight).view(weight.shape[0], -1, 4).sum(dim=2) <= 2).all())
+    return all(bool((kept(part).view(part.shape[0], -1, 4).sum(dim=2) <= 2).all()) for part in _parts(weight))
 
 
 def pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +129,7 @@ def packed_bytes(weight: Tensor, form: str) -> int:
     rows, cols = weight.shape
     if form == "2:4":
         return rows * (cols // 2 * weight.element_size() + cols // 8)
-    return (int(kept(weight).sum()) + PADDING) * weight.element_size() + rows * (cols // 8) + 4 * (rows + 1)
+    return (_count(weight) + PADDING) * weight.element_size() + rows * (cols // 8) + 4 * (rows + 1)
 
 
 def check_format(wanted: str) -> None:
@@ -148,11 +165,16 @@ def why_dense(weight: Tensor, wanted: str = "auto") -> str:
     return "too few of its weights are zero to shrink it: prune it first"
 
 
+def _count(weight: Tensor) -> int:
+    """How many weights are not +0."""
+    return sum(int(kept(part).sum()) for part in _parts(weight))
+
+
 def _values_beyond(weight: Tensor) -> int:
     """How many weights are not +0, where they are more than a bitmap counts, or 0."""
     if weight.numel() <= MOST_VALUES:
         return 0
-    many = sum(int(kept(part).sum()) for part in weight.split(4096))
+    many = _count(weight)
     return many if many > MOST_VALUES else 0
 
 

@@ -57,11 +57,9 @@ class PackedLinear(PackedWeight):
         """Pack a layer's weight; ``form`` as :func:`choose_format` gives it."""
         weight = layer.weight.data
         codes, kept = pack(weight, form)
-        packed = cls(
-            layer.in_features, layer.out_features, layer.bias is not None, form, kept, weight.dtype, weight.device
-        )
+        packed = cls(layer.in_features, layer.out_features, layer.bias is not None, form, kept, weight.dtype, "meta")
         if packed.bias is not None:
-            packed.bias.data.copy_(layer.bias.data)
+            packed.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         return packed.fill(codes)
 
     def to_linear(self) -> nn.Linear:

@@ -71,7 +71,9 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
         raise ValueError("the model is packed already")
     model = unwrapped(model)
     report = PackedReport({}, {}, 0, 0)
-    for name, matrix in matrices_of(find_blocks(model)).items():
+    matrices = matrices_of(find_blocks(model))
+    for name in list(matrices):
+        matrix = matrices.pop(name)  # or it would hold the dense weight
         stored = matrix.stored.detach()
         special = _why_special(matrix)
         form = choose_format(_as_matrix(matrix), format) if special is None else None

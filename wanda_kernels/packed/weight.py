@@ -56,10 +56,10 @@ class PackedWeight(nn.Module):
         self._is_valid = False
 
     def fill(self, codes: tuple[Tensor, ...]) -> Self:
-        """With what :func:`pack` gave."""
-        with torch.no_grad():
-            for target, source in zip(self.packed(), codes, strict=True):
-                target.copy_(source)
+        """Hold what :func:`pack` gave."""
+        self.weight = nn.Parameter(codes[0], requires_grad=False)
+        for name, tensor in zip(self._buffers, codes[1:], strict=True):
+            self._buffers[name] = tensor
         self._is_valid = True
         return self
 
