@@ -277,6 +277,8 @@ def test_the_library_loads_its_parts_at_the_first_use():
 def test_errors_of_the_library_speak_of_options():
     """And only there: a Python user never saw an option."""
     assert of_options("batch_size must be a whole number, got 0") == "--batch-size must be a whole number, got 0"
+    assert of_options("drop_experts must be larger: 0.1 of") == "--drop-experts must be larger: 0.1 of"
+    assert of_options("share must be smaller: 0.9 leaves") == "--share must be smaller: 0.9 leaves"
     assert of_options("a group needs weight_update=False") == "a group needs --no-weight-update"
     assert of_options("out: pass resume=True to go on") == "out: pass --resume to go on"
     assert of_options("sparsity must be in [0, 1), got 2.0") == "--sparsity must be in [0, 1), got 2.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import tiny
@@ -217,6 +218,14 @@ def test_all_tokens_have_the_norm_of_all_tokens():
         ("llama", {"min_tokens": 8}, "min_tokens is for models with fused experts"),
         ("mixtral", {"experts": "some"}, "experts must be one of routed, all, got 'some'"),
         ("mixtral", {"min_tokens": 0}, "min_tokens must be a whole number, at least 1, got 0"),
+        ("mixtral", {"min_tokens": True}, "min_tokens must be a whole number, at least 1, got True"),
+        (
+            "mixtral",
+            {"min_tokens": 10**30},
+            "min_tokens must be a whole number, at least 1, at most 9223372036854775807",
+        ),
+        ("mixtral", {"batch_size": True}, "batch_size must be a whole number, at least 1, got True"),
+        ("mixtral", {"batch_size": 10**30}, "batch_size must be a whole number, at least 1, at most"),
         ("mixtral", {"experts": "all", "method": "magnitude"}, "experts is for methods that calibrate"),
         ("mixtral", {"require_all": True}, r"layers\.0\.mlp\.gate\.weight \[4, 64\] would stay dense"),
         ("llama4_text", {"experts": "all"}, "experts must be 'routed' for Llama4TextExperts"),
@@ -248,3 +257,60 @@ def test_rows_are_sorted_by_expert_sequence_and_token():
     assert routing.token.tolist() == [0, 1, 3, 0, 2, 1, 2, 3]
     assert routing.ends.tolist() == [3, 5, 8]
     assert routing.ends_by_sequence(4, 2).tolist() == [2, 3, 4, 5, 6, 8]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_experts_may_be_called_by_keywords_in_any_order(family):
+    plain, by_name = model(family), model(family)
+    for layer in by_name.model.layers:
+        names = list(inspect.signature(type(layer.mlp.experts).forward).parameters)[2:]
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda _m, args, _k, names=names: (args[:1], {names[1]: args[2], names[0]: args[1]}), with_kwargs=True
+        )
+    for of in (plain, by_name):
+        prune(of, tiny.ids(), sparsity=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), by_name.parameters(), strict=True))
+
+
+def test_llama4_experts_may_be_called_by_a_keyword():
+    plain, by_name = model("llama4_text"), model("llama4_text")
+    for layer in by_name.model.layers:
+        layer.feed_forward.experts.register_forward_pre_hook(
+            lambda _m, args, _k: ((), {"hidden_states": args[0]}), with_kwargs=True
+        )
+    for of in (plain, by_name):
+        prune(of, tiny.ids(), sparsity=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), by_name.parameters(), strict=True))
+
+
+def test_all_tokens_are_refused_before_the_first_block_is_pruned():
+    """Experts may begin in the second."""
+    of = model("llama4_text", interleave_moe_layer_step=2)
+    before = tiny.weights(of)
+    with pytest.raises(ValueError, match=r"experts must be 'routed' for Llama4TextExperts \(model\.layers\.1\.feed"):
+        prune(of, tiny.ids(), experts="all")
+    assert all(torch.equal(p, before[n]) for n, p in of.named_parameters())
+
+
+def test_a_subclass_that_computes_something_else_is_refused():
+    of = model("mixtral")
+    experts = of.model.layers[0].mlp.experts
+
+    class Louder(type(experts)):
+        def forward(self, hidden, index, shares):
+            return super().forward(2 * hidden, index, shares)
+
+    experts.__class__ = Louder
+    with pytest.raises(ValueError, match=r"gate_up_proj \[4, 192, 64\] is a fused expert tensor of a form that is not"):
+        prune(of, tiny.ids())
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.1", "model.layers.1.mlp.experts", "model.layers.0.self_attn"])
+def test_what_is_compiled_in_place_gives_the_same(part):
+    """torch's own grouped product has no fake implementation for float32: the stand-ins are not traced."""
+    plain, compiled = model("mixtral"), model("mixtral")
+    compiled.get_submodule(part).compile(backend="eager")
+    for of in (plain, compiled):
+        prune(of, tiny.ids(), sparsity=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))
+    assert compiled.get_submodule(part)._compiled_call_impl is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,12 +22,12 @@ from ._words import percent, to_json
 from .models import evaluating
 from .models.experts import ExpertsLayout, Routing, experts_per_token
 from .models.load import empty_model
-from .pruning.blocks import find_blocks, unwrapped
+from .pruning.blocks import find_blocks, refuse_non_finite, unwrapped, what_it_computes
 from .pruning.driver import check_input_ids
 from .pruning.loop import default_batch_size
 from .pruning.matrices import RoutedExperts
 from .pruning.report import Progress
-from .pruning.spec import PruneSpec
+from .pruning.spec import PruneSpec, check_whole
 from .pruning.stand_ins import stand_ins
 
 # What configurations call the number of experts, in the order of preference.
@@ -97,28 +98,35 @@ def drop_experts(
 
     Raises:
         ValueError: no experts, or of a form whose number is fixed; a share that drops none, or leaves fewer than the
-            router chooses for a token. Nothing is changed then.
+            router chooses for a token, or than its groups need; weights or outputs of experts that hold NaN or inf.
+            Nothing is changed then.
 
     Source: REAP (arXiv 2510.13999), eq. 9.
     """
     model = unwrapped(model)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
+    layers, experts, dropped = check_drop(model, share)
+    if input_ids is None:
+        raise ValueError("drop_experts needs input_ids: [samples, length], int64")
     ids = check_input_ids(model, input_ids, PruneSpec())
     assert ids is not None
-    layers, experts, dropped = check_drop(model, share)
+    refuse_non_finite(find_blocks(model))
     groups = getattr(model.config.get_text_config(), "n_group", None) or 1
     report = DropReport(experts, experts - dropped, _scores(model, layers, ids, batch_size, progress or Progress()))
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never be trained
         for layer, told in zip(layers, report.layers, strict=True):
             kept = _best(told.scores, dropped, groups)
             told.dropped = sorted(set(range(experts)) - set(kept))
             _keep(layer, kept, experts)
+    _set_attributes(model, layers, experts, experts - dropped)
     _set_count(model.config, experts, experts - dropped)
     return report
 
 
-def check_drop(model: Any, share: float, meta: bool = False) -> tuple[list[_Layer], int, int]:
+def check_drop(model: Any, share: float, meta: bool = False, named: str = "share") -> tuple[list[_Layer], int, int]:
     """The layers of experts, how many each has, and how many of them would go. Raises ValueError as
-    :func:`drop_experts`. ``meta``: the model's weights may be without data."""
+    :func:`drop_experts`. ``meta``: the model's weights may be without data. ``named``: what errors call the share."""
     layers = [
         _layer_of(model, f"{block.name}.{name}".rstrip("."), adapter)
         for block in find_blocks(model, meta)
@@ -130,26 +138,38 @@ def check_drop(model: Any, share: float, meta: bool = False) -> tuple[list[_Laye
     if len(counts) > 1:
         raise ValueError(f"{type(model).__name__} has layers of {min(counts)} to {max(counts)} experts: one is needed")
     experts = counts.pop()
-    dropped = _count_to_drop(model.config.get_text_config(), experts, share)
+    dropped = _count_to_drop(model.config.get_text_config(), experts, share, named)
     _refuse_other_shapes(model, layers, _shrunk(model.config, experts, experts - dropped), experts - dropped)
     return layers, experts, dropped
 
 
-def _count_to_drop(config: Any, experts: int, share: float) -> int:
+def _count_to_drop(config: Any, experts: int, share: float, named: str) -> int:
     """Of each layer. ``config``: of the text model. Raises ValueError for a share that makes no sense."""
-    if not 0 < share < 1:
-        raise ValueError(f"share must be in (0, 1), got {share:g}")
+    check_share(named, share)
     groups = getattr(config, "n_group", None) or 1
     dropped = int(experts // groups * share) * groups
     if dropped == 0:
         of = f" in each of {groups} groups" if groups > 1 else ""
-        raise ValueError(f"share must be larger: {share:g} of {experts // groups} experts{of} drops none")
+        raise ValueError(f"{named} must be larger: {share} of {experts // groups} experts{of} drops none")
     chosen = experts_per_token(config)
     if experts - dropped < chosen:
         raise ValueError(
-            f"share must leave {chosen} experts, which a token takes: {share:g} leaves {experts - dropped} of {experts}"
+            f"{named} must be smaller: {share} leaves {experts - dropped} of {experts} experts, a token takes {chosen}"
+        )
+    size = (experts - dropped) // groups
+    among = getattr(config, "topk_group", None) or groups
+    if groups > 1 and (size < 2 or size * among < chosen):
+        raise ValueError(
+            f"{named} must be smaller: {share} leaves {size} of {experts // groups} experts in each of {groups} "
+            f"groups: a group needs 2 to be chosen by, and a token takes {chosen} from {among} of them"
         )
     return dropped
+
+
+def check_share(name: str, share: Any) -> None:
+    """Raises ValueError where ``share`` is no number in (0, 1)."""
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {share!r}")
 
 
 def _layer_of(model: nn.Module, name: str, adapter: Any) -> _Layer:
@@ -159,14 +179,20 @@ def _layer_of(model: nn.Module, name: str, adapter: Any) -> _Layer:
     experts = layout.experts
     if hasattr(layout.module, "identity_expert"):
         raise ValueError(f"{name}: its router also chooses experts that compute nothing: none can be dropped")
+    other = what_it_computes(layout.module)
+    if other is not None:
+        raise ValueError(f"{name}: none can be dropped: {other}")
     parent = model.get_submodule(name.rpartition(".")[0])
     inside = name.rpartition(".")[2]
     named = [*parent.named_parameters(), *parent.named_buffers()]
+    beside = {key: tensor for key, tensor in named if not key.startswith(f"{inside}.")}
+    for key, tensor in beside.items():
+        if tensor.dim() >= 2 and not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            raise ValueError(f"{name}: its router looks experts up in a table ({key}): none can be dropped")
     router = {
         key: tensor
-        for key, tensor in named
-        if not key.startswith(f"{inside}.")
-        and (_is_of_router(key) or key.endswith(("e_score_correction_bias", "expert_bias")))
+        for key, tensor in beside.items()
+        if (_is_of_router(key) or key.endswith(("e_score_correction_bias", "expert_bias")))
         and tensor.dim() >= 1
         and tensor.shape[0] == experts
     }
@@ -206,7 +232,7 @@ def _scores(
     model: Any, layers: list[_Layer], ids: Tensor, batch_size: int | None, progress: Progress
 ) -> list[DroppedLayer]:
     device = layers[0].layout.weight(layers[0].layout.down).device
-    batches = ids.split(batch_size or default_batch_size(device, ids.shape[1]))
+    batches = ids.split(min(len(ids), batch_size or default_batch_size(device, ids.shape[1])))
     sums = [torch.zeros(layer.layout.experts, dtype=torch.float64, device=device) for layer in layers]
     counts = [torch.zeros(layer.layout.experts, dtype=torch.int64, device=device) for layer in layers]
     progress.start(len(batches))
@@ -217,9 +243,14 @@ def _scores(
         for batch in batches:
             model(input_ids=batch.to(device), use_cache=False)
             progress.advance()
+    scores = [(total / count.clamp(min=1)).tolist() for total, count in zip(sums, counts, strict=True)]
+    for layer, of_layer in zip(layers, scores, strict=True):
+        bad = [str(expert) for expert, score in enumerate(of_layer) if not math.isfinite(score)]
+        if bad:
+            raise ValueError(f"{layer.name}: outputs of the experts {', '.join(bad[:8])} hold NaN or inf")
     return [
-        DroppedLayer(layer.name, (total / count.clamp(min=1)).tolist(), count.tolist(), [])
-        for layer, total, count in zip(layers, sums, counts, strict=True)
+        DroppedLayer(layer.name, of_layer, count.tolist(), [])
+        for layer, of_layer, count in zip(layers, scores, counts, strict=True)
     ]
 
 
@@ -234,7 +265,7 @@ def _best(scores: list[float], dropped: int, groups: int) -> list[int]:
 
 
 def _keep(layer: _Layer, kept: list[int], experts: int) -> None:
-    """The tensors and counts of a layer with only the experts ``kept``."""
+    """The tensors of a layer with only the experts ``kept``."""
     module = layer.layout.module
     for name, tensor in [*module._parameters.items(), *layer.router.items()]:
         if tensor is None or tensor.shape[:1] != (experts,):
@@ -248,13 +279,20 @@ def _keep(layer: _Layer, kept: list[int], experts: int) -> None:
             owner._parameters[leaf] = nn.Parameter(rows, tensor.requires_grad)
         else:
             owner._buffers[leaf] = rows
-    for part in [layer.parent, *(m for key, m in layer.parent.named_modules() if _is_of_router(key)), module]:
-        for name, value in list(vars(part).items()):
-            is_count = ("experts" in name and "shared" not in name) or (
-                name == "out_features" and part is not layer.parent
-            )
-            if is_count and type(value) is int and value == experts:
-                setattr(part, name, len(kept))
+
+
+def _set_attributes(model: nn.Module, layers: list[_Layer], experts: int, left: int) -> None:
+    """The number of experts wherever modules remember it: experts, routers, and all that they are in, as the model
+    itself (for its loss of balance)."""
+    for layer in layers:
+        parts = layer.name.split(".")
+        around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+        routers = [part for key, part in layer.parent.named_modules() if _is_of_router(key)]
+        for part in [*around, *routers, layer.layout.module]:
+            for name, value in list(vars(part).items()):
+                is_count = ("experts" in name and "shared" not in name) or (name == "out_features" and part in routers)
+                if is_count and type(value) is int and value == experts:
+                    setattr(part, name, left)
 
 
 def _set_count(config: Any, experts: int, left: int) -> None:

@@ -45,18 +45,19 @@ def drop_experts_command(
     """Take experts out of MODEL: those whose outputs, as the router weighs them, are the smallest (REAP)."""
     from ..models.save import check_output, check_space
     from ..pruning import PruneSpec
+    from ..reap import check_share
     from ..text.calibration import LENGTH
     from .display import say
     from .session import Session
 
     with usage():
-        if not 0 < share < 1:
-            raise ValueError(f"share must be in (0, 1), got {share:g}")
+        check_share("share", share)
+        spec = PruneSpec(batch_size=batch_size)
         session = Session(model, dtype, device)
     check_output(out, overwrite, model)
     session.begin()
     tokens = None if calibration.endswith(".safetensors") else LENGTH  # such a file has its own length
-    session.check(PruneSpec(), out, length=length or tokens, drop=share)
+    session.check(spec, out, length=length or tokens, drop=share)
     input_ids = session.calibration(calibration, samples, length, seed, pack=pack, column=column, split=split)
     check_length(input_ids.shape[1], session.config)
     check_space(out, session.model)

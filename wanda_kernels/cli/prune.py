@@ -134,6 +134,7 @@ def prune_command(
     from ..models.save import check_output, check_space
     from ..pruning import PruneSpec
     from ..pruning.stopwatch import Stopwatch
+    from ..reap import check_share
     from ..text.calibration import LENGTH
     from .display import say, screen
     from .session import Session
@@ -147,6 +148,8 @@ def prune_command(
         )  # fmt: skip
         session = Session(model, dtype, device, device_map)
         _check_streaming(model, stream, resume, offload, compress, device_map)
+        if drop_experts is not None:
+            check_share("drop_experts", drop_experts)
         if drop_experts is not None and (stream or ranks.launched()):
             other = "--stream" if stream else "several processes"
             raise ValueError(f"--drop-experts does not go with {other}: run `wanda-kernels drop-experts` first")
@@ -165,7 +168,7 @@ def prune_command(
     session.begin()
     # What the config alone can tell, before anything large is read.
     tokens = None if calibration.endswith(".safetensors") else LENGTH  # such a file has its own length
-    session.check(spec, out, compress, (length or tokens) if needs_text else None, drop_experts)
+    session.check(spec, out, compress, (length or tokens) if needs_text else None, drop_experts, "drop_experts")
     outer = Stopwatch()
     with outer.measure("load"):
         input_ids = session.calibration(calibration, samples, length, seed, **drawing) if needs_text else None

@@ -58,12 +58,13 @@ class Session:
         packed: bool = False,
         length: int | None = None,
         drop: float | None = None,
+        drop_named: str = "share",
     ) -> None:
         """What can be known to fail before the model is loaded, from its config and the sizes of its files.
 
         Raises:
             ValueError, OSError: it cannot be pruned as ``spec`` says, packed, called with ``length`` tokens, lose the
-                share ``drop`` of its experts, or be written to ``out``.
+                share ``drop`` of its experts (called ``drop_named``), or be written to ``out``.
         """
         with working(f"checking {self.name}"):
             if length is not None:
@@ -72,7 +73,7 @@ class Session:
             blocks = find_blocks(empty, meta=True)
             check_blocks(blocks, spec)
             if drop is not None:
-                check_drop(empty, drop, meta=True)
+                check_drop(empty, drop, meta=True, named=drop_named)
             if packed:
                 refuse_unpackable(blocks)
             needed = weight_bytes(self.name, self._dtype)

@@ -7,13 +7,15 @@ experts that the router chose for each, and their shares. transformers describes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
+from transformers.integrations import moe
 
 # Modules of this form that transformers does not describe.
 _UNDESCRIBED = {
@@ -53,8 +55,15 @@ class Routing:
 
 
 def experts_per_token(config: Any) -> int:
-    """How many the router chooses, by the config of the text model; 1 where it does not say."""
-    return next((getattr(config, name) for name in _CHOSEN if isinstance(getattr(config, name, None), int)), 1)
+    """How many the router chooses, by the config of the text model; of numbers by layer the largest; 1 where it does
+    not say."""
+    for name in _CHOSEN:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+        if isinstance(value, list | tuple) and value and all(isinstance(one, int) for one in value):
+            return max(value)
+    return 1
 
 
 def ends_of(keys: Tensor, count: int) -> Tensor:
@@ -96,6 +105,12 @@ class ExpertsLayout:
         """[E, C_out, C_in], a view."""
         stored: Tensor = getattr(self.module, name)[: self.experts]
         return stored.transpose(-1, -2) if self.is_transposed else stored
+
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, index and shares of a call of the module, whichever of them it names."""
+        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
+        _, hidden, index, shares = bound.arguments.values()
+        return hidden, index, shares
 
     def dense_product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         return grouped_mm(rows, self.weight(name).transpose(-1, -2), offs=ends)
@@ -169,13 +184,19 @@ class _Described(Protocol):
     has_gate: bool
 
 
+def _is_described(module: nn.Module) -> bool:
+    """Whether transformers says what the module computes: a subclass with another forward has the words too."""
+    has_words = all(hasattr(module, name) for name in ("is_transposed", "has_bias", "has_gate"))
+    return has_words and getattr(type(module).forward, "__globals__", None) is vars(moe)
+
+
 def layout_of(module: nn.Module) -> ExpertsLayout | None:
     """Of a module that holds fused experts and is called as (tokens, index, shares); None for any other."""
     three = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
     up = next((name for name in ("gate_up_proj", "up_proj") if name in three), None)
     if up is None or "down_proj" not in three:
         return None
-    if hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "has_gate"):
+    if _is_described(module):
         described: _Described = module  # type: ignore[assignment]
         norm = bool(getattr(module, "has_post_expert_norm", False))
         return ExpertsLayout(module, up, "down_proj", described.is_transposed, described.has_bias, norm)

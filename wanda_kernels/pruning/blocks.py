@@ -45,8 +45,6 @@ def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
             computed from others (parametrisations, weight norm), weights shared between layers, dtypes that the
             kernels do not know, weights that are not on one device, blocks that are wrapped one by one.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a model of transformers, got a {type(model).__name__}")
     model = unwrapped(model)
     if isinstance(model, _WRAPPERS):
         raise ValueError(f"{type(model).__name__} wraps the model: give the model inside it (its module)")
@@ -73,7 +71,10 @@ def find_blocks(model: nn.Module, meta: bool = False) -> list[Block]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile(model)``: the names of its layers are those of its files."""
+    """The model inside ``torch.compile(model)``: the names of its layers are those of its files. Raises TypeError for
+    what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a model of transformers, got a {type(model).__name__}")
     while _COMPILED in model._modules:
         model = model.get_submodule(_COMPILED)
     return model

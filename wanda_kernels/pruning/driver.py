@@ -74,6 +74,15 @@ def check_blocks(blocks: list[Block], spec: PruneSpec) -> None:
                 raise ValueError(
                     f"{block.name}.{name} {list(parameter.shape)} would stay dense, which require_all forbids"
                 )
+    if spec.experts == "all":  # found when its block is reached, the blocks before would be pruned by then
+        for block in blocks:
+            for name, adapter in block.experts.items():
+                if adapter.only_routed is not None:
+                    module = block.module.get_submodule(name.rstrip("."))
+                    raise ValueError(
+                        f"experts must be 'routed' for {type(module).__name__} ({block.name}.{name.rstrip('.')}): "
+                        f"{adapter.only_routed}"
+                    )
     for name, matrix in matrices_of(blocks).items():
         spec.check_weight(name, matrix.weight)
         reason = what_it_computes(matrix.module)

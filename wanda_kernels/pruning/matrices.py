@@ -97,6 +97,10 @@ class Watching:
 class ExpertsAdapter(Protocol):
     """How the inputs of a module's fused experts are seen."""
 
+    @property
+    def only_routed(self) -> str | None:
+        """Why tokens that went to other experts cannot be told; None where they can."""
+
     def matrices(self, name: str) -> dict[str, Matrix]:
         """By their names; ``name``: of the module, with a dot behind it."""
 
@@ -109,6 +113,7 @@ class RoutedExperts:
     """Experts that are called as (tokens, index, shares): nearly all."""
 
     layout: ExpertsLayout
+    only_routed: str | None = None
 
     def matrices(self, name: str) -> dict[str, Matrix]:
         layout = self.layout
@@ -120,7 +125,7 @@ class RoutedExperts:
         layout = self.layout
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden, index, shares = (*args, *kwargs.values())
+            hidden, index, shares = layout.arguments(args, kwargs)
             tokens = hidden.shape[0]
             routing = Routing.of(index, layout.experts)
             ends = routing.ends_by_sequence(tokens, watching.sequences)
@@ -155,6 +160,7 @@ class AllTokensExperts:
     """Llama 4's: each expert gets all tokens, scaled by the router's share: 0 for those that went elsewhere."""
 
     module: Any
+    only_routed: str | None = "it gets tokens scaled by their shares, and of those that went elsewhere nothing is left"
 
     def matrices(self, name: str) -> dict[str, Matrix]:
         return {
@@ -166,11 +172,6 @@ class AllTokensExperts:
     def watched(self, name: str, watching: Watching) -> Iterator[None]:
         module, sequences = self.module, watching.sequences
         experts = module.down_proj.shape[0]
-        if watching.every:
-            raise ValueError(
-                f"experts must be 'routed' for {type(module).__name__}: it gets tokens scaled by their shares, and of "
-                "those that went elsewhere nothing is left"
-            )
 
         def tell(one: str, x: Tensor, is_routed: Tensor) -> None:
             length = x.shape[1] // sequences
@@ -179,14 +180,14 @@ class AllTokensExperts:
             watching.watcher.rows(name + one, Rows(x.reshape(-1, x.shape[-1]), ends, range(experts), tokens))
             watching.watcher.all_rows(name + one)
 
-        def forward(hidden: Tensor) -> Tensor:
-            x = hidden.view(experts, -1, hidden.shape[-1])
+        def forward(hidden_states: Tensor) -> Tensor:
+            x = hidden_states.view(experts, -1, hidden_states.shape[-1])
             is_routed = (x != 0).any(dim=-1)
             tell("gate_up_proj", x, is_routed)
             gate, up = torch.bmm(x, module.gate_up_proj).chunk(2, dim=-1)
             inner = up * module.act_fn(gate)
             tell("down_proj", inner, is_routed)
-            return torch.bmm(inner, module.down_proj).view(-1, hidden.shape[-1])
+            return torch.bmm(inner, module.down_proj).view(-1, hidden_states.shape[-1])
 
         with stand_ins([(module, forward)]):
             yield
@@ -198,6 +199,7 @@ class SortedExperts:
     router that sorted them."""
 
     module: Any
+    only_routed: str | None = "it sorts its tokens itself"
 
     def matrices(self, name: str) -> dict[str, Matrix]:
         layers = {one: getattr(self.module, one) for one in ("input_linear", "output_linear")}
@@ -205,8 +207,6 @@ class SortedExperts:
 
     @contextmanager
     def watched(self, name: str, watching: Watching) -> Iterator[None]:
-        if watching.every:
-            raise ValueError(f"experts must be 'routed' for {type(self.module).__name__}: it sorts its tokens itself")
         sorting: list[Tensor] = []  # the token of each row
         tokens: list[int] = []  # how many there are
 

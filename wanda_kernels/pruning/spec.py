@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -39,6 +40,14 @@ class SpecArguments(TypedDict, total=False):
     block_size: int | None
     damping: float | None
     ria_power: float | None
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises ValueError where nothing can be counted with ``value``: whole, at least 1, in 63 bits."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not 1 <= value <= sys.maxsize:
+        limit = f", at most {sys.maxsize}" if is_whole and value > 1 else ""
+        raise ValueError(f"{name} must be a whole number, at least 1{limit}, got {value!r}")
 
 
 @dataclass(frozen=True, init=False)
@@ -129,12 +138,11 @@ class PruneSpec:
             owl.check(share)
         if propagate not in PROPAGATE:
             raise ValueError(f"propagate must be one of {', '.join(PROPAGATE)}, got '{propagate}'")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size}")
+        if batch_size is not None:
+            check_whole("batch_size", batch_size)
         if experts not in EXPERTS:
             raise ValueError(f"experts must be one of {', '.join(EXPERTS)}, got '{experts}'")
-        if not isinstance(min_tokens, int) or min_tokens < 1:
-            raise ValueError(f"min_tokens must be a whole number, at least 1, got {min_tokens}")
+        check_whole("min_tokens", min_tokens)
         values = (
             method, share, parsed, owl, propagate, batch_size, bool(exact_error), bool(fuse_statistics), experts,
             min_tokens, bool(require_all),
