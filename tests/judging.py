@@ -12,7 +12,7 @@ import torch
 from strategies import same_bits
 from torch import Tensor
 
-from wanda_kernels.packed import PackedLinear
+from wanda_kernels.packed.weight import PackedWeight
 
 KINDS = {
     "F64": torch.float64,
@@ -174,7 +174,7 @@ def _check_tensors(model: torch.nn.Module, state: dict[str, Tensor], held: dict[
 
 def _check_packed(model: torch.nn.Module, held: dict[str, Tensor]) -> None:
     for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedWeight):
             dense = unpack(held, name, layer.in_features)
             if not same_bits(layer.unpacked(), dense.to(layer.weight.dtype)):
                 raise Broken(f"{name} unpacks to another weight than the file holds")

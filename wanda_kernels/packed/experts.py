@@ -164,6 +164,8 @@ def _copy_as(kind: Any, module: nn.Module) -> Any:
     made.__dict__.update(module.__dict__)
     for held in ("_parameters", "_buffers", "_modules"):
         made.__dict__[held] = dict(module.__dict__[held])
+    for wrapped in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, around the forward of the other
+        made.__dict__.pop(wrapped, None)
     return made
 
 
