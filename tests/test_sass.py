@@ -34,8 +34,10 @@ def check_bars(table: list[dict[str, str]]) -> None:
         # Spills of a few bytes, once a row, cost less than a smaller block would.
         assert int(row["local_bytes"]) <= 16, row
         if any(part in row["kernel"] for part in HOT):
-            # One load of a single norm, of a listed element, is merged into lines that are not in FEW.
-            assert int(row["global_all"]) - int(row["global_128"]) <= 1, row
+            # One load of a single norm, of a listed element, is merged into lines that are not in FEW; a program of
+            # segments loads where its rows begin and end, and whose they are.
+            few = 3 if row["kernel"].startswith("segment_sqnorm_kernel") else 1
+            assert int(row["global_all"]) - int(row["global_128"]) <= few, row
     for kernel, bar in (
         ("rows_kernel<bfloat16, 16, prune, staged>", 25),
         ("nm_kernel<bfloat16, 4, 2, prune>", 12),
