@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wanda_kernels import prune
-from wanda_kernels.models.experts import Routing, layout_of
+from wanda_kernels.models.experts import AllTokensLayout, Routing, layout_of
 from wanda_kernels.pruning.blocks import find_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,6 +109,12 @@ def test_the_stand_in_computes_what_the_module_does(family, dtype):
             continue
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(17, 64, generator=generator).to(dtype)
+        if isinstance(layout, AllTokensLayout):
+            for_each = torch.cat([hidden * (torch.rand(17, 1, generator=generator) > 0.5)] * layout.experts)
+            with torch.no_grad():
+                got = layout.call([for_each], {}, layout.dense_product)
+                torch.testing.assert_close(got, module(for_each))
+            continue
         index = torch.stack([torch.randperm(layout.experts, generator=generator)[:2] for _ in range(17)])
         shares = torch.rand(17, 2, generator=generator).to(dtype)
         with torch.no_grad():

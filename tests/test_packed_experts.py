@@ -37,15 +37,15 @@ FAMILIES = {
     | {"layers_block_type": ["attention", "moe", "attention", "moe"], "num_hidden_layers": 4, "head_dim": 16,
        "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64, "mamba_num_heads": 4,
        "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
+    "llama4_text": MOE | {"intermediate_size_mlp": 64, "head_dim": 16, "interleave_moe_layer_step": 1},  # all tokens
     "longcat_flash": ROUTED  # more weights than experts, some of which hand on
     | {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
        "expert_ffn_hidden_size": 64, "ffn_hidden_size": 128, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 2,
        "num_key_value_heads": 4, "head_dim": 16},
 }  # fmt: skip
-NAMES = {
-    "mixtral": "model.layers.1.mlp.experts", "qwen3_moe": "model.layers.1.mlp.experts",
-    "gpt_oss": "model.layers.1.mlp.experts", "deepseek_v3": "model.layers.1.mlp.experts",
-    "nemotron_h": "model.layers.1.mixer.experts", "longcat_flash": "model.layers.0.mlp.experts",
+NAMES = dict.fromkeys(FAMILIES, "model.layers.1.mlp.experts") | {
+    "nemotron_h": "model.layers.1.mixer.experts", "llama4_text": "model.layers.1.feed_forward.experts",
+    "longcat_flash": "model.layers.0.mlp.experts",
 }  # fmt: skip
 
 
@@ -159,12 +159,12 @@ def test_what_stays_dense_is_named(monkeypatch):
     report = compress(of)
     assert report.dense["model.layers.0.mlp.experts.down_proj"] == "it has hooks, which would be lost"
     torch.testing.assert_close(logits(of), expected, rtol=0, atol=1e-5)
-    llama4 = tiny.model("llama4_text", **MOE | {"intermediate_size_mlp": 64, "head_dim": 16})
-    prune(llama4, method="magnitude", sparsity=0.5)
-    report = compress(llama4)
-    experts = {name: reason for name, reason in report.dense.items() if "experts" in name}
-    assert set(experts.values()) == {"experts of a Llama4TextExperts are not packed"}
-    assert dense_layers(llama4) == experts
+    jetmoe = tiny.model("jetmoe", **tiny.EXPERTS["jetmoe"])
+    prune(jetmoe, method="magnitude", sparsity=0.5)
+    report = compress(jetmoe)
+    experts = {name: reason for name, reason in report.dense.items() if name.endswith("put_linear")}
+    assert set(experts.values()) == {"experts of a JetMoeParallelExperts are not packed"}
+    assert dense_layers(jetmoe) == report.dense
     monkeypatch.setattr(format, "MOST_VALUES", 20000)
     of = pruned("mixtral")
     assert compress(of).dense == {

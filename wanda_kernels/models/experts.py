@@ -23,6 +23,8 @@ _UNDESCRIBED = {
     "transformers.models.step3p7.modeling_step3p7.Step3p7Experts",
 }
 
+_LLAMA4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
+
 # What configurations call the number of experts that the router chooses for a token.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 
@@ -82,6 +84,8 @@ class ExpertsLayout:
         has_bias: ``{up}_bias`` and ``{down}_bias`` [E, C_out] are added.
         has_norm: ``post_expert_norm`` follows each expert.
         adds_in_turn: outputs are added expert by expert in the tokens' type, as the module itself does it.
+        kind: the class whose forward says what the arguments are called; None: the module's.
+        count: of experts, where the module does not hold the parameters that tell it (they are packed).
     """
 
     module: Any
@@ -91,11 +95,13 @@ class ExpertsLayout:
     has_bias: bool = False
     has_norm: bool = False
     adds_in_turn: bool = False
+    kind: type[nn.Module] | None = None
+    count: int | None = None
 
     @property
     def experts(self) -> int:
         """Those that compute; a router may also choose others, that hand their input on."""
-        return int(getattr(self.module, self.down).shape[0])
+        return int(getattr(self.module, self.down).shape[0]) if self.count is None else self.count
 
     @property
     def names(self) -> Sequence[str]:
@@ -108,9 +114,15 @@ class ExpertsLayout:
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, index and shares of a call of the module, whichever of them it names."""
-        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
-        _, hidden, index, shares = bound.arguments.values()
+        if kwargs:  # looking names up takes as long as a small product
+            own_forward = (self.kind or type(self.module)).forward
+            args = [*inspect.signature(own_forward).bind(self.module, *args, **kwargs).arguments.values()][1:]
+        hidden, index, shares = args
         return hidden, index, shares
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any], product: Product) -> Tensor:
+        """What the module gives, as it is called."""
+        return self.forward(*self.arguments(args, kwargs), product)
 
     def dense_product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         return grouped_mm(rows, self.weight(name).transpose(-1, -2), offs=ends)
@@ -178,6 +190,28 @@ class ExpertsLayout:
         return hasattr(self.module, "identity_expert")
 
 
+@dataclass(frozen=True)
+class AllTokensLayout(ExpertsLayout):
+    """Llama 4's: called with all tokens for each expert, [E * tokens, C_in], scaled by the router's shares: 0 for those
+    that went elsewhere, which give 0."""
+
+    is_transposed: bool = True
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any], product: Product) -> Tensor:
+        (hidden,) = (*args, *kwargs.values())
+        is_routed = self.routed(hidden)
+        rows = hidden[is_routed.view(-1)]
+        ends = is_routed.sum(dim=1).cumsum(0).int()
+        gate, up = product(self.up, rows, ends).chunk(2, dim=-1)
+        out = torch.zeros_like(hidden)
+        out[is_routed.view(-1)] = product(self.down, up * self.module.act_fn(gate), ends)
+        return out
+
+    def routed(self, hidden: Tensor) -> Tensor:
+        """[E, tokens] bool: which tokens an expert really gets."""
+        return (hidden != 0).any(dim=-1).view(self.experts, -1)
+
+
 class _Described(Protocol):
     is_transposed: bool
     has_bias: bool
@@ -191,7 +225,7 @@ def _is_described(module: nn.Module) -> bool:
 
 
 def layout_of(module: nn.Module) -> ExpertsLayout | None:
-    """Of a module that holds fused experts and is called as (tokens, index, shares); None for any other."""
+    """Of a module that holds fused experts of a known form; None for any other."""
     three = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
     up = next((name for name in ("gate_up_proj", "up_proj") if name in three), None)
     if up is None or "down_proj" not in three:
@@ -200,6 +234,7 @@ def layout_of(module: nn.Module) -> ExpertsLayout | None:
         described: _Described = module  # type: ignore[assignment]
         norm = bool(getattr(module, "has_post_expert_norm", False))
         return ExpertsLayout(module, up, "down_proj", described.is_transposed, described.has_bias, norm)
-    if f"{type(module).__module__}.{type(module).__qualname__}" in _UNDESCRIBED:
-        return ExpertsLayout(module, up, "down_proj", adds_in_turn=True)
-    return None
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if kind == _LLAMA4:
+        return AllTokensLayout(module, up, "down_proj")
+    return ExpertsLayout(module, up, "down_proj", adds_in_turn=True) if kind in _UNDESCRIBED else None

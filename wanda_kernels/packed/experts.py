@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -73,17 +73,6 @@ class PackedStack(PackedWeight):
         return f"experts={self.experts}, {super().extra_repr()}"
 
 
-@dataclass(frozen=True)
-class _PackedLayout(ExpertsLayout):
-    """Of a module without the parameters that told how many experts there are."""
-
-    count: int = 0
-
-    @property
-    def experts(self) -> int:
-        return self.count
-
-
 class PackedExperts(nn.Module):
     """In the place of a module of fused experts, whose class it extends: the same, but for weights that are packed and
     a forward that multiplies with them, whatever ``experts_implementation`` the model has.
@@ -102,8 +91,7 @@ class PackedExperts(nn.Module):
         layout, experts = layout_of(module), cast(Any, type(module))
         assert layout is not None
         packed: Any = _copy_as(packed_class(experts), module)
-        described = {**vars(layout), "module": packed, "count": layout.experts}
-        packed.layout = _PackedLayout(**described)
+        packed.layout = dataclasses.replace(layout, module=packed, kind=experts, count=layout.experts)
         packed._is_hf_initialized = True  # or transformers would look for what is packed, to fill it
         return cast(PackedExperts, packed)
 
@@ -133,9 +121,8 @@ class PackedExperts(nn.Module):
         return dense
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """(tokens, chosen experts, their shares), by position or as the class calls them."""
-        hidden, index, shares = (*args, *kwargs.values())
-        return self.layout.forward(hidden, index, shares, self._product)
+        """As the class is called."""
+        return self.layout.call(args, kwargs, self._product)
 
     def _product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         stack = self.stack_of(name)

@@ -60,7 +60,7 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
         format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap.
 
     A layer that would not shrink, or that is not a plain ``nn.Linear`` (a subclass, one with hooks), stays dense, and
-    so do experts of a form of their own (Llama 4, JetMoE); the report says why. ``model.save_pretrained`` then writes
+    so do experts of a form of their own (JetMoE); the report says why. ``model.save_pretrained`` then writes
     a packed checkpoint, which ``from_pretrained`` loads after ``import wanda_kernels``.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..models.experts import ExpertsLayout, Routing, ends_of, layout_of
+from ..models.experts import AllTokensLayout, ExpertsLayout, Routing, ends_of, layout_of
 from .stand_ins import stand_ins
 
 
@@ -108,6 +108,10 @@ class ExpertsAdapter(Protocol):
         """Inside, the experts' inputs are told, and outputs are the module's own."""
 
 
+def _matrices_of(layout: ExpertsLayout, name: str) -> dict[str, Matrix]:
+    return {name + one: Matrix(layout.module, one, layout.is_transposed, layout.experts) for one in layout.names}
+
+
 @dataclass(frozen=True)
 class RoutedExperts:
     """Experts that are called as (tokens, index, shares): nearly all."""
@@ -116,9 +120,7 @@ class RoutedExperts:
     only_routed: str | None = None
 
     def matrices(self, name: str) -> dict[str, Matrix]:
-        layout = self.layout
-        found = [Matrix(layout.module, one, layout.is_transposed, layout.experts) for one in layout.names]
-        return {name + one: matrix for one, matrix in zip(layout.names, found, strict=True)}
+        return _matrices_of(self.layout, name)
 
     @contextmanager
     def watched(self, name: str, watching: Watching) -> Iterator[None]:
@@ -159,19 +161,16 @@ class RoutedExperts:
 class AllTokensExperts:
     """Llama 4's: each expert gets all tokens, scaled by the router's share: 0 for those that went elsewhere."""
 
-    module: Any
+    layout: AllTokensLayout
     only_routed: str | None = "it gets tokens scaled by their shares, and of those that went elsewhere nothing is left"
 
     def matrices(self, name: str) -> dict[str, Matrix]:
-        return {
-            name + one: Matrix(self.module, one, is_transposed=True, experts=self.module.down_proj.shape[0])
-            for one in ("gate_up_proj", "down_proj")
-        }
+        return _matrices_of(self.layout, name)
 
     @contextmanager
     def watched(self, name: str, watching: Watching) -> Iterator[None]:
-        module, sequences = self.module, watching.sequences
-        experts = module.down_proj.shape[0]
+        layout, sequences = self.layout, watching.sequences
+        module, experts = layout.module, layout.experts
 
         def tell(one: str, x: Tensor, is_routed: Tensor) -> None:
             length = x.shape[1] // sequences
@@ -182,7 +181,7 @@ class AllTokensExperts:
 
         def forward(hidden_states: Tensor) -> Tensor:
             x = hidden_states.view(experts, -1, hidden_states.shape[-1])
-            is_routed = (x != 0).any(dim=-1)
+            is_routed = layout.routed(hidden_states)
             tell("gate_up_proj", x, is_routed)
             gate, up = torch.bmm(x, module.gate_up_proj).chunk(2, dim=-1)
             inner = up * module.act_fn(gate)
@@ -234,15 +233,16 @@ class SortedExperts:
             yield
 
 
+_SORTED = {f"transformers.models.jetmoe.modeling_jetmoe.{name}" for name in ("JetMoeMoE", "JetMoeMoA")}
+
+
 def adapter_of(module: nn.Module) -> ExpertsAdapter | None:
     """Of a module that holds fused experts whose inputs can be seen; None for any other."""
     layout = layout_of(module)
     if layout is not None:
-        return RoutedExperts(layout)
+        return AllTokensExperts(layout) if isinstance(layout, AllTokensLayout) else RoutedExperts(layout)
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if kind == "transformers.models.llama4.modeling_llama4.Llama4TextExperts":
-        return AllTokensExperts(module)
-    if kind.startswith("transformers.models.jetmoe.modeling_jetmoe.JetMoeMo"):  # MoE, and MoA: of attention
+    if kind in _SORTED:
         return SortedExperts(module)
     return None
 
