@@ -9,7 +9,9 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_configs import tiny_config
 from wanda_kernels import prune
 from wanda_kernels.models.experts import Routing, layout_of
 from wanda_kernels.pruning.blocks import find_blocks
@@ -338,3 +340,15 @@ def test_what_is_compiled_in_place_gives_the_same(part):
         prune(of, tiny.ids(), sparsity=0.5)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))
     assert compiled.get_submodule(part)._compiled_call_impl is not None
+
+
+def test_all_layers_of_a_router_stay_dense():
+    """Zaya's is an MLP, and has an output more than there are experts."""
+    with torch.device("meta"):
+        of = AutoModelForCausalLM.from_config(tiny_config("zaya"))
+    blocks = find_blocks(of, meta=True)
+    routers = {
+        name for name, _ in blocks[0].module.named_parameters() if "mlp.gate." in name and name.endswith("weight")
+    }
+    assert {name for name in routers if "proj" in name} <= set(blocks[0].dense)
+    assert not any(name.startswith("mlp.gate.") for block in blocks for name in block.matrices)
