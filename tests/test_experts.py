@@ -9,7 +9,9 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_configs import tiny_config
 from wanda_kernels import prune
 from wanda_kernels.models.experts import AllTokensLayout, Routing, layout_of
 from wanda_kernels.pruning.blocks import find_blocks
@@ -201,6 +203,29 @@ def test_all_tokens_through_every_expert():
     assert torch.equal(*attention)
 
 
+def test_all_tokens_go_through_idle_experts_too():
+    """Their norms are their own: those of the others' inputs would be what ``all`` is to do without."""
+    of = model("mixtral")
+    of.model.layers[0].mlp.gate.register_forward_hook(lambda _m, _x, out: (*out[:2], out[2].clamp(max=2)))
+    whole = copy.deepcopy(of)
+    seen = []
+    handle = whole.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        whole(input_ids=tiny.ids(), use_cache=False)
+    handle.remove()
+    report = prune(of, tiny.ids(), sparsity=0.5, experts="all")
+    layer = next(layer for layer in report.layers if layer.name == "model.layers.0.mlp.experts.down_proj")
+    assert layer.tokens[3] == 0
+    assert layer.pooled == []
+    experts = whole.model.layers[0].mlp.experts
+    gate, up = (seen[0] @ experts.gate_up_proj[3].t()).detach().chunk(2, dim=-1)
+    norm = (experts.act_fn(gate) * up).double().square().sum(dim=0).sqrt().float()
+    weight = experts.down_proj[3].detach()
+    lowest = torch.sort(weight.abs() * norm, dim=1, stable=True).indices[:, :48]
+    mask = torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, lowest, True)
+    assert torch.equal(of.model.layers[0].mlp.experts.down_proj[3] == 0, mask)
+
+
 def test_all_tokens_have_the_norm_of_all_tokens():
     of = model("mixtral")
     whole = copy.deepcopy(of)
@@ -224,6 +249,7 @@ def test_all_tokens_have_the_norm_of_all_tokens():
         ("llama", {"min_tokens": 8}, "min_tokens is for models with fused experts"),
         ("mixtral", {"experts": "some"}, "experts must be one of routed, all, got 'some'"),
         ("mixtral", {"min_tokens": 0}, "min_tokens must be a whole number, at least 1, got 0"),
+        ("mixtral", {"experts": "all", "min_tokens": 8}, "min_tokens is for experts 'routed', got 8"),
         ("mixtral", {"min_tokens": True}, "min_tokens must be a whole number, at least 1, got True"),
         (
             "mixtral",
@@ -320,3 +346,12 @@ def test_what_is_compiled_in_place_gives_the_same(part):
         prune(of, tiny.ids(), sparsity=0.5)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))
     assert compiled.get_submodule(part)._compiled_call_impl is not None
+
+
+def test_all_layers_of_a_router_stay_dense():
+    """Zaya's is an MLP, and has an output more than there are experts."""
+    with torch.device("meta"):
+        of = AutoModelForCausalLM.from_config(tiny_config("zaya"))
+    blocks = find_blocks(of, meta=True)
+    assert {"mlp.gate.down_proj.weight", "mlp.gate.router_mlp.out_proj.weight"} <= set(blocks[0].dense)
+    assert not any(name.startswith("mlp.gate.") for block in blocks for name in block.matrices)

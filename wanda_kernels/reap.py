@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -168,7 +169,8 @@ def _count_to_drop(config: Any, experts: int, share: float, named: str) -> int:
 
 def check_share(name: str, share: Any) -> None:
     """Raises ValueError where ``share`` is no number in (0, 1)."""
-    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:
+    is_number = isinstance(share, Real) and not isinstance(share, bool)
+    if not is_number or not 0 < share < 1:
         raise ValueError(f"{name} must be in (0, 1), got {share!r}")
 
 

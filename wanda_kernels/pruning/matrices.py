@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -293,10 +293,18 @@ class Block:
             yield
 
 
-def is_router(name: str, linear: nn.Linear, matrices: dict[str, Matrix]) -> bool:
-    """Whether a layer inside a block chooses among experts: it is called so, and has an output for each."""
+_ROUTERS = {"router", "gate", "classifier"}
+
+
+def is_router(name: str, linear: nn.Linear, matrices: dict[str, Matrix], experts: Iterable[str]) -> bool:
+    """Whether a layer inside a block chooses among experts: it is called so and has an output for each, or is a part of
+    a module beside them that is called so. ``experts``: the names of their modules, with a dot behind."""
+    parts = name.split(".")
     counts = {n for m in matrices.values() if m.experts is not None for n in (m.experts, m.stored.shape[0])}
-    return linear.out_features in counts and not {"router", "gate", "classifier"}.isdisjoint(name.split("."))
+    homes = {module.rstrip(".").rpartition(".")[0] for module in experts}
+    around = [place for place, part in enumerate(parts[:-1]) if part in _ROUTERS]
+    is_inside = any(".".join(parts[:place]) in homes for place in around)
+    return is_inside or (linear.out_features in counts and not _ROUTERS.isdisjoint(parts))
 
 
 def matrices_in(module: nn.Module) -> tuple[dict[str, Matrix], dict[str, ExpertsAdapter]]:
@@ -315,5 +323,5 @@ def matrices_in(module: nn.Module) -> tuple[dict[str, Matrix], dict[str, Experts
         elif type(child) is Conv1D:
             matrices[name] = Matrix(child, is_transposed=True)
     linears = {name: m.module for name, m in matrices.items() if isinstance(m.module, nn.Linear)}
-    routers = [name for name, linear in linears.items() if is_router(name, linear, matrices)]
+    routers = [name for name, linear in linears.items() if is_router(name, linear, matrices, experts)]
     return {name: matrix for name, matrix in matrices.items() if name not in routers}, experts

@@ -73,8 +73,8 @@ class PruneSpec:
         owl: an :class:`Owl`, or True for its defaults: blocks with more outliers keep more (a dense pass more).
         experts: ``"routed"``: an expert's statistics come from the tokens that the router sends it; ``"all"``: from
             every token (the outputs stay the routed ones; a pass over all experts more).
-        min_tokens: experts with fewer tokens than this take their layer's norms, the mean over its experts; 1: only
-            idle ones. The report names them.
+        min_tokens: (``"routed"``) experts with fewer tokens than this take their layer's norms, the mean over its
+            experts; 1: only idle ones. The report names them.
         require_all: refuse models with tensors that would stay dense in their blocks, as routers and convolutions.
         group: (wanda, magnitude, ria, sparsegpt without update) what weights are compared with: ``"row"``,
             ``"layer"``, ``"column"``, or ``"row:N"``, ``"column:N"`` for N neighbours together.
@@ -143,6 +143,8 @@ class PruneSpec:
         if experts not in EXPERTS:
             raise ValueError(f"experts must be one of {', '.join(EXPERTS)}, got '{experts}'")
         check_whole("min_tokens", min_tokens)
+        if experts == "all" and min_tokens != 1:
+            raise ValueError(f"min_tokens is for experts 'routed', got {min_tokens}: with 'all' each gets every token")
         values = (
             method, share, parsed, owl, propagate, batch_size, bool(exact_error), bool(fuse_statistics), experts,
             min_tokens, bool(require_all),

@@ -39,7 +39,7 @@ class BlockStatistics:
         plan: what a run of a block of this kind has shown.
         grams: also accumulate the Hessian of each distinct input, in the same pass.
         every: experts count every token, and not only those that the router sends them.
-        min_tokens: experts that got fewer take the mean over their layer's experts.
+        min_tokens: experts that got fewer take the mean over their layer's experts, unless they count every token.
     """
 
     def __init__(
@@ -218,9 +218,10 @@ class BlockStatistics:
                 inputs = LayerInputs(norm, self._hessians[name] if self._hessians is not None else None)
                 if name in self._tokens:
                     inputs.tokens = self._tokens[name].sum(dim=0)
-                    if not int(inputs.tokens.sum()):
-                        raise ValueError(f"{self._block.name}.{name}: no token was routed to any of its experts")
-                    inputs.pool(self._min_tokens)
+                    if not self._every:  # else the norms of idle ones are their own, of all tokens
+                        if not int(inputs.tokens.sum()):
+                            raise ValueError(f"{self._block.name}.{name}: no token was routed to any of its experts")
+                        inputs.pool(self._min_tokens)
                 by_source[name] = inputs
         return {name: by_source[source] for name, source in self.source.items()}
 
