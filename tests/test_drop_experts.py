@@ -134,12 +134,12 @@ def test_command(work, tmp_path, capsys):
 
 def test_dropped_and_pruned_in_one_run(work, tmp_path, capsys):
     out = tmp_path / "pruned"
-    options = ["--drop-experts", "0.25", "--min-tokens", "1000", "--experts", "all"]
+    options = ["--drop-experts", "0.25", "--min-tokens", "1000"]
     code, stdout, _ = call(capsys, "prune", work / "model", "--out", out, *options, *calibrated(work))
     assert code == 0
     assert "pooled norms (fewer than 1000 tokens): 12 experts of 4 layers" in " ".join(stdout.split())
     report = json.loads((out / "pruning_report.json").read_text())
-    assert (report["experts"], report["min_tokens"]) == ("all", 1000)
+    assert (report["experts"], report["min_tokens"]) == ("routed", 1000)
     assert {tuple(layer["shape"]) for layer in report["layers"] if layer["tokens"]} == {(3, 192, 64), (3, 64, 96)}
     assert report["dense"].keys() == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
     assert AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == 3
