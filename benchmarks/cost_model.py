@@ -163,7 +163,11 @@ def predicted_table() -> str:
 
 
 def render(text: str) -> str:
-    bodies = {"measured": recorded("cost_model", measured_table), "streamed": recorded("streaming", streamed_table)}
+    bodies = {
+        "measured": recorded("cost_model", measured_table),
+        "streamed": recorded("streaming", streamed_table),
+        "streamed experts": recorded("streaming-experts", streamed_table),
+    }
     for name, body in (bodies | {"predicted": predicted_table()}).items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
