@@ -14,8 +14,8 @@ from . import _checks
 
 __all__ = [
     "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_",
-    "prune_pack_24", "prune_rows_", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_experts",
-    "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
+    "prune_pack_24", "prune_rows_", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm",
+    "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
 ]  # fmt: skip
 
 
@@ -127,13 +127,13 @@ def refine_rows_from(
     if sums is not None:
         sums[:, 0] = error
     kept_cost, pruned_cost = squares * (0.5 * (1 + damping)), squares * (0.5 * (1 - damping))
-    left = torch.arange(len(w), device=w.device) if w.shape[1] else swaps.new_zeros(0).long()
+    left = torch.arange(len(w), device=w.device)
 
     def moved(c: Tensor, column: Tensor, sign: int) -> Tensor:
         """c where that column of each row left is pruned (1) or no longer (-1)."""
         return c + sign * w[left].gather(1, column[:, None]) * gram[column].double()
 
-    for _ in range(most):
+    for _ in range(most if w.numel() else 0):
         own, pruned, before = w[left], mask[left], c[left]
         gain, u = _least(pruned_cost[left] - own * before, pruned)
         after = moved(before, u, -1)

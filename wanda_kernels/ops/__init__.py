@@ -34,6 +34,6 @@ from .sqnorm import add_sqnorm_
 
 __all__ = [
     "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_",
-    "prune_pack_24", "prune_rows_", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_experts",
-    "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
+    "prune_pack_24", "prune_rows_", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm",
+    "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
 ]  # fmt: skip
