@@ -307,24 +307,24 @@ struct RefinedRow {
     }
   }
 
-  // The best pair of each group, `sweeps` times. `blocks`: [cols, m], G inside the groups.
-  void refine_groups(const float* blocks) {
+  // The best pair of each group, `sweeps` times.
+  void refine_groups() {
     for (int64_t sweep = 0; sweep < p.sweeps; ++sweep) {
       const int32_t before = swaps;
-      for (int64_t begin = 0; begin < p.cols; begin += p.m) refine_group(begin, blocks + begin * p.m);
+      for (int64_t begin = 0; begin < p.cols; begin += p.m) refine_group(begin);
       if (swaps == before) return;
     }
   }
 
-  void refine_group(int64_t begin, const float* block) {
+  void refine_group(int64_t begin) {
     double best = kNone;
     int64_t best_u = 0, best_v = 0;
     for (int64_t u = begin; u < begin + p.m; ++u) {
       if (!mask[u]) continue;
       const double gain = buffer.unpruning[u] - weight(u) * c[u];
-      const float* gram_u = block + (u - begin) * p.m;
+      const float* gram_u = gram(u);
       for (int64_t v = begin; v < begin + p.m; ++v) {
-        const double after = c[v] - weight(u) * static_cast<double>(gram_u[v - begin]);
+        const double after = c[v] - weight(u) * static_cast<double>(gram_u[v]);
         const double half = gain + (buffer.pruning[v] + weight(v) * after);
         if (half < best) {
           best = half;
@@ -350,10 +350,6 @@ struct RefinedRow {
 template <class Vector, Dtype dtype>
 void refine_rows(const RefineParams& p, int64_t begin, int64_t end) {
   RefineBuffer buffer(p.cols);
-  float* blocks = p.m > 0 ? new float[static_cast<size_t>(p.cols * p.m)] : nullptr;
-  for (int64_t k = 0; k < p.cols && blocks != nullptr; ++k) {
-    for (int64_t i = 0; i < p.m; ++i) blocks[k * p.m + i] = p.gram[k * p.cols + k / p.m * p.m + i];
-  }
   for (int64_t first = begin; first < end; first += kRefineRows) {
     const int64_t count = end - first < kRefineRows ? end - first : kRefineRows;
     gram_products<Vector, dtype>(p, first, count, buffer);
@@ -363,8 +359,8 @@ void refine_rows(const RefineParams& p, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < p.cols; ++j) refined.set(j, refined.mask[j]);
       refined.error = refined.pruned_error();
       if (p.sums != nullptr) p.sums[2 * row] = refined.error;
-      if (blocks != nullptr) {
-        refined.refine_groups(blocks);
+      if (p.m > 0) {
+        refined.refine_groups();
       } else {
         refined.refine();
       }
@@ -372,7 +368,6 @@ void refine_rows(const RefineParams& p, int64_t begin, int64_t end) {
       p.swaps[row] = refined.swaps;
     }
   }
-  delete[] blocks;
 }
 
 template <class Vector>
