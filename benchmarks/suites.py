@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from benchmarks import end_to_end, experts, generate, operators, products, scaling, shapes
+from benchmarks import end_to_end, experts, generate, operators, products, refine, scaling, shapes
 from benchmarks.circumstances import circumstances
 from benchmarks.harness import Case, Settings, WrongResultError, keep_freed_memory, measure
 from benchmarks.records import Row, writer
@@ -22,6 +22,7 @@ KERNELS: dict[str, Callable[[Settings, operators.Shapes], Iterator[Case]]] = {
     "select": operators.select,
     "stats": operators.stats,
     "nm": operators.nm,
+    "refine": refine.refine,
     "sparse": lambda settings, wanted: chain(products.sparse(settings, wanted), products.prefill(settings)),
 }
 MODELS = {"cpu": ("7B", "13B"), "cuda": tuple(shapes.MODELS)}  # measured where nothing else is asked for

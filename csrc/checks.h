@@ -161,13 +161,17 @@ inline Selection<RowsParams> check_rows(const char* op, const at::Tensor& weight
   return made;
 }
 
+inline void check_pattern(const char* op, const at::Tensor& weight, int64_t n, int64_t m) {
+  WANDA_CHECK_VALUE(0 < n && n < m, "a pattern n:m needs 0 < n < m, got ", n, ":", m);
+  WANDA_CHECK_VALUE(weight.size(-1) % m == 0, "weight has ", weight.size(-1),
+                    " columns, not a multiple of m = ", m);
+}
+
 inline Selection<NmParams> check_nm(const char* op, const at::Tensor& weight, const at::Tensor& norm,
                                     int64_t n, int64_t m, bool is_mask, const OptionalTensor& sums = {}) {
   check_weights(op, weight);
   check_norm(op, norm, weight);
-  WANDA_CHECK_VALUE(0 < n && n < m, "a pattern n:m needs 0 < n < m, got ", n, ":", m);
-  WANDA_CHECK_VALUE(weight.size(-1) % m == 0, "weight has ", weight.size(-1),
-                    " columns, not a multiple of m = ", m);
+  check_pattern(op, weight, n, m);
   Selection<NmParams> made = selection_of<NmParams>(op, weight, norm, is_mask, sums);
   made.params.n = n;
   made.params.m = m;

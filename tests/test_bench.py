@@ -86,7 +86,7 @@ def test_prefill_beside_a_semi_structured_tensor(monkeypatch, is_right):
             measure(case, QUICK)
 
 
-@pytest.mark.parametrize("suite", ["select", "nm", "stats", "sparse"])
+@pytest.mark.parametrize("suite", ["select", "nm", "refine", "stats", "sparse"])
 def test_checks_notice_wrong_results(suite, monkeypatch):
     """Each operator of each suite, made wrong in one element."""
     kernels = [*suites.KERNELS[suite](QUICK, shapes.QUICK)]
@@ -233,7 +233,7 @@ def test_fitted_exponents():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "sparsity"], "--suite must be one of end-to-end, select, stats, nm, sparse, scaling"),
+        (["--suite", "sparsity"], "--suite must be one of end-to-end, select, stats, nm, refine, sparse, scaling"),
         (["--models", "8B"], "model must be one of 7B"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
         (["--compare", "none.csv", "none.csv"], "result file none.csv does not exist"),

@@ -14,6 +14,8 @@ WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 NORM = torch.rand(64, generator=torch.Generator().manual_seed(1))
 STACK, NORMS = WEIGHT.view(4, 8, 64), NORM + torch.arange(4)[:, None]
 HALF = WEIGHT.to(torch.bfloat16)
+GRAM = torch.randn(99, 64, generator=torch.Generator().manual_seed(2))
+GRAM = GRAM.T @ GRAM
 ENDS = torch.tensor([3, 3, 20, 31], dtype=torch.int32)
 
 
@@ -22,6 +24,8 @@ def packed():
 
 
 SPARSE = WEIGHT.masked_fill(reference.nm_mask(WEIGHT, NORM, 2, 4), 0)
+
+ROWS, GROUPS = reference.row_mask(WEIGHT, NORM, 0.5), reference.nm_mask(WEIGHT, NORM, 2, 4)
 
 CALLS = {
     "prune_rows_": lambda: (WEIGHT.clone(), NORM, 0.5, torch.zeros(32, 2)),
@@ -32,6 +36,8 @@ CALLS = {
     "row_mask of a stack": lambda: (STACK, NORMS, 0.5),
     "prune_nm_ of a stack": lambda: (STACK.clone(), NORMS, 2, 4, torch.zeros(4, 8, 2)),
     "nm_mask of a stack": lambda: (STACK, NORMS, 4, 8),
+    "refine_rows_": lambda: (ROWS.clone(), WEIGHT, GRAM, 0.3, None, torch.zeros(32, 2, dtype=torch.float64)),
+    "refine_nm_": lambda: (GROUPS.clone(), HALF, GRAM, 2, 4, 0.3, 4, None),
     "pack_24": lambda: (ops.unpack_24(*packed()),),
     "prune_pack_24": lambda: (HALF, NORM),
     "unpack_24": packed,
@@ -110,6 +116,36 @@ BAD = [
     ("prune_nm_", (WEIGHT, NORM, 4, 4), ValueError, "a pattern n:m needs 0 < n < m, got 4:4"),
     ("prune_nm_", (WEIGHT, NORM, 0, 4), ValueError, "a pattern n:m needs 0 < n < m, got 0:4"),
     ("nm_mask", (WEIGHT, NORM, 2, 5), ValueError, "weight has 64 columns, not a multiple of m = 5"),
+    *(
+        ("refine_rows_", args, kind, message)
+        for args, kind, message in (
+            ((ROWS.int(), WEIGHT, GRAM), TypeError, "mask must be bool, got"),
+            ((ROWS[:31], WEIGHT, GRAM), ValueError, r"mask must be contiguous \[32, 64\], got \[31, 64\]"),
+            ((ROWS, WEIGHT[0], GRAM), ValueError, r"weight must have 2 dimensions \[C_out, C_in\], got 1"),
+            ((ROWS, WEIGHT.int(), GRAM), TypeError, "weight must be float32, bfloat16 or float16, got .*[Ii]nt"),
+            ((ROWS, WEIGHT, GRAM.double()), TypeError, "gram must be float32, got .*[Dd]ouble|float64"),
+            ((ROWS, WEIGHT, GRAM[:63]), ValueError, r"gram must be \[64, 64\], got \[63, 64\]"),
+            ((ROWS, WEIGHT, GRAM, -0.1), ValueError, "damping must be finite and >= 0, got -0.1"),
+            ((ROWS, WEIGHT, GRAM, float("nan")), ValueError, "damping must be finite and >= 0, got nan"),
+            ((ROWS, WEIGHT, GRAM, float("inf")), ValueError, "damping must be finite and >= 0, got inf"),
+            ((ROWS, WEIGHT, GRAM, 0.3, -1), ValueError, "most_swaps must be None or >= 0, got -1"),
+            ((ROWS, WEIGHT, GRAM, 0.3, 1, torch.zeros(32, 2)), TypeError, "sums must be float64, got"),
+            (
+                (ROWS, WEIGHT, GRAM, 0.3, 1, torch.zeros(32, 3).double()),
+                ValueError,
+                r"sums must be contiguous \[32, 2\], got \[32, 3\]",
+            ),
+        )
+    ),
+    ("refine_nm_", (GROUPS, WEIGHT, GRAM, 4, 4), ValueError, "a pattern n:m needs 0 < n < m, got 4:4"),
+    ("refine_nm_", (GROUPS, WEIGHT, GRAM, 2, 5), ValueError, "weight has 64 columns, not a multiple of m = 5"),
+    ("refine_nm_", (GROUPS, WEIGHT, GRAM, 2, 4, 0.3, -1), ValueError, "sweeps must be >= 0, got -1"),
+    (
+        "refine_nm_",
+        (torch.ones(32, 64).bool(), WEIGHT, GRAM, 2, 4),
+        ValueError,
+        "mask must keep 2 of every 4 columns, 512 of its groups do not",
+    ),
     ("add_sqnorm_", (NORM.clone(), WEIGHT[:, :63]), ValueError, "x has 63 columns, sqnorm has 64"),
     ("add_sqnorm_", (torch.zeros(5, 64), WEIGHT), ValueError, "x has 32 tokens, not a multiple of the 5 sequences"),
     ("add_sqnorm_", (torch.zeros(2, 64), WEIGHT[None]), ValueError, "x has 1 sequences, sqnorm has 2"),

@@ -84,14 +84,75 @@ def check_rows(op: str, weight: Tensor, norm: Tensor, sparsity: float, score_sum
     _check_score_sums(op, score_sums, weight)
 
 
-def check_nm(op: str, weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
-    _check_weights(op, weight)
-    _check_norm(op, norm, weight)
+def _check_pattern(op: str, weight: Tensor, n: int, m: int) -> None:
     if not 0 < n < m:
         raise ValueError(f"wanda::{op}: a pattern n:m needs 0 < n < m, got {n}:{m}")
     if weight.shape[-1] % m:
         raise ValueError(f"wanda::{op}: weight has {weight.shape[-1]} columns, not a multiple of m = {m}")
+
+
+def check_nm(op: str, weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
+    _check_weights(op, weight)
+    _check_norm(op, norm, weight)
+    _check_pattern(op, weight, n, m)
     _check_score_sums(op, score_sums, weight)
+
+
+def _check_refine(
+    op: str, mask: Tensor, weight: Tensor, gram: Tensor, damping: float, sums: Tensor | None = None
+) -> None:
+    _check_weight(op, weight)
+    rows, cols = weight.shape
+    _check_beside(op, "mask", mask, torch.bool, "weight", weight)
+    _check_shape(op, "mask", mask, rows, cols, contiguous=True)
+    _check_beside(op, "gram", gram, torch.float32, "weight", weight)
+    _check_shape(op, "gram", gram, cols, cols)
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"wanda::{op}: damping must be finite and >= 0, got {damping}")
+    if sums is not None:
+        _check_beside(op, "sums", sums, torch.float64, "weight", weight)
+        _check_shape(op, "sums", sums, rows, 2, contiguous=True)
+
+
+def check_refine_rows(
+    op: str,
+    mask: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    damping: float = 0.3,
+    most_swaps: int | None = None,
+    sums: Tensor | None = None,
+) -> int:
+    """Returns the most swaps of a row."""
+    _check_refine(op, mask, weight, gram, damping, sums)
+    if most_swaps is None:
+        return max(1, weight.shape[1] // 16)
+    if most_swaps < 0:
+        raise ValueError(f"wanda::{op}: most_swaps must be None or >= 0, got {most_swaps}")
+    return most_swaps
+
+
+def check_refine_nm(
+    op: str,
+    mask: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    n: int,
+    m: int,
+    damping: float = 0.3,
+    sweeps: int = 4,
+    sums: Tensor | None = None,
+) -> None:
+    _check_refine(op, mask, weight, gram, damping, sums)
+    _check_pattern(op, weight, n, m)
+    if sweeps < 0:
+        raise ValueError(f"wanda::{op}: sweeps must be >= 0, got {sweeps}")
+
+
+def check_groups(op: str, groups: int, n: int, m: int) -> None:
+    """``groups``: those of the mask that keep another number than n."""
+    if groups:
+        raise ValueError(f"wanda::{op}: mask must keep {n} of every {m} columns, {groups} of its groups do not")
 
 
 def check_packable(op: str, weight: Tensor, norm: Tensor | None = None) -> None:

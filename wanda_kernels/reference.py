@@ -14,8 +14,8 @@ from . import _checks
 
 __all__ = [
     "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_",
-    "prune_pack_24", "prune_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_experts",
-    "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
+    "prune_pack_24", "prune_rows_", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm",
+    "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
 ]  # fmt: skip
 
 
@@ -69,6 +69,149 @@ def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
 def prune_nm_(weight: Tensor, norm: Tensor, n: int, m: int, score_sums: Tensor | None = None) -> None:
     _checks.check_nm("prune_nm_", weight, norm, n, m, score_sums)
     _prune_(weight, norm, nm_mask(weight, norm, n, m), score_sums)
+
+
+# Refinement of a mask by swaps (SparseSwaps, arXiv 2512.10922). A row's error is p^T G' p: p its pruned weights, G' the
+# Gram matrix with (1 + damping) times its diagonal.
+#
+# Every float operation is a float64 one, rounded on its own, in the order written here; of two float32 numbers float64
+# holds the product exactly, so that c = G p gets one rounding for each column, in the order of the columns, fused or
+# not. `c` leaves the damping out, which concerns a column alone: it is in what a column costs by itself. Costs are
+# halves of what a change adds to the error: of un-pruning u  (1 - damping) / 2 * w_u^2 G_uu - w_u c_u,  of pruning v
+# (1 + damping) / 2 * w_v^2 G_vv + w_v c_v  with the c that the first change has left. A NaN is never the least.
+
+LEAST_GAIN = 1e-6  # the share of the error that a swap has to take away
+
+
+def gram_products(mask: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
+    """c of each row: [C_out, C_in], float64."""
+    pruned = weight.double().masked_fill(~mask, 0)
+    c = torch.zeros_like(pruned)
+    for column in range(weight.shape[1]):
+        c += pruned[:, column, None] * gram[column].double()
+    return c
+
+
+def _pruned_error(mask: Tensor, w: Tensor, squares: Tensor, c: Tensor, damping: float) -> Tensor:
+    """[C_out]: added up in the order of the columns."""
+    error = torch.zeros(len(w), dtype=torch.float64, device=w.device)
+    for terms in (w * c + damping * squares).masked_fill(~mask, 0).unbind(1):
+        error += terms
+    return error
+
+
+def _least(cost: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the least cost (infinity where none is allowed) and its column, the lowest one among equals."""
+    return torch.where(allowed & ~cost.isnan(), cost, torch.inf).min(dim=1)
+
+
+def refine_rows_(
+    mask: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    damping: float = 0.3,
+    most_swaps: int | None = None,
+    sums: Tensor | None = None,
+) -> Tensor:
+    most = _checks.check_refine_rows("refine_rows_", mask, weight, gram, damping, most_swaps, sums)
+    return refine_rows_from(gram_products(mask, weight, gram), mask, weight, gram, damping, most, sums)
+
+
+def refine_rows_from(
+    c: Tensor, mask: Tensor, weight: Tensor, gram: Tensor, damping: float, most: int, sums: Tensor | None
+) -> Tensor:
+    """All rows at once, each until it has no swap left."""
+    w, swaps = weight.double(), torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+    squares = w * w * gram.diagonal().double()
+    error = _pruned_error(mask, w, squares, c, damping)
+    if sums is not None:
+        sums[:, 0] = error
+    kept_cost, pruned_cost = squares * (0.5 * (1 + damping)), squares * (0.5 * (1 - damping))
+    left = torch.arange(len(w), device=w.device)
+
+    def moved(c: Tensor, column: Tensor, sign: int) -> Tensor:
+        """c where that column of each row left is pruned (1) or no longer (-1)."""
+        return c + sign * w[left].gather(1, column[:, None]) * gram[column].double()
+
+    for _ in range(most if w.numel() else 0):
+        own, pruned, before = w[left], mask[left], c[left]
+        gain, u = _least(pruned_cost[left] - own * before, pruned)
+        after = moved(before, u, -1)
+        loss, v = _least(kept_cost[left] + own * after, ~pruned)
+        half = gain + loss
+        after = moved(after, v, 1)
+        bound = -0.5 * LEAST_GAIN * error[left].abs()
+        failed = ~(half < bound)
+        if failed.any():  # the other way round: first what to prune
+            loss, other_v = _least(kept_cost[left] + own * before, ~pruned)
+            other = moved(before, other_v, 1)
+            gain, other_u = _least(pruned_cost[left] - own * other, pruned)
+            half = torch.where(failed, loss + gain, half)
+            after = torch.where(failed[:, None], moved(other, other_u, -1), after)
+            u, v = torch.where(failed, other_u, u), torch.where(failed, other_v, v)
+        good = half < bound
+        left = left[good]
+        if not len(left):
+            break
+        c[left], mask[left, u[good]], mask[left, v[good]] = after[good], False, True
+        error[left] += 2 * half[good]
+        swaps[left] += 1
+    if sums is not None:
+        sums[:, 1] = _pruned_error(mask, w, squares, c, damping)
+    return swaps
+
+
+def refine_nm_(
+    mask: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    n: int,
+    m: int,
+    damping: float = 0.3,
+    sweeps: int = 4,
+    sums: Tensor | None = None,
+) -> Tensor:
+    _checks.check_refine_nm("refine_nm_", mask, weight, gram, n, m, damping, sweeps, sums)
+    uneven = (mask.view(len(mask), -1, m).sum(dim=2) != m - n).sum()
+    _checks.check_groups("refine_nm_", int(uneven), n, m)
+    return refine_nm_from(gram_products(mask, weight, gram), mask, weight, gram, m, damping, sweeps, sums)
+
+
+def refine_nm_from(
+    c: Tensor, mask: Tensor, weight: Tensor, gram: Tensor, m: int, damping: float, sweeps: int, sums: Tensor | None
+) -> Tensor:
+    """One group of all rows after the other: the best of its pairs, u the lowest among equals, then v."""
+    w, swaps = weight.double(), torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+    squares = w * w * gram.diagonal().double()
+    error = _pruned_error(mask, w, squares, c, damping)
+    if sums is not None:
+        sums[:, 0] = error
+    kept_cost, pruned_cost = squares * (0.5 * (1 + damping)), squares * (0.5 * (1 - damping))
+    changed = torch.ones(len(w), dtype=torch.bool, device=w.device)  # rows that their last sweep has changed
+    for _ in range(sweeps):
+        before = swaps.clone()
+        for begin in range(0, w.shape[1], m):
+            group = slice(begin, begin + m)
+            own, pruned = w[:, group], mask[:, group]
+            after = c[:, None, group] - own[:, :, None] * gram[group, group].double()  # row, u, v
+            half = (pruned_cost[:, group] - own * c[:, group])[:, :, None] + (
+                kept_cost[:, None, group] + own[:, None, :] * after
+            )
+            allowed = pruned[:, :, None] & ~pruned[:, None, :]
+            least, pair = _least(half.flatten(1), allowed.flatten(1))
+            rows = (changed & (least < -0.5 * LEAST_GAIN * error.abs())).nonzero()[:, 0]
+            u, v = begin + pair[rows] // m, begin + pair[rows] % m
+            c[rows] -= w[rows, u][:, None] * gram[u].double()
+            c[rows] += w[rows, v][:, None] * gram[v].double()
+            mask[rows, u], mask[rows, v] = False, True
+            error[rows] += 2 * least[rows]
+            swaps[rows] += 1
+        changed = swaps != before
+        if not changed.any():
+            break
+    if sums is not None:
+        sums[:, 1] = _pruned_error(mask, w, squares, c, damping)
+    return swaps
 
 
 # 2:4 packing: torch's own conversions to and from its CUTLASS layout.

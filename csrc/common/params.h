@@ -37,6 +37,22 @@ struct NmParams {
   Dtype dtype;
 };
 
+// A mask made better by swaps.
+struct RefineParams {
+  bool* mask;          // [rows, cols] contiguous, true = pruned: changed in place
+  const void* weight;  // [rows, cols] contiguous
+  const float* gram;   // [cols, cols] contiguous, symmetric
+  int32_t* swaps;      // [rows]
+  double* sums;        // nullptr, or [rows, 2]: the error before and after
+  double damping;
+  int64_t rows;
+  int64_t cols;
+  int64_t most_swaps;  // of a row, where m = 0
+  int64_t m;           // swaps in groups of m columns, of which cols is a multiple; 0: in whole rows
+  int64_t sweeps;      // over the groups
+  Dtype dtype;
+};
+
 // 2:4 packing: the layout of torch's SparseSemiStructuredTensorCUTLASS for 16-bit types. CUDA: all pointers
 // and rows are 16-byte aligned.
 struct Pack24Params {

@@ -57,6 +57,9 @@ struct Kernels {
   void (*nm)(const NmParams& params, int64_t begin, int64_t end);
   int64_t (*pack_24)(const Pack24Params& params, int64_t begin, int64_t end);
 
+  // Rows [begin, end), better many at once: their products with G share its rows.
+  void (*refine)(const RefineParams& params, int64_t begin, int64_t end);
+
   // Sequence (or segment) `sequence`, columns [begin, end). A column's sum takes its tokens in order in
   // float32, each square rounded before it is added (no fused multiply-add): the order and rounding of
   // torch.norm(x.t(), dim=1), on which the official code's masks stand. After every kChunk tokens the sum

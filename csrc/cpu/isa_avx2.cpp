@@ -26,20 +26,17 @@
 #include "pack_24_avx2.h"
 #include "packed_avx2.h"
 #include "product_sqnorm_impl.h"
+#include "refine_impl.h"
 #include "rows_avx2.h"
 #include "sqnorm_impl.h"
 
 namespace wanda::cpu {
 
 Kernels avx2_kernels() {
-  return {&rows_run<Avx2>,
-          &nm_run<Avx2>,
-          &pack_24_run<Avx2>,
-          &sqnorm_run<Avx2>,
-          &product_sqnorm_run,
-          &PackedSteps<Avx2>::layout,
-          &PackedSteps<Avx2>::product,
-          &PackedSteps<Avx2>::unpack};
+  return {
+      &rows_run<Avx2>,           &nm_run<Avx2>,       &pack_24_run<Avx2>,         &refine_run<Avx2>,
+      &sqnorm_run<Avx2>,         &product_sqnorm_run, &PackedSteps<Avx2>::layout, &PackedSteps<Avx2>::product,
+      &PackedSteps<Avx2>::unpack};
 }
 
 }  // namespace wanda::cpu

@@ -27,6 +27,7 @@
 
 #include "pack_24_avx512.h"
 #include "product_sqnorm_impl.h"
+#include "refine_impl.h"
 #include "rows_avx512.h"
 #include "sqnorm_impl.h"
 
@@ -39,6 +40,7 @@ Kernels avx512_kernels() {
   kernels.rows = &rows_run<Avx512>;
   kernels.nm = &nm_run<Avx512>;
   kernels.pack_24 = &pack_24_run<Avx512>;
+  kernels.refine = &refine_run<Avx512>;
   kernels.sqnorm = &sqnorm_run<Avx512>;
   kernels.product_sqnorm = &product_sqnorm_run;
   if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&

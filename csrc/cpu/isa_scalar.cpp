@@ -7,6 +7,7 @@
 #include "pack_24_impl.h"
 #include "packed_impl.h"
 #include "product_sqnorm_impl.h"
+#include "refine_impl.h"
 #include "rows_scalar.h"
 #include "sqnorm_impl.h"
 
@@ -16,6 +17,7 @@ Kernels scalar_kernels() {
   return {&rows_run<Scalar>,
           &nm_run<Scalar>,
           &pack_24_run<Scalar>,
+          &refine_run<Scalar>,
           &sqnorm_run<Scalar>,
           &product_sqnorm_run,
           &PackedSteps<Scalar>::layout,

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../checks_refine.h"
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
@@ -98,6 +99,29 @@ void prune_nm_(at::Tensor weight, const at::Tensor& norm, int64_t n, int64_t m,
 
 at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m) {
   return select(check_nm("nm_mask", weight, norm, n, m, true), kernels().nm);
+}
+
+// ---- Swaps.
+
+// Threads take blocks of rows, which share what they read of the Gram matrix.
+at::Tensor refine(const Refinement& refinement) {
+  constexpr int64_t kBlock = 24;
+  const RefineParams& params = refinement.params;
+  if (params.rows == 0) return refinement.swaps;
+  at::parallel_for(0, (params.rows + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    kernels().refine(params, begin * kBlock, std::min(end * kBlock, params.rows));
+  });
+  return refinement.swaps;
+}
+
+at::Tensor refine_rows_(at::Tensor mask, const at::Tensor& weight, const at::Tensor& gram, double damping,
+                        std::optional<int64_t> most_swaps, const OptionalTensor& sums) {
+  return refine(check_refine_rows("refine_rows_", mask, weight, gram, damping, most_swaps, sums));
+}
+
+at::Tensor refine_nm_(at::Tensor mask, const at::Tensor& weight, const at::Tensor& gram, int64_t n, int64_t m,
+                      double damping, int64_t sweeps, const OptionalTensor& sums) {
+  return refine(check_refine_nm("refine_nm_", mask, weight, gram, n, m, damping, sweeps, sums));
 }
 
 // ---- Column sums of squares.
@@ -231,6 +255,8 @@ TORCH_LIBRARY_IMPL(wanda, CPU, m) {
   m.impl("row_mask", &wanda::cpu::row_mask);
   m.impl("prune_nm_", &wanda::cpu::prune_nm_);
   m.impl("nm_mask", &wanda::cpu::nm_mask);
+  m.impl("refine_rows_", &wanda::cpu::refine_rows_);
+  m.impl("refine_nm_", &wanda::cpu::refine_nm_);
   m.impl("add_sqnorm_", &wanda::cpu::add_sqnorm_);
   m.impl("rms_norm_sqnorm", &wanda::cpu::rms_norm_sqnorm);
   m.impl("silu_mul_sqnorm", &wanda::cpu::silu_mul_sqnorm);

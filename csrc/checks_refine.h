@@ -1,0 +1,78 @@
+// As checks.h, for refine_rows_ and refine_nm_.
+#pragma once
+
+#include <cmath>
+
+#include "checks.h"
+
+namespace wanda {
+
+// What a kernel takes, and the tensors that it points into.
+struct Refinement {
+  RefineParams params;
+  at::Tensor weight, gram, swaps;
+};
+
+inline Refinement check_refine(const char* op, const at::Tensor& mask, const at::Tensor& weight,
+                               const at::Tensor& gram, double damping, const OptionalTensor& sums) {
+  check_weight(op, weight);
+  const int64_t rows = weight.size(0), cols = weight.size(1);
+  check_type(op, "mask", mask, at::kBool, "bool");
+  check_device(op, "mask", mask, "weight is", weight);
+  WANDA_CHECK_VALUE(mask.sizes() == weight.sizes() && mask.is_contiguous(), "mask must be contiguous ",
+                    weight.sizes(), ", got ", mask.sizes());
+  check_type(op, "gram", gram, at::kFloat, "float32");
+  check_device(op, "gram", gram, "weight is", weight);
+  WANDA_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == cols && gram.size(1) == cols, "gram must be [", cols,
+                    ", ", cols, "], got ", gram.sizes());
+  WANDA_CHECK_VALUE(damping >= 0 && std::isfinite(damping), "damping must be finite and >= 0, got ", damping);
+  if (sums) {
+    check_type(op, "sums", *sums, at::kDouble, "float64");
+    check_device(op, "sums", *sums, "weight is", weight);
+    WANDA_CHECK_VALUE(
+        sums->dim() == 2 && sums->size(0) == rows && sums->size(1) == 2 && sums->is_contiguous(),
+        "sums must be contiguous [", rows, ", 2], got ", sums->sizes());
+  }
+  Refinement made{
+      {}, weight.contiguous(), gram.contiguous(), at::empty({rows}, weight.options().dtype(at::kInt))};
+  made.params.mask = mask.mutable_data_ptr<bool>();
+  made.params.weight = made.weight.const_data_ptr();
+  made.params.gram = made.gram.const_data_ptr<float>();
+  made.params.swaps = made.swaps.mutable_data_ptr<int32_t>();
+  made.params.sums = sums ? sums->mutable_data_ptr<double>() : nullptr;
+  made.params.damping = damping;
+  made.params.rows = rows;
+  made.params.cols = cols;
+  made.params.dtype = dtype_of(op, "weight", weight);
+  return made;
+}
+
+inline Refinement check_refine_rows(const char* op, const at::Tensor& mask, const at::Tensor& weight,
+                                    const at::Tensor& gram, double damping, std::optional<int64_t> most_swaps,
+                                    const OptionalTensor& sums) {
+  Refinement made = check_refine(op, mask, weight, gram, damping, sums);
+  WANDA_CHECK_VALUE(most_swaps.value_or(0) >= 0, "most_swaps must be None or >= 0, got ", *most_swaps);
+  made.params.most_swaps = most_swaps.value_or(std::max<int64_t>(1, made.params.cols / 16));
+  return made;
+}
+
+inline Refinement check_refine_nm(const char* op, const at::Tensor& mask, const at::Tensor& weight,
+                                  const at::Tensor& gram, int64_t n, int64_t m, double damping,
+                                  int64_t sweeps, const OptionalTensor& sums) {
+  Refinement made = check_refine(op, mask, weight, gram, damping, sums);
+  check_pattern(op, weight, n, m);
+  WANDA_CHECK_VALUE(sweeps >= 0, "sweeps must be >= 0, got ", sweeps);
+  int64_t uneven = 0;
+  for (int64_t group = 0; group < made.params.rows * made.params.cols / m; ++group) {
+    int64_t pruned = 0;
+    for (int64_t i = 0; i < m; ++i) pruned += made.params.mask[group * m + i];
+    uneven += pruned != m - n;
+  }
+  WANDA_CHECK_VALUE(uneven == 0, "mask must keep ", n, " of every ", m, " columns, ", uneven,
+                    " of its groups do not");
+  made.params.m = m;
+  made.params.sweeps = sweeps;
+  return made;
+}
+
+}  // namespace wanda
