@@ -38,6 +38,8 @@ RUNS = [
     {"family": "mixtral", "method": "sparsegpt", "batch_size": 1, "min_tokens": 60, "exact_error": True},
     {"family": "gpt_oss", "method": "ria", "batch_size": 2, "experts": "all", "propagate": "dense"},
     {"family": "gpt2", "batch_size": 2},
+    {"batch_size": 1, "refine": True, "pattern": "2:4"},
+    {"family": "mixtral", "batch_size": 2, "refine": True, "method": "ria"},
 ]
 
 

@@ -96,6 +96,7 @@ OPTIONS = [
     {"method": "sparsegpt", "block_size": 32},
     {"method": "ria", "group": "column"},
     {"owl": True, "sparsity": 0.6, "batch_size": 2},
+    {"refine": True, "refine_damping": 1.0},
 ]
 
 

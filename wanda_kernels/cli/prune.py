@@ -102,6 +102,13 @@ def prune_command(
             "--require-all", help="Refuse models in whose blocks something stays dense (routers, convolutions)."
         ),
     ] = False,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Swap what is pruned where that makes a layer's error smaller.")
+    ] = False,
+    refine_damping: Annotated[
+        float | None,
+        typer.Option("--refine-damping", min=0, help="The larger, the nearer to the method's mask. \\[default: 0.3]"),
+    ] = None,
     drop_experts: Annotated[
         float | None,
         typer.Option("--drop-experts", metavar="SHARE", help="First, as `wanda-kernels drop-experts --share SHARE`."),
@@ -143,7 +150,7 @@ def prune_command(
         spec = PruneSpec(
             sparsity=sparsity, pattern=pattern, method=method, propagate=propagate, batch_size=batch_size,
             exact_error=exact_error, fuse_statistics=fuse_statistics, experts=experts, min_tokens=min_tokens,
-            require_all=require_all,
+            require_all=require_all, refine=refine, refine_damping=refine_damping,
             owl=methods.owl_of(owl, owl_limit, owl_outlier), **method_options,
         )  # fmt: skip
         session = Session(model, dtype, device, device_map)

@@ -29,6 +29,10 @@ class Ablation(Method):
     block_size: int = option(128, BLOCK_SIZE)
     damping: float = option(0.01, DAMPING)
 
+    @property
+    def keeps_weights(self) -> bool:
+        return False
+
     def check(self, pattern: Pattern | None) -> None:
         super().check(pattern)
         check_solver(self.block_size, self.damping, pattern)

@@ -72,6 +72,11 @@ class Method(ABC):
         """Whether a matrix's rows can be pruned apart from each other, by several processes."""
         return False
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether what is not pruned stays as it was, so that another mask may follow."""
+        return True
+
     def check(self, pattern: Pattern | None) -> None:
         """Raises ValueError for options that are out of range, or do not go together or with ``pattern``."""
         for one in dataclasses.fields(self):

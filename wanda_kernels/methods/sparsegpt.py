@@ -68,6 +68,10 @@ class SparseGPT(Method):
     block_size: int = option(128, BLOCK_SIZE)
     damping: float = option(0.01, DAMPING)
 
+    @property
+    def keeps_weights(self) -> bool:
+        return not self.weight_update
+
     def check(self, pattern: Pattern | None) -> None:
         super().check(pattern)
         check_solver(self.block_size, self.damping, pattern if self.weight_update else None)

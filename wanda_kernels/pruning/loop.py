@@ -24,6 +24,7 @@ from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
 from .matrices import Block, Matrix
 from .recording import Call, Recording, record_calls, run_block
+from .refine import refine_, sum_over_experts
 from .report import LayerReport, Progress, PruningReport, relative_error
 from .source import Activations, BlockSource, Done
 from .spec import PruneSpec
@@ -197,7 +198,7 @@ class Loop:
     def _work_on(self, block: Block, sparsity: float, hidden: Activations, calls: list[Call], last: bool) -> None:
         """Statistics, selection, and the next block's inputs."""
         dense_outputs = self.spec.propagate == "dense" and not last
-        grams = self.spec.method.needs >= Needs.GRAM
+        grams = self.spec.needs >= Needs.GRAM
         statistics = self._statistics(block, hidden, calls, dense_outputs, grams)
         is_exact = self.spec.exact_error
         inputs = statistics.inputs()
@@ -298,11 +299,16 @@ class Loop:
                 continue
             known = None if inputs is None else inputs[name]
             start = time.perf_counter()
+            swaps = errors = None
             with self.stopwatch.measure("selection"):
+                dense = matrix.stored.detach().clone() if self.spec.refine and sparsity > 0 else None
                 outcome = self._prune(matrix, known, sparsity)
                 pruned, total = outcome.sums.double().sum(dim=0).tolist()
-                weight = matrix.weight.detach()
-                zeros = count_zeros(weight)
+            if dense is not None and known is not None:
+                with self.stopwatch.measure("refinement"):
+                    swaps, errors = self._refine(matrix, dense, known)
+            weight = matrix.weight.detach()
+            zeros = count_zeros(weight)
             tokens = None if known is None or known.tokens is None else known.tokens.tolist()
             reports.append(
                 LayerReport(
@@ -316,6 +322,8 @@ class Loop:
                     damping=outcome.damping,
                     tokens=tokens,
                     pooled=None if known is None or tokens is None else known.pooled,
+                    swaps=swaps,
+                    gram_errors=errors,
                 )
             )
         self.done.layers += reports
@@ -348,6 +356,30 @@ class Loop:
         damping = max((one.damping for one in outcomes if one.damping is not None), default=None)
         outcome = Outcome(sums, damping)
         return outcome if self.processes is None else self._exchange(matrix, mine, outcome, self.processes)
+
+    def _refine(self, matrix: Matrix, stored: Tensor, inputs: LayerInputs) -> tuple[int, list[float]]:
+        """A better mask for a matrix that was pruned, in shares as above; ``stored``: as it was before. Returns the
+        swaps, and the layer's relative error before and after."""
+        weight, dense, spec = matrix.weight.data, matrix.view(stored), self.spec
+        whole = sum_over_experts(dense, inputs)
+        errors = [relative_error(sum_over_experts(dense - weight, inputs), whole)]
+        mine = range(len(weight))
+        is_shared = self.processes is not None and not (matrix.is_transposed and matrix.experts is None)
+        if self.processes is not None and is_shared:
+            mine = self.processes.shares(len(weight))[self.rank]
+        swaps = torch.zeros(len(weight), 1, dtype=torch.int64, device=weight.device)
+        if matrix.experts is not None:
+            for expert in mine:
+                known = inputs.of_expert(expert)
+                swaps[expert] = refine_(weight[expert], dense[expert], known, spec.pattern, spec.refine_damping)
+        elif len(mine):
+            rows = slice(mine.start, mine.stop)
+            swaps[mine.start] = refine_(weight[rows], dense[rows], inputs, spec.pattern, spec.refine_damping)
+        if self.processes is not None and is_shared:
+            self.processes.exchange_rows_(matrix.stored.data[: len(weight)], self.processes.shares(len(weight)))
+            self.processes.exchange_rows_(swaps, self.processes.shares(len(weight)))
+        errors.append(relative_error(sum_over_experts(dense - weight, inputs), whole))
+        return int(swaps.sum()), errors
 
     def _exchange(self, matrix: Matrix, mine: range, outcome: Outcome, processes: Processes) -> Outcome:
         """All get the others' shares of a matrix, and what was lost of them."""

@@ -33,6 +33,9 @@ class LayerReport:
         threshold: mean over rows of the largest Wanda score that was pruned, where the exact error was asked for.
         damping: of the Hessian, where the method has one: more than asked for where it could not be factorised.
         tokens: of experts: how many calibration tokens the router sent to each.
+        swaps: of weights, where the mask was refined.
+        gram_errors: where it was refined: ||X (W - W')^T||_F / ||X W^T||_F before and after, on the calibration data,
+            by the Gram matrices (of experts, of all together).
         pooled: of experts: those with fewer than ``min_tokens``, which took the mean over all experts.
     """
 
@@ -48,6 +51,8 @@ class LayerReport:
     damping: float | None = None
     tokens: list[int] | None = None
     pooled: list[int] | None = None
+    swaps: int | None = None
+    gram_errors: list[float] | None = None
 
     @property
     def numel(self) -> int:
@@ -175,6 +180,11 @@ class PruningReport:
             if layer.damping is not None and asked is not None and layer.damping > asked:
                 yield Text(f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did")
         yield from map(Text, self._about_experts())
+        refined = [layer for layer in self.layers if layer.gram_errors is not None]
+        if refined:
+            before, after = (sum((one.gram_errors or ())[i] for one in refined) / len(refined) for i in (0, 1))
+            swaps = sum(layer.swaps or 0 for layer in refined)
+            yield Text(f"refined: {swaps} swaps; mean error of a layer {before:.3f} before, {after:.3f} after")
         stays = "; ".join(self._stays_dense())
         if stays:
             yield Text(f"stays dense: {stays}")

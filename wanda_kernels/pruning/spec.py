@@ -17,6 +17,7 @@ from ..methods.select import Group
 
 PROPAGATE = ("pruned", "dense")
 EXPERTS = ("routed", "all")
+REFINE_DAMPING = 0.3
 
 
 class SpecArguments(TypedDict, total=False):
@@ -34,6 +35,8 @@ class SpecArguments(TypedDict, total=False):
     experts: str
     min_tokens: int
     require_all: bool
+    refine: bool
+    refine_damping: float | None
     group: str | Group | None
     variant: bool
     weight_update: bool | None
@@ -75,6 +78,11 @@ class PruneSpec:
             every token (the outputs stay the routed ones; a pass over all experts more).
         min_tokens: (``"routed"``) experts with fewer tokens than this take their layer's norms, the mean over its
             experts; 1: only idle ones. The report names them.
+        refine: swap pruned and kept weights of each row (of each group of an N:M pattern) where that makes the layer's
+            error on the calibration data smaller; no weight is changed (:func:`wanda_kernels.ops.refine_rows_`). Needs
+            the Gram matrix of each input.
+        refine_damping: how much a channel's own square counts more there than what channels have in common, 0.3; a
+            large one leaves Wanda's mask as it is.
         require_all: refuse models with tensors that would stay dense in their blocks, as routers and convolutions.
         group: (wanda, magnitude, ria, sparsegpt without update) what weights are compared with: ``"row"``,
             ``"layer"``, ``"column"``, or ``"row:N"``, ``"column:N"`` for N neighbours together.
@@ -100,6 +108,8 @@ class PruneSpec:
     experts: str
     min_tokens: int
     require_all: bool
+    refine: bool
+    refine_damping: float
 
     def __init__(
         self,
@@ -115,6 +125,8 @@ class PruneSpec:
         experts: str = "routed",
         min_tokens: int = 1,
         require_all: bool = False,
+        refine: bool = False,
+        refine_damping: float | None = None,
         **options: Any,
     ) -> None:
         if isinstance(method, str):
@@ -143,11 +155,20 @@ class PruneSpec:
         if experts not in EXPERTS:
             raise ValueError(f"experts must be one of {', '.join(EXPERTS)}, got '{experts}'")
         check_whole("min_tokens", min_tokens)
+        if refine and not method.keeps_weights:
+            raise ValueError(
+                f"refine is for methods that keep the weights as they are, and '{method.name}' updates them"
+            )
+        if refine_damping is not None and not refine:
+            raise ValueError(f"refine_damping {refine_damping:g} needs refine=True")
+        damping = REFINE_DAMPING if refine_damping is None else float(refine_damping)
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"refine_damping must be at least 0 and finite, got {damping}")
         if experts == "all" and min_tokens != 1:
             raise ValueError(f"min_tokens is for experts 'routed', got {min_tokens}: with 'all' each gets every token")
         values = (
             method, share, parsed, owl, propagate, batch_size, bool(exact_error), bool(fuse_statistics), experts,
-            min_tokens, bool(require_all),
+            min_tokens, bool(require_all), bool(refine), damping,
         )  # fmt: skip
         for one, value in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, one.name, value)
@@ -171,6 +192,8 @@ class PruneSpec:
     @property
     def needs(self) -> Needs:
         """What has to be known of the inputs."""
+        if self.refine:
+            return Needs.GRAM
         return max(self.method.needs, Needs.NORM) if self.owl else self.method.needs
 
     def options(self) -> dict[str, Any]:
@@ -190,6 +213,7 @@ class PruneSpec:
             "fuse_statistics": self.fuse_statistics,
             "experts": self.experts,
             "min_tokens": self.min_tokens,
+            "refine": self.refine_damping if self.refine else None,
         }
 
     def check_experts(self, has_experts: bool) -> None:
