@@ -65,7 +65,7 @@ def inputs_of_layers(model, ids):
     found, handles = {}, []
     for name, matrix in find_blocks(model)[0].matrices.items():
         told = functools.partial(lambda name, x: found.update({name: x.flatten(0, -2)}), name)
-        handles.append(matrix.watch(told))
+        handles.append(matrix.module.register_forward_pre_hook(lambda _m, inputs, told=told: told(inputs[0])))
     with torch.no_grad():
         model(ids)
     for handle in handles:
