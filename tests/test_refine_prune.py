@@ -46,7 +46,7 @@ def test_kept_weights_are_the_dense_models_and_errors_are_smaller(family, way, t
         if name.startswith(f"{first}."):
             assert torch.equal((weight == 0).sum(dim=-1), (weights(refined)[name] == 0).sum(dim=-1))
     assert sum(layer.swaps for layer in report.layers) > 0
-    assert "refined: " in str(report)
+    assert "refined (damping 0.3): " in str(report)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
@@ -92,9 +92,10 @@ def test_command(tmp_path, capsys):
     command = ["prune", tmp_path / "model", "--out", tmp_path / "out", "--refine", "--refine-damping", "1", *data]
     code, stdout, _ = call(capsys, *command)
     assert code == 0
-    assert "refined: " in stdout
+    assert "refined (damping 1): " in stdout
     report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
     assert all(layer["gram_errors"][1] <= layer["gram_errors"][0] for layer in report["layers"])
+    assert report["refine_damping"] == 1
     code, _, stderr = call(capsys, *command, "--method", "sparsegpt", "--overwrite")
     assert code == 2
     assert "--refine is for methods that keep the weights as they are" in stderr

@@ -136,6 +136,8 @@ class PruningReport:
         data |= {"achieved_sparsity": self.achieved_sparsity, "dense": self.dense}
         if any(layer.tokens is not None for layer in self.layers):
             data |= {"experts": self.spec.experts, "min_tokens": self.spec.min_tokens}
+        if self.spec.refine:
+            data["refine_damping"] = self.spec.refine_damping
         if not seconds:
             del data["seconds"]
             for layer in data["layers"]:
@@ -183,8 +185,11 @@ class PruningReport:
         refined = [layer for layer in self.layers if layer.gram_errors is not None]
         if refined:
             before, after = (sum((one.gram_errors or ())[i] for one in refined) / len(refined) for i in (0, 1))
-            swaps = sum(layer.swaps or 0 for layer in refined)
-            yield Text(f"refined: {swaps} swaps; mean error of a layer {before:.3f} before, {after:.3f} after")
+            swaps, damping = sum(layer.swaps or 0 for layer in refined), self.spec.refine_damping
+            yield Text(
+                f"refined (damping {damping:g}): {swaps} swaps; mean error of a layer {before:.3f} before, "
+                f"{after:.3f} after"
+            )
         stays = "; ".join(self._stays_dense())
         if stays:
             yield Text(f"stays dense: {stays}")
