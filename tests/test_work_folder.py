@@ -181,11 +181,12 @@ def test_a_state_holds_no_plans(unfinished, whole):  # noqa: F811
 def test_a_report_with_numbers_that_json_has_not():
     layer = {"name": "a", "shape": [2, 3], "sparsity": 0.5, "seconds": 1, "estimated_error": "nan"}
     layer |= {"exact_error": "inf", "input_of": None, "statistics": None, "threshold": None, "damping": None}
-    layer |= {"tokens": None, "pooled": None}
+    layer |= {"tokens": None, "pooled": None, "swaps": 3, "gram_errors": [0.5, "inf"]}
     read = done_of({"done": 1, "layers": [layer], "sparsities": None}).layers[0]
     assert math.isnan(read.estimated_error)
     assert read.exact_error == math.inf
     assert read.shape == (2, 3)
+    assert read.gram_errors == [0.5, math.inf]
 
 
 def test_nameless_activations_leave_nothing(tmp_path):

@@ -222,11 +222,13 @@ def _layer(data: dict[str, Any]) -> LayerReport:
     if any(type(n) not in (int, float) for n in numbers.values()) or any(type(word) is not str for word in words):
         raise ValueError(f"its report on {data['name']} is {str(data)[:200]}")
     errors = data["gram_errors"]
-    if errors is not None and (len(errors) != 2 or any(type(error) not in (int, float) for error in errors)):
-        raise ValueError(f"its report on {data['name']} has the gram_errors {str(errors)[:100]}")
+    if errors is not None:
+        errors = [float(error) if error in NOT_FINITE else error for error in errors]
+        if len(errors) != 2 or any(type(error) not in (int, float) for error in errors):
+            raise ValueError(f"its report on {data['name']} has the gram_errors {str(errors)[:100]}")
     if type(data["swaps"]) not in (int, type(None)):
         raise ValueError(f"its report on {data['name']} has the swaps {str(data['swaps'])[:100]}")
     for name in ("tokens", "pooled"):
         if data[name] is not None and any(type(count) is not int or count < 0 for count in data[name]):
             raise ValueError(f"its report on {data['name']} has the {name} {str(data[name])[:100]}")
-    return LayerReport(**data | numbers | {"shape": tuple(data["shape"])})
+    return LayerReport(**data | numbers | {"shape": tuple(data["shape"]), "gram_errors": errors})
