@@ -10,7 +10,7 @@ import saved
 import tiny
 import torch
 from test_cli import call
-from test_experts import model
+from test_experts import called_by_keywords, model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from wanda_kernels import drop_experts, prune
@@ -183,6 +183,12 @@ def test_what_is_left_of_a_drop_in_inference_mode_can_be_trained():
     with torch.inference_mode():
         drop_experts(of, tiny.ids(), 0.5)
     of(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_called_by_keywords_it_loses_the_same(family):
+    plain, by_name = model(family), called_by_keywords(model(family))
+    assert drop_experts(plain, tiny.ids(), 0.5).layers == drop_experts(by_name, tiny.ids(), 0.5).layers
 
 
 def test_compiled_in_place_it_loses_the_same():

@@ -291,14 +291,19 @@ def test_rows_are_sorted_by_expert_sequence_and_token():
     assert routing.ends_by_sequence(4, 2).tolist() == [2, 3, 4, 5, 6, 8]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_experts_may_be_called_by_keywords_in_any_order(family):
-    plain, by_name = model(family), model(family)
-    for layer in by_name.model.layers:
+def called_by_keywords(of):
+    """Its experts get their last two arguments by name, in the other order."""
+    for layer in of.model.layers:
         names = list(inspect.signature(type(layer.mlp.experts).forward).parameters)[2:]
         layer.mlp.experts.register_forward_pre_hook(
             lambda _m, args, _k, names=names: (args[:1], {names[1]: args[2], names[0]: args[1]}), with_kwargs=True
         )
+    return of
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_experts_may_be_called_by_keywords_in_any_order(family):
+    plain, by_name = model(family), called_by_keywords(model(family))
     for of in (plain, by_name):
         prune(of, tiny.ids(), sparsity=0.5)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), by_name.parameters(), strict=True))

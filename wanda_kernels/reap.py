@@ -26,14 +26,13 @@ from .models.load import empty_model
 from .pruning.blocks import find_blocks, refuse_non_finite, unwrapped, what_it_computes
 from .pruning.driver import check_input_ids
 from .pruning.loop import default_batch_size
-from .pruning.matrices import RoutedExperts
+from .pruning.matrices import ROUTERS, RoutedExperts
 from .pruning.report import Progress
 from .pruning.spec import PruneSpec, check_whole
 from .pruning.stand_ins import stand_ins
 
 # What configurations call the number of experts, in the order of preference.
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-_ROUTERS = {"gate", "router", "classifier"}
 
 
 @dataclass
@@ -204,7 +203,7 @@ def _layer_of(model: nn.Module, name: str, adapter: Any) -> _Layer:
 
 
 def _is_of_router(key: str) -> bool:
-    return not _ROUTERS.isdisjoint(key.split("."))
+    return not ROUTERS.isdisjoint(key.split("."))
 
 
 @contextmanager
@@ -213,7 +212,7 @@ def _watched(layers: list[_Layer], sums: list[Tensor], counts: list[Tensor]) -> 
 
     def forward_of(index: int, layout: ExpertsLayout) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden, chosen, shares = (*args, *kwargs.values())
+            hidden, chosen, shares = layout.arguments(args, kwargs)
 
             def seen(routing: Routing, out: Tensor) -> None:
                 weighed = shares.reshape(-1)[routing.order].double().abs() * out.double().norm(dim=-1)

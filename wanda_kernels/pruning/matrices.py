@@ -182,10 +182,10 @@ class AllTokensExperts:
         def forward(hidden_states: Tensor) -> Tensor:
             x = hidden_states.view(experts, -1, hidden_states.shape[-1])
             is_routed = layout.routed(hidden_states)
-            tell("gate_up_proj", x, is_routed)
+            tell(layout.up, x, is_routed)
             gate, up = torch.bmm(x, module.gate_up_proj).chunk(2, dim=-1)
             inner = up * module.act_fn(gate)
-            tell("down_proj", inner, is_routed)
+            tell(layout.down, inner, is_routed)
             return torch.bmm(inner, module.down_proj).view(-1, hidden_states.shape[-1])
 
         with stand_ins([(module, forward)]):
@@ -293,7 +293,7 @@ class Block:
             yield
 
 
-_ROUTERS = {"router", "gate", "classifier"}
+ROUTERS = {"router", "gate", "classifier"}  # what modules and layers that choose among experts are called
 
 
 def is_router(name: str, linear: nn.Linear, matrices: dict[str, Matrix], experts: Iterable[str]) -> bool:
@@ -302,9 +302,9 @@ def is_router(name: str, linear: nn.Linear, matrices: dict[str, Matrix], experts
     parts = name.split(".")
     counts = {n for m in matrices.values() if m.experts is not None for n in (m.experts, m.stored.shape[0])}
     homes = {module.rstrip(".").rpartition(".")[0] for module in experts}
-    around = [place for place, part in enumerate(parts[:-1]) if part in _ROUTERS]
+    around = [place for place, part in enumerate(parts[:-1]) if part in ROUTERS]
     is_inside = any(".".join(parts[:place]) in homes for place in around)
-    return is_inside or (linear.out_features in counts and not _ROUTERS.isdisjoint(parts))
+    return is_inside or (linear.out_features in counts and not ROUTERS.isdisjoint(parts))
 
 
 def matrices_in(module: nn.Module) -> tuple[dict[str, Matrix], dict[str, ExpertsAdapter]]:
