@@ -279,6 +279,14 @@ def test_owl_ratio_and_limits():
     assert outlier_ratio(weights, inputs, 4.0) == 1 / 8
     assert Owl().sparsities([3.0, 3.0], 0.5) == [0.5, 0.5]
     assert Owl().sparsities([0.0, 1.0], 0.5) == pytest.approx([0.58, 0.42])
+    assert Owl().sparsities([0.0, 1.0], 0.5, [3, 1]) == pytest.approx([0.54, 0.38])
+
+
+def test_owl_reaches_the_sparsity_where_some_blocks_have_experts():
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 4}
+    model = tiny.model("qwen3_moe", **sizes, mlp_only_layers=[0])
+    report = prune(model, tiny.ids(), sparsity=0.5, owl=Owl(outlier=2.0))
+    assert report.achieved_sparsity == pytest.approx(0.5, abs=0.008)  # whole columns of a row of 64
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "ria", "ablate_mag_seq", "ablate_wanda_iter"])

@@ -1,6 +1,7 @@
 """OWL: blocks with more outliers keep more weights; the mean over blocks stays what was asked for.
 
-Source: OWL (arXiv 2310.05175, Yin et al.), layerwise outlier distribution, as its official code computes it.
+Source: OWL (arXiv 2310.05175, Yin et al.), layerwise outlier distribution, as its official code computes it; where
+blocks are of different sizes (experts in some), the mean is over weights, so that the model has the sparsity asked for.
 """
 
 from __future__ import annotations
@@ -34,13 +35,18 @@ class Owl:
                 f"[{2 * self.limit:g}, {1 - 2 * self.limit:g}), got {sparsity:g}"
             )
 
-    def sparsities(self, ratios: Sequence[float], sparsity: float) -> list[float]:
-        """Outlier ratios -> a sparsity for each block, with the mean ``sparsity``."""
+    def sparsities(self, ratios: Sequence[float], sparsity: float, sizes: Sequence[int] | None = None) -> list[float]:
+        """Outlier ratios -> a sparsity for each block, with the mean ``sparsity`` over their weights.
+
+        Args:
+            sizes: of the blocks, in weights; None: all alike, as the official code has it.
+        """
         lowest, spread = min(ratios), max(ratios) - min(ratios)
         if spread == 0:
             return [sparsity] * len(ratios)
         density = [(ratio - lowest) / spread * 2 * self.limit for ratio in ratios]
-        mean = sum(density) / len(density)
+        shares = [1.0] * len(ratios) if sizes is None else [size / max(sizes) for size in sizes]
+        mean = sum(one * share for one, share in zip(density, shares, strict=True)) / sum(shares)
         return [sparsity - (one - mean) for one in density]
 
 

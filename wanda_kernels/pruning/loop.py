@@ -216,7 +216,7 @@ class Loop:
         """A pass of the dense model over all blocks, and the sparsity that its outliers give each of them."""
         owl, blocks = self.spec.owl, self.source.blocks
         assert owl is not None
-        ratios = []
+        ratios, sizes = [], []
         self.source.begin(0)
         for index, (block, calls) in enumerate(zip(blocks, recording.calls, strict=True)):
             last = block is blocks[-1]
@@ -226,12 +226,13 @@ class Loop:
                 weights = {name: block.matrices[name].weight.detach() for name in inputs}
                 with self.stopwatch.measure("selection"):
                     ratios.append(outlier_ratio(weights, inputs, owl.outlier))
+                sizes.append(sum(weight.numel() for weight in weights.values()))
             if not last:
                 hidden.flip()
             self.source.passed(index)
         if self.processes is not None:
             ratios = self.processes.agree_on(ratios)
-        return owl.sparsities(ratios, self.spec.sparsity)
+        return owl.sparsities(ratios, self.spec.sparsity, sizes)
 
     def _statistics(
         self, block: Block, hidden: Activations, calls: list[Call], whole: bool, grams: bool = False
@@ -363,10 +364,9 @@ class Loop:
         weight, dense, spec = matrix.weight.data, matrix.view(stored), self.spec
         whole = sum_over_experts(dense, inputs)
         errors = [relative_error(sum_over_experts(dense - weight, inputs), whole)]
-        mine = range(len(weight))
-        is_shared = self.processes is not None and not (matrix.is_transposed and matrix.experts is None)
-        if self.processes is not None and is_shared:
-            mine = self.processes.shares(len(weight))[self.rank]
+        # Of a transposed matrix rows do not lie apart: each process refines all of it, to the same bits.
+        processes = None if matrix.is_transposed and matrix.experts is None else self.processes
+        mine = range(len(weight)) if processes is None else processes.shares(len(weight))[self.rank]
         swaps = torch.zeros(len(weight), 1, dtype=torch.int64, device=weight.device)
         if matrix.experts is not None:
             for expert in mine:
@@ -375,9 +375,9 @@ class Loop:
         elif len(mine):
             rows = slice(mine.start, mine.stop)
             swaps[mine.start] = refine_(weight[rows], dense[rows], inputs, spec.pattern, spec.refine_damping)
-        if self.processes is not None and is_shared:
-            self.processes.exchange_rows_(matrix.stored.data[: len(weight)], self.processes.shares(len(weight)))
-            self.processes.exchange_rows_(swaps, self.processes.shares(len(weight)))
+        if processes is not None:
+            for tensor in (matrix.stored.data[: len(weight)], swaps):
+                processes.exchange_rows_(tensor, processes.shares(len(weight)))
         errors.append(relative_error(sum_over_experts(dense - weight, inputs), whole))
         return int(swaps.sum()), errors
 

@@ -25,7 +25,7 @@ class LayerReport:
         sparsity: share of zeros after pruning.
         seconds: spent on the selection.
         estimated_error: sqrt(sum of pruned scores^2 / sum of all scores^2): the relative output error if the
-            inputs were uncorrelated.
+            inputs were uncorrelated; of the method's mask, where that was refined.
         exact_error: ||X (W - W')^T||_F / ||X W^T||_F on the calibration inputs, where it was asked for.
         input_of: the layer whose input statistics it shares, None where the method uses none.
         statistics: what added them up: ``rms_norm``, ``silu_mul`` or ``gelu_tanh_mul`` while making that input, or
