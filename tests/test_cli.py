@@ -253,3 +253,27 @@ def test_a_swallowed_ctrl_c_is_remembered():
             interrupt.check()
     assert interrupt.received() == signal.SIGINT
     interrupt.check()  # the command has ended: what runs next in this process is not interrupted
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl_moe"])
+def test_a_model_that_takes_images_keeps_what_prepares_them(family, work, tmp_path, capsys):
+    """In memory, streamed, packed and unpacked."""
+    from transformers import AutoModelForImageTextToText
+
+    from benchmarks.tiny_configs import tiny_config
+
+    model, beside = tmp_path / "model", {"preprocessor_config.json": '{"a": 1}', "processor_config.json": '{"b": 2}'}
+    AutoModelForImageTextToText.from_config(tiny_config(family)).save_pretrained(model)
+    saved.tokenizer().save_pretrained(model)
+    for name, text in beside.items():
+        (model / name).write_text(text)
+    for out, command in {
+        "pruned": ["prune", model, *calibrated(work)],
+        "streamed": ["prune", model, "--stream", *calibrated(work)],
+        "packed": ["compress", tmp_path / "pruned"],
+        "unpacked": ["decompress", tmp_path / "packed"],
+    }.items():
+        code, _, stderr = call(capsys, *command, "--out", tmp_path / out)
+        assert code == 0, stderr
+        assert {name: (tmp_path / out / name).read_text() for name in beside} == beside
+        assert not (tmp_path / out / "video_preprocessor_config.json").exists()

@@ -64,15 +64,17 @@ def _begin(model: str, out: Path, overwrite: bool) -> None:
 def _convert(model: str, out: Path, overwrite: bool, what: str, convert: Callable[[Any], Any]) -> Any:
     """From folder to folder; what pruning said of the model goes with it. Returns what ``convert`` does."""
     from ..models import load_model, load_tokenizer, save_pretrained
-    from ..models.save import REPORT
+    from ..models.load import processor_files
+    from ..models.save import DROP_REPORT, REPORT
     from .display import working
 
     with working(f"loading {model}"):
         tokenizer, loaded = load_tokenizer(model), load_model(model, "auto", "cpu")
     with working(what):
         result = convert(loaded)
-    report = Path(model).expanduser() / REPORT
-    extra = {REPORT: report.read_text(encoding="utf-8")} if report.is_file() else {}
+    reports = [Path(model).expanduser() / name for name in (REPORT, DROP_REPORT)]
+    extra = {report.name: report.read_text(encoding="utf-8") for report in reports if report.is_file()}
+    extra |= processor_files(model, loaded.config)
     with working(f"saving to {out}"):
         save_pretrained(out, loaded, tokenizer, extra=extra, overwrite=overwrite)
     return result

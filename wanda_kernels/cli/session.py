@@ -11,7 +11,7 @@ import torch
 
 from .._words import to_json
 from ..models import load_model, load_tokenizer, save_pretrained
-from ..models.load import check_choices, empty_model, load_config, weight_bytes
+from ..models.load import check_choices, empty_model, load_config, processor_files, weight_bytes
 from ..models.save import DROP_REPORT, REPORT, check_bytes
 from ..packed import compress
 from ..packed.model import refuse_unpackable
@@ -140,6 +140,7 @@ class Session:
         extra = {} if report is None else {REPORT: to_json(report.to_dict(seconds=False))}
         if dropped is not None:
             extra[DROP_REPORT] = dropped.to_json()
+        extra |= processor_files(self.name, self.config)
         with working(f"saving to {out}"):
             save_pretrained(out, self.model, self.tokenizer, extra=extra, overwrite=overwrite)
 

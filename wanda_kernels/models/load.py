@@ -19,6 +19,7 @@ from torch import nn
 from .._words import need
 from .checkpoint import INDEX, SINGLE, Checkpoint, json_object
 from .fits import check_config, check_fits, check_size, listed
+from .save import PROCESSOR
 
 ADAPTER = "adapter_config.json"
 DTYPES: dict[str, Any] = {
@@ -292,6 +293,17 @@ def _refuse_incomplete(model: str, info: dict[str, Any]) -> None:
     for kind in ("error_msgs", "conversion_errors"):
         if info.get(kind):
             raise ValueError(f"model {model} does not fit its config.json: {listed(map(str, info[kind]))}")
+
+
+def processor_files(model: str, config: Any) -> dict[str, str]:
+    """What lies beside ``model`` for its images and video, name -> text; none where its ``config`` is of text alone."""
+    from transformers.utils import cached_file
+
+    if not getattr(type(config), "sub_configs", None):
+        return {}
+    source, _ = _source(model)
+    paths = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR}
+    return {name: Path(path).read_text(encoding="utf-8") for name, path in paths.items() if path is not None}
 
 
 def load_tokenizer(model: str) -> Any:

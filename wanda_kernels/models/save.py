@@ -15,6 +15,8 @@ from torch import nn
 
 REPORT = "pruning_report.json"  # beside a pruned model's weights
 DROP_REPORT = "dropped_experts.json"
+# How images and video are prepared, beside a model that takes them.
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag, of Linux
 
 

@@ -17,7 +17,7 @@ from ..distributed import Processes
 from ..models.checkpoint import Checkpoint, CheckpointWriter
 from ..models.load import choose_device
 from ..models.placement import Placement
-from ..models.save import check_bytes, check_output
+from ..models.save import PROCESSOR, check_bytes, check_output
 from ..pruning.blocks import Block, find_blocks, matrices_of
 from ..pruning.driver import check_blocks, check_input_ids
 from ..pruning.loop import Loop, default_batch_size
@@ -31,13 +31,7 @@ from .skeleton import build, refuse_other_dtypes
 from .workfolder import WorkFolder, done_of, identity, path_for, read_state, refuse_other_run
 
 ACTIVATION_MEMORY = 4 * 2**30
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",  # of models that take images too
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
+COPIED = ("config.json", "generation_config.json", *PROCESSOR)
 
 
 def stream_prune(
