@@ -82,14 +82,16 @@ def segment_total_kernel(
     if chunks == 0:
         return
     first = begin // CHUNK + segment
+    # Read before the loop, whose sums the warps wait for: several threads hold a column, and one writes it.
+    target = sqnorm + segment.to(tl.int64) * cols + columns
+    value = tl.load(target, mask=valid, other=0.0)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, chunks, ROWS):
         rows = start + tl.arange(0, ROWS)
         at = (first + rows).to(tl.int64)[:, None] * cols + columns[None, :]
         part = tl.load(partial + at, mask=(rows < chunks)[:, None] & valid[None, :], other=0.0)
         total += tl.sum(part.to(tl.float64), axis=0)
-    target = sqnorm + segment.to(tl.int64) * cols + columns
-    tl.store(target, tl.load(target, mask=valid, other=0.0) + total.to(tl.float32), mask=valid)
+    tl.store(target, value + total.to(tl.float32), mask=valid)
 
 
 def _add_segments(sqnorm: Tensor, x: Tensor, ends: Tensor) -> None:
