@@ -10,7 +10,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from . import _checks
+from .. import _checks
 
 __all__ = [
     "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24",
