@@ -9,6 +9,7 @@ import torch
 
 from wanda_kernels import _backend, ops, reference
 from wanda_kernels.packed import pack_bitmap, pack_sparse24
+from wanda_kernels.packed.values import ValueType, pack_dense, pack_kept, quantize
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 NORM = torch.rand(64, generator=torch.Generator().manual_seed(1))
@@ -24,6 +25,15 @@ def packed():
 
 
 SPARSE = WEIGHT.masked_fill(reference.nm_mask(WEIGHT, NORM, 2, 4), 0)
+
+LEVELS = quantize(SPARSE, ValueType(4, 32))
+
+
+def quantized(bits):
+    levels, scales = quantize(SPARSE, ValueType(bits, 32))
+    values, starts = pack_kept(levels, SPARSE != 0, bits)
+    return values, scales, pack_bitmap(SPARSE)[1], starts
+
 
 ROWS, GROUPS = reference.row_mask(WEIGHT, NORM, 0.5), reference.nm_mask(WEIGHT, NORM, 2, 4)
 
@@ -52,6 +62,10 @@ CALLS = {
     "sparse24_experts": lambda: (WEIGHT, *pack_sparse24(SPARSE), ENDS),
     "unpack_bitmap": lambda: pack_bitmap(SPARSE),
     "unpack_sparse24": lambda: pack_sparse24(SPARSE),
+    "quantized_linear": lambda: (WEIGHT[:3], *quantized(8), NORM[:32], 8),
+    "quantized_linear of a head": lambda: (HALF[:3], pack_dense(LEVELS[0], 4), LEVELS[1], None, None, None, 4),
+    "quantized_experts": lambda: (WEIGHT, *quantized(4)[:2], ENDS, *quantized(4)[2:], 4),
+    "unpack_quantized": lambda: (*quantized(4), 4, torch.bfloat16),
     "gelu_tanh_mul_sqnorm": lambda: (HALF, HALF.flip(0), torch.zeros(4, 64), None),
 }
 

@@ -14,6 +14,7 @@
                     ``unpack_sparse24``: back to dense)
 ``bitmap_experts``  products of tokens with the packed weights of the experts that they go to
                     (``sparse24_experts``)
+``quantized_linear``  both with values of 8 or 4 bits (``quantized_experts``, ``unpack_quantized``)
 ==================  ==================================================================================
 """
 
@@ -29,6 +30,7 @@ from .packed import (
     unpack_bitmap,
     unpack_sparse24,
 )
+from .quantized import quantized_experts, quantized_linear, unpack_quantized
 from .refine import refine_nm_, refine_rows_
 from .rms_norm_sqnorm import rms_norm_sqnorm
 from .rows import prune_rows_, row_mask
@@ -36,6 +38,7 @@ from .sqnorm import add_sqnorm_
 
 __all__ = [
     "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24",
-    "prune_nm_", "prune_pack_24", "prune_rows_", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask",
-    "silu_mul_sqnorm", "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
+    "prune_nm_", "prune_pack_24", "prune_rows_", "quantized_experts", "quantized_linear", "refine_nm_",
+    "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "sparse24_experts", "sparse24_linear",
+    "unpack_24", "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
 ]  # fmt: skip

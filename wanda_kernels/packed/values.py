@@ -1,4 +1,4 @@
-"""Values of 8 or 4 bits for what a packed weight keeps: whole numbers with a scale for a row, or for some columns of it.
+"""Values of 8 or 4 bits for what a packed weight keeps: whole numbers, with a scale for a row or some columns.
 
 =====  ==========================================  ===============================================
 bits   bytes                                       scales, bfloat16

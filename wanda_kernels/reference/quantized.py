@@ -2,9 +2,9 @@
 bit.
 
 A product rounds x, too: to 16 bits beside values of 8 (max |x| = 32639 = 127 * 256 + 127: two signed bytes), to 8
-beside values of 4 (max |x| = 127), with a scale for each row of x and group of columns. Whole numbers add up exactly in any
-order. Four columns of every 64 are a lane: each of the sixteen adds up its groups in float32, in order, and a tree adds
-up the lanes.
+beside values of 4 (max |x| = 127), with a scale for each row of x and group of columns. Whole numbers add up exactly in
+any order. Four columns of every 64 are a lane: each of the sixteen adds up its groups in float32, in order, and a tree
+adds up the lanes.
 """
 
 from __future__ import annotations
