@@ -214,8 +214,8 @@ def refine_nm_from(
     return swaps
 
 
-# The kept weights of a row for the least error d^T G' d, d = w - target (ALPS, arXiv 2406.07831): conjugate gradients on
-# what is kept, preconditioned by the diagonal.
+# The kept weights of a row for the least error d^T G' d, d = w - target (ALPS, arXiv 2406.07831): conjugate gradients
+# on what is kept, preconditioned by the diagonal.
 #
 # In u = d * sqrt(diag G), for which the matrix H has 1 + damping on its diagonal, the preconditioner is 1. Products and
 # states are float32. How many rows a product has could change its bits: rows are taken in tiles that begin at multiples
