@@ -77,7 +77,7 @@ def test_runs_leave_the_model_dense_and_give_what_prune_gives():
     model = tiny.model()
     before = tiny.weights(model)
     windows = tiny.ids(3, 16)
-    runner = Runner(model, calibration, windows)
+    runner = Runner(model, calibration, [windows])
     assert runner.dense()["perplexity"] == perplexity(model, windows, 16)
     outcome = runner.run(Run("wanda", 0.5, samples=4, seed=1, detail=True))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -101,7 +101,7 @@ def outcome(run, value):
          "sparsity": 0.5} for b in range(3) for kind in ("up_proj", "down_proj")
     ]}  # fmt: skip
     return {
-        "perplexity": value, "achieved_sparsity": 0.5, "seconds": 1.5, "parts": {"forward": 1.0, "selection": 0.5},
+        "perplexity": value, "further": [], "achieved_sparsity": 0.5, "seconds": 1.5, "parts": {"forward": 1.0, "selection": 0.5},
         "peak_memory_bytes": 3 << 20, "damped": 1,
     } | (layers if run.detail else {})  # fmt: skip
 
@@ -148,7 +148,9 @@ def test_tables_have_the_runs_figures(done):
     assert tables["seeds"].rows[0][2] == "2"
     assert ["wanda", "50%", "1.5", "1.0", "0.0", "0.5", "3"] in tables["cost"].rows
     assert figure(12345.6) == "1.23e+04"
-    assert set(tables) == {"perplexity", "sparsity", "calibration", "groups", "update", "others", "seeds", "cost"}
+    assert set(tables) == {
+        "perplexity", "texts", "sparsity", "calibration", "groups", "update", "others", "seeds", "cost",
+    }  # fmt: skip
 
 
 def config(**changes):
