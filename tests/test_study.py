@@ -101,8 +101,8 @@ def outcome(run, value):
          "sparsity": 0.5} for b in range(3) for kind in ("up_proj", "down_proj")
     ]}  # fmt: skip
     return {
-        "perplexity": value, "further": [], "achieved_sparsity": 0.5, "seconds": 1.5, "parts": {"forward": 1.0, "selection": 0.5},
-        "peak_memory_bytes": 3 << 20, "damped": 1,
+        "perplexity": value, "further": [], "achieved_sparsity": 0.5, "seconds": 1.5, "damped": 1,
+        "parts": {"forward": 1.0, "selection": 0.5}, "peak_memory_bytes": 3 << 20,
     } | (layers if run.detail else {})  # fmt: skip
 
 
