@@ -1,4 +1,5 @@
-"""Refinement of masks: rows of a weight to convergence, against the reference's vectorised PyTorch on the same rows."""
+"""Gram matrices, and refinement of masks by them: rows of a weight to convergence, against the reference's vectorised
+PyTorch on the same rows."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from wanda_kernels import ops, reference
 ROWS = 192  # rows do not depend on one another, and the peer takes seconds for these
 CHECKED_ROWS = 8  # the reference adds one column after the other
 DAMPING, SWEEPS = 0.3, 4
+TOKENS = 512  # of a sequence
 
 
 def correlated(tokens: int, cols: int, device: torch.device) -> Tensor:
@@ -49,14 +51,43 @@ def vectorised_groups(inputs: Inputs) -> Tensor:
 
 
 def refine(settings: Settings, shapes: Shapes) -> Iterator[Case]:
-    """On the width of the first shape: half of each row to convergence, and four sweeps over 2:4."""
+    """On the width of the first shape: a sequence's Gram matrix, half of each row to convergence, and four sweeps over
+    2:4."""
     rows, cols = min(ROWS, shapes[0][0]), shapes[0][1]
+    yield _gram(settings, cols)
     kinds: tuple[tuple[str, str, Callable[..., Tensor], Callable[[Inputs], Tensor]], ...] = (
         ("refine_rows_", "", _by_rows, vectorised_rows),
         ("refine_nm_", " 2:4", _by_groups, vectorised_groups),
     )
     for operator, pattern, call, peer in kinds:
         yield _case(settings, rows, cols, operator, pattern, call, peer)
+
+
+def _gram(settings: Settings, cols: int) -> Case:
+    def make() -> tuple[Tensor, Tensor]:
+        return torch.zeros(cols, cols, device=settings.device), correlated(TOKENS, cols, settings.device)
+
+    def run(inputs: Inputs) -> None:
+        ops.add_gram_(*inputs)
+
+    def whole_product(inputs: Inputs) -> None:
+        gram, x = inputs
+        gram.addmm_(x.t(), x)
+
+    def check(inputs: Inputs) -> str:
+        gram, x = inputs
+        run(inputs)
+        wanted = (x.double().t() @ x.double()).tril()
+        error = float((gram.tril() - wanted).abs().max() / wanted.abs().max())
+        if not error < 1e-5:
+            raise WrongResultError(f"{error:.1e} of the largest element away from float64")
+        return f"{error:.1e} of the largest element away from float64"
+
+    return Case(
+        "refine", "add_gram_", f"{TOKENS} x {cols}", torch.float32, backend_of("add_gram_", settings.device), make, run,
+        check, 4 * cols * cols, {"torch product": whole_product},
+        threads=1 if settings.device.type == "cpu" else "", in_place=True,
+    )  # fmt: skip
 
 
 def _case(

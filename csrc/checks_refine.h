@@ -1,4 +1,4 @@
-// As checks.h, for refine_rows_ and refine_nm_.
+// As checks.h, for add_gram_, refine_rows_ and refine_nm_.
 #pragma once
 
 #include <cmath>
@@ -73,6 +73,21 @@ inline Refinement check_refine_nm(const char* op, const at::Tensor& mask, const 
   made.params.m = m;
   made.params.sweeps = sweeps;
   return made;
+}
+
+constexpr int64_t kGramStep = 384;  // GRAM_STEP of wanda_kernels/_checks.py
+
+inline void check_gram(const char* op, const at::Tensor& gram, const at::Tensor& x, int64_t first) {
+  check_type(op, "gram", gram, at::kFloat, "float32");
+  dtype_of(op, "x", x);
+  check_device(op, "gram", gram, "x is", x);
+  WANDA_CHECK_VALUE(x.dim() == 2, "x must have 2 dimensions [tokens, C_in], got ", x.dim());
+  const int64_t cols = x.size(1);
+  WANDA_CHECK_VALUE(first >= 0 && first <= cols && first % kGramStep == 0, "first must be a multiple of ",
+                    kGramStep, " in [0, ", cols, "], got ", first);
+  WANDA_CHECK_VALUE(gram.dim() == 2 && gram.size(1) == cols && first + gram.size(0) <= cols,
+                    "gram must be [rows, ", cols, "] with at most ", cols - first, " rows, got ",
+                    gram.sizes());
 }
 
 }  // namespace wanda

@@ -228,7 +228,7 @@ def test_a_signal_while_python_imports_is_one_sentence(sent, code, delay, work, 
     if delay > 0.1 or running.returncode != -sent:  # Python itself takes a moment to begin
         assert running.returncode == code, stderr
         assert stderr.splitlines()[-1] == "wanda-kernels: error: interrupted; nothing was written"
-    assert "Traceback" not in stderr
+        assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -67,7 +67,7 @@ _NOT_IN_CUDA = (
     "rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block", "pack_bitmap",
     "pack_sparse24",
 )  # fmt: skip
-_REFERENCE_ON_CUDA = ("refine_rows_", "refine_nm_")
+_REFERENCE_ON_CUDA = ("add_gram_", "refine_rows_", "refine_nm_")  # the first is cuBLAS's products
 _IN_PYTORCH = ("solve_rows_",)  # on every device: products of matrices, which are torch's own
 
 

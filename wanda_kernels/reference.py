@@ -13,9 +13,10 @@ from torch.sparse._semi_structured_conversions import (
 from . import _checks
 
 __all__ = [
-    "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "prune_nm_",
-    "prune_pack_24", "prune_rows_", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm",
-    "solve_rows_", "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_sparse24",
+    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24",
+    "prune_nm_", "prune_pack_24", "prune_rows_", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask",
+    "silu_mul_sqnorm", "solve_rows_", "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap",
+    "unpack_sparse24",
 ]  # fmt: skip
 
 
@@ -377,6 +378,16 @@ def _sum_of_squares(tokens: Tensor) -> Tensor:
             partial += squares
         total += partial
     return total.float()
+
+
+def add_gram_(gram: Tensor, x: Tensor, beta: float = 1.0, alpha: float = 1.0, first: int = 0) -> None:
+    """By blocks of rows, each up to the diagonal."""
+    _checks.check_gram("add_gram_", gram, x, beta, alpha, first)
+    tokens = x.float()
+    for begin in range(0, gram.shape[0], _checks.GRAM_STEP):
+        end = min(begin + _checks.GRAM_STEP, gram.shape[0])
+        rows, upto = tokens[:, first + begin : first + end], first + end
+        gram[begin:end, :upto].addmm_(rows.t(), tokens[:, :upto], beta=beta, alpha=alpha)
 
 
 def add_sqnorm_(sqnorm: Tensor, x: Tensor, token_mask: Tensor | None = None, ends: Tensor | None = None) -> None:

@@ -23,6 +23,7 @@ from ..ops.solve import TILE
 from .blocks import MOST_DENSE, count_zeros
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
+from .grams import Grams
 from .matrices import Block, Matrix
 from .recording import Call, Recording, record_calls, run_block
 from .refine import FOUND, improve_
@@ -199,8 +200,7 @@ class Loop:
     def _work_on(self, block: Block, sparsity: float, hidden: Activations, calls: list[Call], last: bool) -> None:
         """Statistics, selection, and the next block's inputs."""
         dense_outputs = self.spec.propagate == "dense" and not last
-        grams = self.spec.needs >= Needs.GRAM
-        statistics = self._statistics(block, hidden, calls, dense_outputs, grams)
+        statistics = self._statistics(block, hidden, calls, dense_outputs, self.spec.needs >= Needs.GRAM)
         is_exact = self.spec.exact_error
         inputs = statistics.inputs()
         dense = {name: block.matrices[name].stored.detach().clone() for name in inputs} if is_exact else {}
@@ -241,14 +241,10 @@ class Loop:
         """All statistics of a block, of all processes' sequences; where it runs ``whole``, its outputs are the next
         block's inputs."""
         plan = self._plan(block, hidden, calls)
-        every, least = self.spec.experts == "all", self.spec.min_tokens
-        statistics = BlockStatistics(block, self.samples[-1].stop, plan, self.stopwatch, grams, every, least)
-        for rank in range(self.ranks):
-            # Gram matrices are running means over the sequences in order: each process goes on with the last one's.
-            if rank == self.rank:
-                self._collect(statistics, hidden, calls, whole)
-            if grams and self.processes is not None:
-                statistics.hand_on_grams(self.processes, rank)
+        every, least, samples = self.spec.experts == "all", self.spec.min_tokens, self.samples[-1].stop
+        sums = Grams(samples, lambda name: block.matrices[name].experts, self.processes) if grams else None
+        statistics = BlockStatistics(block, samples, plan, self.stopwatch, sums, every, least)
+        self._collect(statistics, hidden, calls, whole)
         if self.processes is not None:
             statistics.exchange(self.processes, self.samples)
         return statistics
