@@ -60,6 +60,7 @@ RUNS = [
     {"exact_error": True, "propagate": "dense"},
     {"method": "magnitude"},
     {"owl": True, "sparsity": 0.6, "batch_size": 2},
+    {"refine": True, "update": True, "update_steps": 3},
 ]
 
 

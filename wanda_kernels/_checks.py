@@ -149,6 +149,23 @@ def check_refine_nm(
         raise ValueError(f"wanda::{op}: sweeps must be >= 0, got {sweeps}")
 
 
+def check_solve(
+    op: str,
+    weight: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    target: Tensor,
+    damping: float = 0.3,
+    steps: int = 10,
+    sums: Tensor | None = None,
+) -> None:
+    _check_refine(op, mask, weight, gram, damping, sums)
+    _check_like(op, "target", target, "weight", weight)
+    _check_shape(op, "target", target, *weight.shape)
+    if steps < 0:
+        raise ValueError(f"wanda::{op}: steps must be >= 0, got {steps}")
+
+
 def check_groups(op: str, groups: int, n: int, m: int) -> None:
     """``groups``: those of the mask that keep another number than n."""
     if groups:

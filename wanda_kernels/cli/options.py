@@ -28,8 +28,9 @@ def usage() -> Iterator[None]:
 _NAMES = (
     "sparsity", "pattern", "method", "group", "variant", "weight_update", "block_size", "damping", "ria_power", "owl",
     "propagate", "batch_size", "exact_error", "fuse_statistics", "device", "dtype", "device_map", "offload",
-    "experts", "min_tokens", "require_all", "refine", "refine_damping", "share", "drop_experts", "activation_memory",
-    "samples", "length", "pack", "column", "split", "seed", "calibration", "text",
+    "experts", "min_tokens", "require_all", "refine", "refine_damping", "update", "update_damping",
+    "update_steps", "share", "drop_experts", "activation_memory", "samples", "length", "pack", "column", "split",
+    "seed", "calibration", "text",
 )  # fmt: skip
 _WORD = r"(?<![\w./-])({})(?![\w./:-])"  # no part of a path, nor a name of compared values
 

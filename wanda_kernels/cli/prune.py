@@ -110,6 +110,16 @@ def prune_command(
         float | None,
         typer.Option("--refine-damping", min=0, help="The larger, the nearer to the method's mask. \\[default: 0.3]"),
     ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Then change the kept weights so that it is least, on the same mask.")
+    ] = False,
+    update_damping: Annotated[
+        float | None,
+        typer.Option("--update-damping", min=0, help="The larger, the nearer to the dense weights. \\[default: 0.3]"),
+    ] = None,
+    update_steps: Annotated[
+        int | None, typer.Option("--update-steps", min=1, help="Conjugate gradient steps. \\[default: 10]")
+    ] = None,
     drop_experts: Annotated[
         float | None,
         typer.Option("--drop-experts", metavar="SHARE", help="First, as `wanda-kernels drop-experts --share SHARE`."),
@@ -153,7 +163,8 @@ def prune_command(
         spec = PruneSpec(
             sparsity=sparsity, pattern=pattern, method=method, propagate=propagate, batch_size=batch_size,
             exact_error=exact_error, fuse_statistics=fuse_statistics, experts=experts, min_tokens=min_tokens,
-            require_all=require_all, refine=refine, refine_damping=refine_damping,
+            require_all=require_all, refine=refine, refine_damping=refine_damping, update=update,
+            update_damping=update_damping, update_steps=update_steps,
             owl=methods.owl_of(owl, owl_limit, owl_outlier), **method_options,
         )  # fmt: skip
         session = Session(model, dtype, device, device_map)
