@@ -13,7 +13,7 @@ from typing import Any
 
 from .._words import need
 from ..methods import METHODS
-from ..pruning.spec import REFINE_DAMPING
+from ..pruning.spec import REFINE_DAMPING, UPDATE_DAMPING
 from . import tables
 
 Row = dict[str, Any]
@@ -176,6 +176,7 @@ def text_bars(data: Row) -> str | None:
         and tables.is_by_itself(run)
         and run["samples"] in (0, samples)
         and run["refine_damping"] in (None, REFINE_DAMPING)
+        and run["update_damping"] in (None, UPDATE_DAMPING)
         and all(map(_can_be_drawn, tables.perplexities(run)))
     ]
     found = {key: _means(runs) for key, runs in tables.by_label(shown).items()}
@@ -229,7 +230,7 @@ def damping_curves(data: Row, target: str) -> str | None:
             for (method, update, update_damping), points in lines.items():
                 colour, marker = styles()[method]
                 label = f"{method}, refined" + (" and updated" if update else "")
-                label += "" if update_damping is None else f" ({update_damping:g})"
+                label += "" if update_damping in (None, UPDATE_DAMPING) else f" (damping {update_damping!r})"
                 values = [(dampings.index(d), _means(found)[number]) for d, found in sorted(points.items())]
                 axes.plot(*zip(*values, strict=True), color=colour, marker=marker, label=label,
                           linestyle="-" if update else ":")  # fmt: skip
