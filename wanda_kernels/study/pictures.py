@@ -165,6 +165,11 @@ def _shown_label(label: str) -> str:
     return label if len(label) <= 40 else f"{label[:40]} .."
 
 
+def _strength(run: Row) -> float:
+    """Of a method's colour: the paler, the more is done after its mask."""
+    return (1.0, 0.65, 0.35)[run["refine"] + run["update"]]
+
+
 def text_bars(data: Row) -> str | None:
     """Perplexity by method and pattern, means over the seeds, on each text in a panel of its own."""
     texts = tables.texts(data)
@@ -184,7 +189,7 @@ def text_bars(data: Row) -> str | None:
     targets = list(dict.fromkeys(target for _, target in found))
     if len(texts) == 1 or not found:
         return None
-    colours = dict(zip(labels, itertools.cycle(colour for colour, _ in STYLES), strict=False))
+    looks = {run["label"]: {"color": styles()[run["method"]][0], "alpha": _strength(run)} for run in shown}
 
     def paint(figure: Any, panels: Any) -> None:
         width = 0.8 / len(labels)
@@ -194,12 +199,12 @@ def text_bars(data: Row) -> str | None:
                     (i, found[label, target][number]) for i, target in enumerate(targets) if (label, target) in found
                 ]
                 places = [i + (place - (len(labels) - 1) / 2) * width for i, _ in have]
-                axes.bar(places, [value for _, value in have], width * 0.92, color=colours[label], label=label)
+                axes.bar(places, [value for _, value in have], width * 0.92, label=label, **looks[label])
             _perplexity_axis(axes, data, number)
             axes.set_xticks(range(len(targets)), targets)
             axes.set_title(_shown_label(text), fontsize=10)
         handles, named = panels[0].get_legend_handles_labels()
-        figure.legend(handles, named, loc="outside lower center", ncols=3)
+        figure.legend(handles, named, loc="outside lower center", ncols=2)
 
     return _draw("texts", "Perplexity on each text", paint, panels=len(texts))
 
@@ -243,7 +248,7 @@ def damping_curves(data: Row, target: str) -> str | None:
             axes.set_title(_shown_label(texts[number]), fontsize=10)
         handles, named = figure.axes[0].get_legend_handles_labels()
         by_name = dict(zip(named, handles, strict=True))
-        figure.legend(by_name.values(), by_name, loc="outside lower center", ncols=3)
+        figure.legend(by_name.values(), by_name, loc="outside lower center", ncols=2)
 
     return _draw(f"damping-{target}", f"Perplexity against the damping of refined masks, {target}", paint,
                  panels=len(texts))  # fmt: skip
@@ -297,7 +302,7 @@ def cost_bars(data: Row) -> str | None:
         axes.set_yticks(range(len(runs)), [run["label"] for run in runs])
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
 
     return _draw("cost", "Seconds of pruning by part", paint, height=1.2 + 0.3 * len(runs))
 
