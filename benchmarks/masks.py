@@ -64,7 +64,7 @@ def summary(name: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for texts and studies")
-    parser.add_argument("--models", default="smollm2,gemma", help="with commas between them")
+    parser.add_argument("--models", default=",".join(MODELS), help="with commas between them [default: all]")
     parser.add_argument("--seeds", type=int, default=5, help="how many draws of the calibration samples")
     parser.add_argument("--record", action="store_true", help="run nothing: write down what is there")
     options = parser.parse_args()

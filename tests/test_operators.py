@@ -163,18 +163,6 @@ BAD = [
         "mask must keep 2 of every 4 columns, 512 of its groups do not",
     ),
     *(
-        ("add_gram_", args, kind, message)
-        for args, kind, message in (
-            ((GRAM.double(), WEIGHT), TypeError, "gram must be float32, got"),
-            ((GRAM, WEIGHT.int()), TypeError, "x must be float32, bfloat16 or float16, got .*[Ii]nt"),
-            ((GRAM, WEIGHT[None]), ValueError, r"x must have 2 dimensions \[tokens, C_in\], got 3"),
-            ((GRAM, WEIGHT[:, :63]), ValueError, r"gram must be \[rows, 63\] with at most 63 rows, got \[64, 64\]"),
-            ((GRAM, WEIGHT, 1.0, 1.0, 64), ValueError, r"first must be a multiple of 384 in \[0, 64\], got 64"),
-            ((GRAM, WEIGHT, 1.0, 1.0, -384), ValueError, r"first must be a multiple of 384 in \[0, 64\], got -384"),
-            ((GRAM, WEIGHT, 1.0, 1.0, 384), ValueError, r"first must be a multiple of 384 in \[0, 64\], got 384"),
-        )
-    ),
-    *(
         ("solve_rows_", args, kind, message)
         for args, kind, message in (
             ((WEIGHT, ROWS.int(), GRAM, WEIGHT), TypeError, "mask must be bool, got"),
@@ -193,6 +181,18 @@ BAD = [
                 ValueError,
                 r"sums must be contiguous \[32, 2\], got \[31, 2\]",
             ),
+        )
+    ),
+    *(
+        ("add_gram_", args, kind, message)
+        for args, kind, message in (
+            ((GRAM.double(), WEIGHT), TypeError, "gram must be float32, got"),
+            ((GRAM, WEIGHT.int()), TypeError, "x must be float32, bfloat16 or float16, got .*[Ii]nt"),
+            ((GRAM, WEIGHT[None]), ValueError, r"x must have 2 dimensions \[tokens, C_in\], got 3"),
+            ((GRAM, WEIGHT[:, :63]), ValueError, r"gram must be \[rows, 63\] with at most 63 rows, got \[64, 64\]"),
+            ((GRAM, WEIGHT, 1.0, 1.0, 64), ValueError, r"first must be a multiple of 384 in \[0, 64\], got 64"),
+            ((GRAM, WEIGHT, 1.0, 1.0, -384), ValueError, r"first must be a multiple of 384 in \[0, 64\], got -384"),
+            ((GRAM, WEIGHT, 1.0, 1.0, 384), ValueError, r"first must be a multiple of 384 in \[0, 64\], got 384"),
         )
     ),
     ("add_sqnorm_", (NORM.clone(), WEIGHT[:, :63]), ValueError, "x has 63 columns, sqnorm has 64"),

@@ -21,7 +21,7 @@ import torch
 from test_cli import call
 
 from wanda_kernels import perplexity, prune
-from wanda_kernels.pruning.spec import REFINE_DAMPING
+from wanda_kernels.pruning.spec import REFINE_DAMPING, UPDATE_DAMPING
 from wanda_kernels.study import Results, Run, Runner, Scale, grid, paper_plan, write_report
 from wanda_kernels.study import runner as runner_module
 from wanda_kernels.study.paper import published
@@ -54,6 +54,8 @@ def test_the_papers_plan():
         "wanda variant 50%, 16 samples, seed 0",
         "magnitude + OWL 60%, 16 samples, seed 0",
         "sparsegpt 50%, 16 samples, seed 1",
+        "wanda, refined 2:4, 16 samples, seed 0",
+        "wanda, refined and updated 60%, 16 samples, seed 0",
     ):
         assert key in keys
     detailed = {f"{method} 50%, 16 samples, seed 0" for method in ("sparsegpt", "wanda")}
@@ -91,6 +93,24 @@ def test_rows_of_refined_masks_stand_beside_the_plain_ones():
             grid(methods, [0.5], [], groups, [4], [0], refine=[None])
 
 
+def test_rows_of_updated_weights():
+    def labels(**steps):
+        return [run.label for run in grid(["wanda", "sparsegpt"], [0.5], [], [None], [4], [0], **steps)]
+
+    assert labels(update=[None]) == ["wanda", "wanda, updated", "sparsegpt"]
+    assert labels(refine=[None], update=[None]) == [
+        "wanda", "wanda, refined", "wanda, refined and updated", "sparsegpt",
+    ]  # fmt: skip
+    assert labels(refine=[1], update=[0.1, UPDATE_DAMPING]) == [
+        "wanda", "wanda, refined (damping 1.0)", "wanda, refined (damping 1.0) and updated (damping 0.1)",
+        "wanda, refined (damping 1.0) and updated", "sparsegpt",
+    ]  # fmt: skip
+    spec = Run("wanda", 0.5, samples=4, refine=True, update=True, update_damping=0.1).spec()
+    assert (spec.refine, spec.refine_damping, spec.update, spec.update_damping) == (True, REFINE_DAMPING, True, 0.1)
+    with pytest.raises(ValueError, match="update is for methods that keep the weights, compared as they do by"):
+        grid(["sparsegpt"], [0.5], [], [None], [4], [0], update=[None])
+
+
 def calibration(samples, seed):
     return (tiny.ids(samples, 16) + seed) % 128
 
@@ -125,11 +145,12 @@ def test_each_text_has_its_perplexity():
     dense = runner.dense()
     assert told == [1, 2, 3, 4, 5]
     assert [dense["perplexity"], *dense["further"]] == [perplexity(model, ids, 16) for ids in texts]
-    found = runner.run(Run("wanda", 0.5, samples=4, refine=True, refine_damping=1))
+    found = runner.run(Run("wanda", 0.5, samples=4, refine=True, refine_damping=1, update=True))
     assert runner.dense() == dense
-    prune(model, calibration(4, 0), refine=True, refine_damping=1)
+    prune(model, calibration(4, 0), refine=True, refine_damping=1, update=True)
     assert [found["perplexity"], *found["further"]] == [perplexity(model, ids, 16) for ids in texts]
     assert found["parts"]["refinement"] > 0
+    assert found["parts"]["update"] > 0
 
 
 def outcome(run, value):
@@ -237,10 +258,10 @@ def results_on_two_texts(folder):
     results = Results(folder, settings, {"device": "here"})
     results.set_dense({"perplexity": 5.0, "further": [1005.0]})
     runs = grid(
-        ["sparsegpt", "wanda"], [0.5], ["2:4"], [None], [16], [0, 1], refine=[0.1, None, 1], detail=False
-    )  # fmt: skip
+        ["sparsegpt", "wanda"], [0.5], ["2:4"], [None], [16], [0, 1], refine=[0.1, None, 1], update=[None], detail=False
+    )
     for number, run in enumerate(runs):
-        value = 10.0 + number % 10 + 100 * run.seed
+        value = 10.0 + number % 16 + 100 * run.seed
         results.add(run, outcome(run, value) | {"further": [1000 + value], "parts": {"refinement": 0.25}})
     return results
 
@@ -254,6 +275,7 @@ def test_two_texts_side_by_side(tmp_path):
     assert rows["dense", ""] == ["", "5.00", "1e+03", ""]
     assert rows["sparsegpt", "50%"] == ["2", "60.00", "1.06e+03", "1.5"]
     assert rows["wanda, refined", "50%"] == ["2", "63.00", "1.06e+03", "1.5"]
+    assert rows["wanda, refined (damping 0.1) and updated", "50%"][0] == "2"
     assert rows["wanda, refined (damping 1.0)", "2:4"][0] == "2"
     assert tables["seeds"].heading[5:] == ["mean on <b>second</b>", "standard deviation"]
     assert ["wanda, refined", "50%", "2", "63.00", "70.711", "1.06e+03", "70.711"] in tables["seeds"].rows
