@@ -146,6 +146,6 @@ class Session:
         with working(f"saving to {out}"):
             save_pretrained(out, self.model, self.tokenizer, extra=extra, overwrite=overwrite)
 
-    def compress(self) -> Any:
+    def compress(self, **how: Any) -> Any:
         with working("packing"):
-            return compress(self.model)
+            return compress(self.model, **how)
