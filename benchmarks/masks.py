@@ -5,8 +5,8 @@ python -m benchmarks.masks --out DIR [--models smollm2,gemma] [--seeds 5] [--dam
 50 %, 60 % and 2:4, 16 x 512 tokens of one half of Python's help texts, float32; perplexity on the other half and on the
 standard library's source. Each model's study lies in DIR/<model> and goes on where it was ended; at the end, or with
 --record at once, what is there goes to benchmarks/results/<device>/masks.json, and `python -m benchmarks.report` draws
-it. As many windows a text that evaluating both costs about what pruning costs: Gemma's head, a vocabulary of 262,144,
-is half as much again as its blocks.
+it. As many windows a text that evaluating both costs what pruning by Wanda costs: a window takes 2.2 CPU seconds of
+SmolLM2, 4.5 of Gemma with its vocabulary of 262,144, pruning 3.6 and 3.2 a sample.
 """
 
 from __future__ import annotations
