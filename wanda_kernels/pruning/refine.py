@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..methods import LayerInputs, Pattern
 from ..ops import refine_nm_, refine_rows_, solve_rows_
-from ..ops.solve import TILE
 from .spec import PruneSpec
 from .stopwatch import Stopwatch
 
@@ -24,7 +23,7 @@ def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec
     far as ``spec`` says and where it makes the layer's error smaller.
 
     Args:
-        weight: pruned; what is kept is as in ``dense``. Of a larger matrix, rows from a multiple of ``TILE`` on.
+        weight: pruned; what is kept is as in ``dense``. Of a larger matrix, whole tiles (``ops.solve.rows_of_tile``).
 
     Returns:
         [C_out, 5], float64, see ``FOUND``: swaps; the error ``d @ H @ d`` with H the inputs' Hessian, as it was, with
@@ -43,7 +42,8 @@ def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec
     with stopwatch.measure("refinement" if spec.refine else "update"):
         mask = (weight == 0 if pattern is None else mask_of_groups(weight, dense, pattern)).contiguous()
         squares = own()
-        found[:, 4] = quadratic(dense, hessian)
+        solve_rows_(torch.empty_like(weight), torch.ones_like(mask), hessian, dense, 0.0, 0, sums)
+        found[:, 4] = sums[:, 0]  # nothing is kept, and nothing solved
     if spec.refine:
         with stopwatch.measure("refinement"):
             if pattern is None:
@@ -71,8 +71,3 @@ def mask_of_groups(weight: Tensor, dense: Tensor, pattern: Pattern) -> Tensor:
     order = torch.where(is_zero & (dense != 0), 0, torch.where(is_zero, 1, 2)).unflatten(1, (-1, pattern.m))
     pruned = torch.sort(order, dim=2, stable=True).indices[..., : pattern.m - pattern.n]
     return torch.zeros(order.shape, dtype=torch.bool, device=weight.device).scatter_(2, pruned, True).flatten(1)
-
-
-def quadratic(rows: Tensor, hessian: Tensor) -> Tensor:
-    """``r @ H @ r`` of each row, [C_out] float64: ||X r||^2 up to the Hessian's factor. ``rows``: [C_out, C_in]."""
-    return torch.cat([((one @ hessian) * one).sum(dim=1, dtype=torch.float64) for one in rows.float().split(TILE)])
