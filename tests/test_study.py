@@ -21,6 +21,7 @@ import torch
 from test_cli import call
 
 from wanda_kernels import perplexity, prune
+from wanda_kernels.pruning.spec import REFINE_DAMPING, UPDATE_DAMPING
 from wanda_kernels.study import Results, Run, Runner, Scale, grid, paper_plan, write_report
 from wanda_kernels.study import runner as runner_module
 from wanda_kernels.study.paper import published
@@ -53,6 +54,8 @@ def test_the_papers_plan():
         "wanda variant 50%, 16 samples, seed 0",
         "magnitude + OWL 60%, 16 samples, seed 0",
         "sparsegpt 50%, 16 samples, seed 1",
+        "wanda, refined 2:4, 16 samples, seed 0",
+        "wanda, refined and updated 60%, 16 samples, seed 0",
     ):
         assert key in keys
     detailed = {f"{method} 50%, 16 samples, seed 0" for method in ("sparsegpt", "wanda")}
@@ -69,6 +72,45 @@ def test_no_two_sparsities_share_a_name():
     assert Run("wanda", pattern=" 02:4 ").target == "2:4"
 
 
+def test_rows_of_refined_masks_stand_beside_the_plain_ones():
+    runs = grid(["wanda", "sparsegpt", "magnitude"], [0.5], ["2:4"], [None, "row"], [4], [0], refine=[None, 1, 0.0])
+    assert [run.label for run in runs if run.target == "2:4"] == [
+        "wanda", "wanda, refined", "wanda, refined (damping 1.0)", "wanda, refined (damping 0.0)", "sparsegpt",
+        "magnitude", "magnitude, refined", "magnitude, refined (damping 1.0)", "magnitude, refined (damping 0.0)",
+    ]  # fmt: skip
+    assert not any(run.refine for run in runs if run.group)
+    assert {run.samples for run in runs if run.method == "magnitude" and run.refine} == {4}
+    assert {run.spec().refine_damping for run in runs if run.refine} == {REFINE_DAMPING, 1.0, 0.0}
+    assert not any(run.detail for run in runs if run.refine)
+    # the default by its number is the default
+    assert grid(["wanda"], [0.5], [], [None], [4], [0], refine=[REFINE_DAMPING, None])[1:] == [
+        Run("wanda", 0.5, samples=4, refine=True)
+    ]
+    assert len({Run("wanda", refine=True, refine_damping=d).key for d in (0.1, 1 / 3, 0.3333, 1, 1e-9)}) == 5
+    assert not any(run.detail for run in grid(["wanda"], [0.5], [], [None], [4], [0], detail=False))
+    for methods, groups in ((["sparsegpt"], [None]), (["wanda"], ["row"])):
+        with pytest.raises(ValueError, match="refine is for methods that keep the weights, compared as they do by"):
+            grid(methods, [0.5], [], groups, [4], [0], refine=[None])
+
+
+def test_rows_of_updated_weights():
+    def labels(**steps):
+        return [run.label for run in grid(["wanda", "sparsegpt"], [0.5], [], [None], [4], [0], **steps)]
+
+    assert labels(update=[None]) == ["wanda", "wanda, updated", "sparsegpt"]
+    assert labels(refine=[None], update=[None]) == [
+        "wanda", "wanda, refined", "wanda, refined and updated", "sparsegpt",
+    ]  # fmt: skip
+    assert labels(refine=[1], update=[0.1, UPDATE_DAMPING]) == [
+        "wanda", "wanda, refined (damping 1.0)", "wanda, refined (damping 1.0) and updated (damping 0.1)",
+        "wanda, refined (damping 1.0) and updated", "sparsegpt",
+    ]  # fmt: skip
+    spec = Run("wanda", 0.5, samples=4, refine=True, update=True, update_damping=0.1).spec()
+    assert (spec.refine, spec.refine_damping, spec.update, spec.update_damping) == (True, REFINE_DAMPING, True, 0.1)
+    with pytest.raises(ValueError, match="update is for methods that keep the weights, compared as they do by"):
+        grid(["sparsegpt"], [0.5], [], [None], [4], [0], update=[None])
+
+
 def calibration(samples, seed):
     return (tiny.ids(samples, 16) + seed) % 128
 
@@ -77,7 +119,7 @@ def test_runs_leave_the_model_dense_and_give_what_prune_gives():
     model = tiny.model()
     before = tiny.weights(model)
     windows = tiny.ids(3, 16)
-    runner = Runner(model, calibration, windows)
+    runner = Runner(model, calibration, [windows])
     assert runner.dense()["perplexity"] == perplexity(model, windows, 16)
     outcome = runner.run(Run("wanda", 0.5, samples=4, seed=1, detail=True))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -95,14 +137,30 @@ def test_runs_leave_the_model_dense_and_give_what_prune_gives():
     assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
 
 
+def test_each_text_has_its_perplexity():
+    model = tiny.model()
+    texts = [tiny.ids(3, 16), (tiny.ids(2, 16) + 5) % 128]
+    told = []
+    runner = Runner(model, calibration, texts, on_window=told.append)
+    dense = runner.dense()
+    assert told == [1, 2, 3, 4, 5]
+    assert [dense["perplexity"], *dense["further"]] == [perplexity(model, ids, 16) for ids in texts]
+    found = runner.run(Run("wanda", 0.5, samples=4, refine=True, refine_damping=1, update=True))
+    assert runner.dense() == dense
+    prune(model, calibration(4, 0), refine=True, refine_damping=1, update=True)
+    assert [found["perplexity"], *found["further"]] == [perplexity(model, ids, 16) for ids in texts]
+    assert found["parts"]["refinement"] > 0
+    assert found["parts"]["update"] > 0
+
+
 def outcome(run, value):
     layers = {"layers": [
         {"name": f"model.layers.{b}.mlp.{kind}", "exact_error": 0.1 * b, "estimated_error": 0.2, "threshold": 1.0,
          "sparsity": 0.5} for b in range(3) for kind in ("up_proj", "down_proj")
     ]}  # fmt: skip
     return {
-        "perplexity": value, "achieved_sparsity": 0.5, "seconds": 1.5, "parts": {"forward": 1.0, "selection": 0.5},
-        "peak_memory_bytes": 3 << 20, "damped": 1,
+        "perplexity": value, "further": [], "achieved_sparsity": 0.5, "seconds": 1.5, "damped": 1,
+        "parts": {"forward": 1.0, "selection": 0.5}, "peak_memory_bytes": 3 << 20,
     } | (layers if run.detail else {})  # fmt: skip
 
 
@@ -148,7 +206,9 @@ def test_tables_have_the_runs_figures(done):
     assert tables["seeds"].rows[0][2] == "2"
     assert ["wanda", "50%", "1.5", "1.0", "0.0", "0.5", "3"] in tables["cost"].rows
     assert figure(12345.6) == "1.23e+04"
-    assert set(tables) == {"perplexity", "sparsity", "calibration", "groups", "update", "others", "seeds", "cost"}
+    assert set(tables) == {
+        "perplexity", "texts", "sparsity", "calibration", "groups", "update", "others", "seeds", "cost",
+    }  # fmt: skip
 
 
 def config(**changes):
@@ -169,7 +229,7 @@ def test_the_report_stands_alone(done, tmp_path):
     data = done.data | {"runs": done.runs}
     pictures = all_pictures(data)
     assert {name: len(drawn) for name, drawn in pictures.items()} == {
-        "perplexity": 1, "sparsity": 1, "calibration": 1, "cost": 1, "layers": 4 + 2,
+        "perplexity": 1, "texts": 0, "damping": 0, "sparsity": 1, "calibration": 1, "cost": 1, "layers": 4 + 2,
     }  # fmt: skip
     ids = []
     for _, svg in (picture for drawn in pictures.values() for picture in drawn):
@@ -187,6 +247,72 @@ def test_the_report_stands_alone(done, tmp_path):
     assert "LLaMA-2 as published" not in page
     # the same results, the same picture
     assert bars(data) == pictures["perplexity"][0][1]
+
+
+def results_on_two_texts(folder):
+    """Of a grid with refined masks, with figures that are made up: 100 more a seed, 1000 more on the second text."""
+    settings = {
+        "model": "m", "calibration": "a, b", "length": 9, "text": "first", "windows": 2, "dtype": "float32",
+        "further_texts": ["<b>second</b>"], "further_windows": [3],
+    }  # fmt: skip
+    results = Results(folder, settings, {"device": "here"})
+    results.set_dense({"perplexity": 5.0, "further": [1005.0]})
+    runs = grid(
+        ["sparsegpt", "wanda"], [0.5], ["2:4"], [None], [16], [0, 1], refine=[0.1, None, 1], update=[None], detail=False
+    )
+    for number, run in enumerate(runs):
+        value = 10.0 + number % 16 + 100 * run.seed
+        results.add(run, outcome(run, value) | {"further": [1000 + value], "parts": {"refinement": 0.25}})
+    return results
+
+
+def test_two_texts_side_by_side(tmp_path):
+    results = results_on_two_texts(tmp_path)
+    data = results.data | {"runs": results.runs}
+    tables = all_tables(data, None)
+    assert tables["texts"].heading == ["method", "target", "seeds", "on first", "on <b>second</b>", "seconds"]
+    rows = {tuple(row[:2]): row[2:] for row in tables["texts"].rows}
+    assert rows["dense", ""] == ["", "5.00", "1e+03", ""]
+    assert rows["sparsegpt", "50%"] == ["2", "60.00", "1.06e+03", "1.5"]
+    assert rows["wanda, refined", "50%"] == ["2", "63.00", "1.06e+03", "1.5"]
+    assert rows["wanda, refined (damping 0.1) and updated", "50%"][0] == "2"
+    assert rows["wanda, refined (damping 1.0)", "2:4"][0] == "2"
+    assert tables["seeds"].heading[5:] == ["mean on <b>second</b>", "standard deviation"]
+    assert ["wanda, refined", "50%", "2", "63.00", "70.711", "1.06e+03", "70.711"] in tables["seeds"].rows
+    assert tables["cost"].heading[3:7] == ["forward", "statistics", "selection", "refinement"]
+    assert [row[0] for row in tables["perplexity"].rows] == ["dense", "sparsegpt", "wanda"]  # without refined ones
+    pictures = all_pictures(data)
+    assert [caption for caption, _ in pictures["damping"]] == [
+        f"Refined masks at {target}: damping against perplexity, means over the seeds." for target in ("50%", "2:4")
+    ]
+    for _, svg in pictures["damping"] + pictures["texts"]:
+        xml.dom.minidom.parseString(svg)
+        assert "&lt;b&gt;second&lt;/b&gt;" in svg
+    write_report(tmp_path / "report.html", data)
+    page = (tmp_path / "report.html").read_text()
+    assert "first, 2 windows of 9 tokens and &lt;b&gt;second&lt;/b&gt;, 3 windows of 9 tokens" in page
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert (rows[3]["refine"], rows[3]["refine_damping"], rows[3]["perplexity on <b>second</b>"]) == (
+        "True", "0.3", "1013.0",
+    )  # fmt: skip
+
+
+def test_what_was_measured_on_one_text_is_still_read(done, tmp_path):
+    file = tmp_path / "results.json"
+    data = json.loads(file.read_text())
+    later = ("refine", "refine_damping", "update", "update_damping", "further")
+    for record in (*data["runs"].values(), data["dense"]):
+        for name in later:
+            record.pop(name, None)
+    del data["settings"]["further_texts"], data["settings"]["further_windows"]
+    runs = {key: run for key, run in data["runs"].items() if "refined" not in key}
+    file.write_text(json.dumps(data | {"runs": runs}))
+    again = Results(tmp_path, done.data["settings"], {"device": "here"})
+    assert again.data == done.data | {"runs": {key: run for key, run in done.data["runs"].items() if key in runs}}
+    with pytest.raises(
+        ValueError, match=r"is of a study with further texts \[\], this one has \['b'\]: choose another"
+    ):
+        Results(tmp_path, done.data["settings"] | {"further_texts": ["b"]}, {})
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +368,47 @@ def test_study_and_its_continuation(work, tmp_path, capsys, monkeypatch):
     assert "1 runs: " in stdout
 
 
+def test_a_study_on_two_texts_with_a_mixture_and_refined_masks(work, tmp_path, capsys):
+    other = work / "other=0.5.txt"
+    other.write_text(saved.text(500, seed=3))
+    out = tmp_path / "out"
+    more = ["--text", other, "--calibration", f"{other}=0.25", "--refine", "--refine-damping", "0.3,1", "--no-layers"]
+    code, stdout, stderr = call(capsys, *arguments(work, out, *more))
+    assert code == 0, stderr
+    assert "6 runs: " in stdout
+    assert re.search(r"dense: perplexity \d+\.\d\d / \d+\.\d\d\n", stderr)
+    data = json.loads((out / "results.json").read_text())
+    assert data["settings"]["calibration"] == "text.txt=0.75, other=0.5.txt=0.25"
+    assert data["settings"]["further_texts"] == ["other=0.5.txt"]
+    assert data["settings"]["further_windows"] == [2]
+    assert all(len(run["further"]) == 1 and "layers" not in run for run in data["runs"].values())
+    assert "wanda, refined (damping 1.0) 50%, 4 samples, seed 0" in data["runs"]
+    assert "<h2>Damping</h2>" in (out / "report.html").read_text()
+    # as prune and eval have it
+    code, _, stderr = call(
+        capsys, "prune", work / "model", "--out", tmp_path / "pruned", "--refine", "--refine-damping", "1",
+        "--samples", 4, "--length", 32, "--calibration", work / "text.txt", "--calibration", f"{other}=0.25",
+    )  # fmt: skip
+    assert code == 0, stderr
+    code, stdout, stderr = call(
+        capsys, "eval", tmp_path / "pruned", "--text", work / "text.txt", "--text", other, "--length", 32,
+        "--windows", 2, "--json", tmp_path / "figures.json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    run = data["runs"]["wanda, refined (damping 1.0) 50%, 4 samples, seed 0"]
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert [one["perplexity"] for one in found["texts"]] == [run["perplexity"], *run["further"]]
+    assert [one["text"] for one in found["texts"]] == [str(work / "text.txt"), str(other)]
+    assert (found["text"], found["perplexity"]) == (str(work / "text.txt"), run["perplexity"])
+    assert stdout.count("(2 windows of 32 tokens, ") == 2
+    # another second text is another study
+    code, _, stderr = call(capsys, *arguments(work, out, "--text", work / "model" / "config.json", *more[2:]))
+    assert code == 1
+    assert "is of a study with further texts ['other=0.5.txt'], this one has ['config.json']" in " ".join(
+        stderr.split()
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -256,9 +423,26 @@ def test_study_and_its_continuation(work, tmp_path, capsys, monkeypatch):
         (["--groups", "row", "--patterns", "2:4"], "no run is left: groups go with sparsities"),
         (["--sparsities", "nan"], "sparsity must be in [0, 1), got nan"),
         (["--patterns", "4:2"], "pattern must be N:M with 0 < N < M"),
+        (["--refine-damping", "1"], "--refine-damping 1 needs --refine"),
+        (["--refine", "--refine-damping", "x"], "--refine-damping must be numbers with commas between them, got 'x'"),
+        (["--refine", "--refine-damping", "-1"], "--refine-damping must be at least 0 and finite, got -1"),
+        (["--refine", "--refine-damping", "inf"], "--refine-damping must be at least 0 and finite, got inf"),
+        (["--refine", "--methods", "sparsegpt"], "--refine is for methods that keep the weights"),
+        (["--paper", "--refine"], "--refine is of the grid: --paper has such rows of its own"),
+        (["--text", "TEXT"], "--text must name each text once, got "),
+        (["--text", "elsewhere/text.txt"], "--text must name files with different names"),
+        (["--calibration", "TEXT=0.5"], "--calibration must name each source once"),
+        (["--calibration", "c4=0"], "--calibration must give c4 a share above 0 and at most 1, got 0"),
+        (["--calibration", "c4=2"], "--calibration must give c4 a share above 0 and at most 1, got 2"),
+        (["--calibration", "c4", "--samples", "1"], "--samples must be enough for each calibration source, got 1"),
+        (["--calibration", "c4", "--paper"], "--paper calibrates on 1 samples, too: give one --calibration"),
     ],
 )
 def test_bad_options_write_nothing(work, tmp_path, capsys, options, message):
+    if "elsewhere/text.txt" in options:
+        (work / "elsewhere").mkdir()
+        (work / "elsewhere" / "text.txt").write_text("w1")
+    options = [option.replace("TEXT", str(work / "text.txt")).replace("else", f"{work}/else") for option in options]
     code, _, stderr = call(capsys, *arguments(work, tmp_path / "out", *options))
     assert code == (1 if options in (["--samples", "500"], ["--length", "3000"]) else 2)
     assert message in stderr.strip().splitlines()[-1]
