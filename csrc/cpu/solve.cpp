@@ -14,7 +14,7 @@
 namespace wanda::cpu {
 namespace {
 
-constexpr int64_t kRows = 64;             // SOLVED_ROWS
+constexpr int64_t kRows = 96;             // SOLVED_ROWS
 constexpr double kLeastResidual = 1e-10;  // as there
 constexpr double kLeastCurvature = 1e-6;
 
