@@ -19,7 +19,7 @@ from ..identity import of_weights
 from ..methods import LayerInputs, Method, Needs, Outcome, Pattern
 from ..methods.owl import outlier_ratio
 from ..models import evaluating
-from ..ops.solve import TILE
+from ..ops.solve import rows_of_tile
 from .blocks import MOST_DENSE, count_zeros
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
@@ -361,7 +361,7 @@ class Loop:
         weight, dense, spec = matrix.weight.data, matrix.view(stored), self.spec
         # Of a transposed matrix rows do not lie apart: each process improves all of it, to the same bits.
         processes = None if matrix.is_transposed and matrix.experts is None else self.processes
-        size = TILE if matrix.experts is None else 1
+        size = rows_of_tile(weight.device) if matrix.experts is None else 1
         tiles = -(-len(weight) // size)
         shares = [range(tiles)] if processes is None else processes.shares(tiles)
         shares = [range(min(one.start * size, len(weight)), min(one.stop * size, len(weight))) for one in shares]

@@ -247,7 +247,8 @@ class PruneSpec:
             "experts": self.experts,
             "min_tokens": self.min_tokens,
             "refine": self.refine_damping if self.refine else None,
-            "update": [self.update_damping, self.update_steps] if self.update else None,
+            "update": self.update_damping if self.update else None,
+            "update_steps": self.update_steps if self.update else None,
         }
 
     def check_experts(self, has_experts: bool) -> None:
