@@ -39,13 +39,11 @@ def compress_command(
     debug: Debug = False,
 ) -> None:
     """Pack a pruned model's weights: 9/16 of their size in 16-bit types at 50 % and 2:4, less of 8 or 4 bits."""
-    from ..models.load import empty_model, load_config
     from ..packed import compress
     from ..packed.format import check_format
-    from ..packed.model import check_head, refuse_unpackable
+    from ..packed.model import check_head
     from ..packed.values import ValueType
-    from ..pruning.blocks import find_blocks
-    from .display import say, working
+    from .display import say
 
     with usage():
         check_format(format)
@@ -53,8 +51,6 @@ def compress_command(
         check_head(head)
     how: dict[str, Any] = {"format": format, "values": values, "group_size": group_size, "head": head}
     _begin(model, out, overwrite)
-    with working(f"checking {model}"):
-        refuse_unpackable(find_blocks(empty_model(load_config(model)), meta=True))
     report = _convert(model, out, overwrite, "packing", lambda loaded: compress(loaded, **how))
     say(f"{report}\nsaved to {out}; load it after `import wanda_kernels`")
 

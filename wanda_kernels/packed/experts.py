@@ -12,7 +12,7 @@ from torch.nn.functional import grouped_mm
 
 from ..models.experts import ExpertsLayout, layout_of
 from ..pruning.blocks import what_it_computes
-from .format import PADDING, join_bitmaps
+from .format import PADDING, join_bitmaps, padded
 from .values import PADDING as BYTES
 from .values import ValueType
 from .weight import PackedWeight, pack
@@ -25,7 +25,7 @@ class PackedStack(PackedWeight):
     """The weights [E, C_out, C_in] of a module's experts, as one packed matrix [E * C_out, C_in].
 
     Args:
-        experts, in_features, out_features: E, C_in, C_out; C_in is a multiple of 64.
+        experts, in_features, out_features: E, C_in, C_out.
         form, kept, dtype, kind: as of :class:`PackedWeight`; of 4 bits C_out is even.
     """
 
@@ -75,6 +75,7 @@ class PackedStack(PackedWeight):
         if rows.requires_grad and torch.is_grad_enabled():  # the operators have no gradient
             return grouped_mm(rows, self.dense().to(dtype).transpose(-1, -2), offs=ends)
         values, *codes = self.packed()
+        rows = padded(rows)
         if self.kind is not None:
             scales, bitmap, starts = codes
             return _QUANTISED(rows, values, scales, ends, bitmap, starts, self.kind.bits)

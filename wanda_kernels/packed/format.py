@@ -12,16 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import _backend
 from .._checks import FLOATS
 
 FORMATS = ("bitmap", "2:4")
-COLUMNS = 64  # C_in is a multiple
+COLUMNS = 64  # what is packed has a multiple of them: see padded()
 MOST_VALUES = 2**31 - 1  # of a bitmap, whose row starts are int32
 PADDING = 32  # values that kernels may read past the last one of a bitmap
 _PART = 2**26  # elements
 _INTEGERS = {4: torch.int32, 2: torch.int16}
+
+
+def padded(weight: Tensor) -> Tensor:
+    """[.., C_in] with zeros up to a multiple of 64 columns: of a weight, which keeps none of them, and of what it is
+    multiplied with."""
+    more = -weight.shape[-1] % COLUMNS
+    return pad(weight, (0, more)) if more else weight
 
 
 def bits_of(weight: Tensor) -> Tensor:
@@ -165,20 +173,19 @@ def choose_format(
         may_be_dense: values of 8 or 4 bits of all columns are one of them, where ``wanted`` is ``auto``.
     """
     check_format(wanted)
-    if weight.shape[1] % COLUMNS:
-        return None
+    dense = weight.numel() * weight.element_size()
+    weight = padded(weight)
     forms = ["2:4"] if wanted != "bitmap" and is_24(weight) else []
     forms += ["bitmap"] if wanted != "2:4" and _values_beyond(weight) == 0 else []
     forms += ["dense"] if wanted == "auto" and may_be_dense else []
     sizes = {form: size_of(weight, form) for form in forms}
     best = min(sizes, key=lambda form: sizes[form], default=None)
-    return best if best is not None and sizes[best] < weight.numel() * weight.element_size() else None
+    return best if best is not None and sizes[best] < dense else None
 
 
 def why_dense(weight: Tensor, wanted: str = "auto") -> str:
     """Why :func:`choose_format` gives None for a weight, in words."""
-    if weight.shape[1] % COLUMNS:
-        return why_not_packable(weight.shape[1])
+    weight = padded(weight)
     if wanted == "2:4" and not is_24(weight):
         return "four of its columns keep more than two weights"
     if wanted != "2:4" and (many := _values_beyond(weight)):
@@ -201,10 +208,6 @@ def _values_beyond(weight: Tensor) -> int:
 
 def _too_many(values: int) -> str:
     return f"keeps {values} values, a bitmap counts up to {MOST_VALUES}"
-
-
-def why_not_packable(columns: int) -> str:
-    return f"it has {columns} inputs, not a multiple of {COLUMNS}"
 
 
 def population(bitmap: Tensor) -> Tensor:

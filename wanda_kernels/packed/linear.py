@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 
 from . import dispatch
+from .format import padded
 from .values import ValueType
 from .weight import PackedWeight, pack, rows_of, unpack
 
@@ -34,7 +35,7 @@ class PackedLinear(PackedWeight):
     a band of rows at a time (:func:`banded_linear`), is freed again.
 
     Args:
-        in_features, out_features, bias: as in ``nn.Linear``; ``in_features`` is a multiple of 64.
+        in_features, out_features, bias: as in ``nn.Linear``.
         form, kept, dtype, kind: as of :class:`PackedWeight`.
     """
 
@@ -94,7 +95,9 @@ class PackedLinear(PackedWeight):
             dtype, form = x.dtype, f"{form} {self.kind.name}/{self.kind.group}"
         if x.requires_grad and torch.is_grad_enabled():  # the operators have no gradient
             return linear(x, self.unpacked().to(dtype), bias)
-        tokens = x.numel() // self.in_features
+        if self.columns != self.in_features:
+            x = padded(x)
+        tokens = x.numel() // self.columns
         if tokens == 0 or torch.compiler.is_compiling():
             return self._product(dispatch.unasked(form, device, tokens), x, packed, bias)
         has_copy = self._prefill is not None and dtype == self._prefill.dtype
@@ -160,9 +163,9 @@ class PackedLinear(PackedWeight):
         # slow in 16-bit types. Without AVX-512, 256 tokens of bfloat16 took 0.30 of torch's dense time (Zen 3, 4096 x
         # 4096).
         most = dispatch.direct_tokens(self.form, x.device)
-        if x.numel() <= most * self.in_features:
+        if x.numel() <= most * self.columns:
             return self._call(x, packed, bias)
-        parts = x.reshape(-1, self.in_features).split(most)
+        parts = x.reshape(-1, self.columns).split(most)
         y = torch.cat([self._call(part, packed, bias) for part in parts])
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..pruning.blocks import Block, find_blocks, matrices_of, unwrapped, why_not_plain
+from ..pruning.blocks import find_blocks, matrices_of, unwrapped, why_not_plain
 from ..pruning.matrices import Matrix, adapter_of
 from .experts import PackedExperts, PackedStack, why_not_packable_experts
-from .format import COLUMNS, check_format, choose_format, why_dense, why_not_packable
+from .format import check_format, choose_format, why_dense
 from .linear import PackedLinear
 from .values import ValueType, quantised_bytes
 from .weight import PackedWeight
@@ -141,7 +141,7 @@ def _pack_head(model: nn.Module, kind: ValueType, report: PackedReport) -> None:
     name = next((name for name, module in model.named_modules() if module is head), None)
     if name is None or not isinstance(head, nn.Linear):
         raise ValueError(f"head: the output layer of a {type(model).__name__} is no nn.Linear")
-    why = why_not_plain(head) or (why_not_packable(head.in_features) if head.in_features % COLUMNS else None)
+    why = why_not_plain(head)
     if why is not None:
         raise ValueError(f"head: {name} cannot be packed: {why}")
     report.formats[name] = f"dense {kind.name}"
@@ -191,14 +191,6 @@ def _pack(model: nn.Module, name: str, matrix: Matrix, form: str, kind: ValueTyp
     experts.put(parameter, stack.train(experts.training))
     model.set_submodule(place, experts)
     return stack
-
-
-def refuse_unpackable(blocks: list[Block]) -> None:
-    """Raises ValueError where no layer of any block could be packed, whatever is pruned: known from the shapes."""
-    widths = {name: matrix.weight.shape[-1] for name, matrix in matrices_of(blocks).items()}
-    if all(width % COLUMNS for width in widths.values()):
-        reasons = {name: why_not_packable(width) for name, width in widths.items()}
-        raise ValueError(_nothing_packed(reasons, "auto"))
 
 
 def _nothing_packed(reasons: dict[str, str], format: str) -> str:

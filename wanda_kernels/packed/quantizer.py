@@ -16,7 +16,7 @@ from ..models.experts import layout_of
 from ..models.fits import check_fits, listed, unplaced
 from ..pruning.blocks import PACKED
 from .experts import PackedExperts, PackedStack
-from .format import COLUMNS, FORMATS
+from .format import FORMATS
 from .linear import PackedLinear
 from .model import packed_layers, unpack_layers
 from .values import ValueType
@@ -126,7 +126,7 @@ def _prepare(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
     kind = ValueType.parse(layer.get("values", "float"), layer.get("group_size"))
 
     def check(*shape: int) -> None:
-        if shape[-1] % COLUMNS or kept > math.prod(shape):
+        if kept > math.prod(shape):
             raise ValueError(f"quantization_config: {name} of {list(shape)} cannot be packed as {layer}")
 
     linear = _submodule(model, name)

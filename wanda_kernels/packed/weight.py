@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import unpack_bitmap, unpack_quantized, unpack_sparse24
 from . import values as quantised
-from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
+from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, padded, validate_bitmap, validate_sparse24
 from .values import ValueType, pack_quantised, validate_quantised
 
 
@@ -18,20 +18,21 @@ class PackedWeight(nn.Module):
     """A packed matrix [C_out, C_in].
 
     State dict: ``weight`` (the values: another shape than a dense weight's, so that nothing takes one for the other),
-    and ``weight_bitmap`` [C_out, C_in / 8] and ``weight_starts`` [C_out + 1], or ``weight_indices`` [C_out, C_in / 8].
+    and ``weight_bitmap`` [C_out, columns / 8] and ``weight_starts`` [C_out + 1], or ``weight_indices`` of that shape.
     Of values of 8 or 4 bits ``weight`` is uint8, and ``weight_scales`` [C_out, groups] holds the bits of their bfloat16
     scales as int16, which no change of the model's type rounds. They are checked at the first forward pass, or by
     :meth:`validate`.
 
     Args:
-        in_features, out_features: ``in_features`` is a multiple of 64.
+        in_features, out_features: where ``in_features`` is no multiple of 64, what is packed is filled up to one with
+            columns that keep nothing.
         form: ``"bitmap"``, ``"2:4"``, or of 8 or 4 bits also ``"dense"``: every column is kept.
         kept: how many values a bitmap keeps; of 8 or 4 bits, how many bytes they take.
         dtype: of the values, or of what those of 8 or 4 bits are unpacked to.
         kind: of values of 8 or 4 bits.
 
     Attributes:
-        dtype: as above; it goes with the module's ``to``.
+        dtype: as above; it goes with the module's ``to``. columns: ``in_features``, filled up.
     """
 
     def __init__(
@@ -47,9 +48,8 @@ class PackedWeight(nn.Module):
         super().__init__()
         if form not in ("bitmap", "2:4") and (form != "dense" or kind is None):
             raise ValueError(f"form must be bitmap or 2:4 (or dense, of 8 or 4 bits), got '{form}'")
-        if in_features % COLUMNS:
-            raise ValueError(f"in_features must be a multiple of {COLUMNS}, got {in_features}")
         self.in_features, self.out_features, self.form = in_features, out_features, form
+        self.columns = cols = -(-in_features // COLUMNS) * COLUMNS
         self.dtype, self.kind = dtype, kind
         value, padding, rows = dtype, PADDING, out_features
         if kind is not None:
@@ -60,15 +60,15 @@ class PackedWeight(nn.Module):
 
         if form == "bitmap":
             values = empty(kept + padding, dtype=value)
-            self.register_buffer("weight_bitmap", empty(out_features, in_features // 8, dtype=torch.uint8))
+            self.register_buffer("weight_bitmap", empty(out_features, cols // 8, dtype=torch.uint8))
             self.register_buffer("weight_starts", empty(rows + 1, dtype=torch.int32))
         elif form == "2:4":
-            values = empty(rows, in_features // 2, dtype=value)
-            self.register_buffer("weight_indices", empty(out_features, in_features // 8, dtype=torch.uint8))
+            values = empty(rows, cols // 2, dtype=value)
+            self.register_buffer("weight_indices", empty(out_features, cols // 8, dtype=torch.uint8))
         else:
-            values = empty(rows, in_features, dtype=value)
+            values = empty(rows, cols, dtype=value)
         if kind is not None:
-            self.register_buffer("weight_scales", empty(out_features, kind.scales(in_features), dtype=torch.int16))
+            self.register_buffer("weight_scales", empty(out_features, kind.scales(cols), dtype=torch.int16))
         self.weight = nn.Parameter(values, requires_grad=False)
         self._is_valid = False
 
@@ -97,18 +97,19 @@ class PackedWeight(nn.Module):
     def unpacked(self) -> Tensor:
         """[C_out, C_in], bit for bit what was packed; of 8 or 4 bits each value times its scale."""
         self.validate()
-        return unpack(self.packed(), self.dtype, self.kind)
+        weight = unpack(self.packed(), self.dtype, self.kind)
+        return weight if self.columns == self.in_features else weight[:, : self.in_features].contiguous()
 
     def validate(self) -> None:
         """Raises ValueError where the packed tensors contradict each other. Once, after they were loaded."""
         if self._is_valid:
             return
         codes = self._buffers.get("weight_bitmap" if self.form == "bitmap" else "weight_indices")
-        if codes is not None and tuple(codes.shape) != (self.out_features, self.in_features // 8):
-            whole = [self.out_features, self.in_features]
+        if codes is not None and tuple(codes.shape) != (self.out_features, self.columns // 8):
+            whole = [self.out_features, self.columns]
             raise ValueError(f"its {self.form} codes are {list(codes.shape)}, which is not 1/8 of {whole}")
         if self.kind is not None:
-            validate_quantised(self.packed(), self.kind, self.out_features, self.in_features)
+            validate_quantised(self.packed(), self.kind, self.out_features, self.columns)
         elif self.form == "bitmap":
             validate_bitmap(*self.packed())
         else:
@@ -143,6 +144,7 @@ class PackedWeight(nn.Module):
 def pack(weight: Tensor, form: str, kind: ValueType | None = None) -> tuple[tuple[Tensor, ...], int]:
     """What a :class:`PackedWeight` holds, its values first and then its buffers in their order, and how many values (of
     8 or 4 bits: bytes) a bitmap keeps: 0 of the others."""
+    weight = padded(weight)
     if kind is not None:
         return pack_quantised(weight, form, kind)
     if form == "2:4":
