@@ -85,10 +85,13 @@ def test_the_study_and_its_record(tmp_path, monkeypatch, capsys):
         assert ("update" in row["parts"][0], "refinement" in row["parts"][0]) == (
             "updated" in row["label"], "refined" in row["label"],
         )  # fmt: skip
-    # gone on with: nothing is pruned again
-    results = (out / "tiny" / "results.json").read_text()
+    # gone on with: nothing is pruned again, and what is new is added
+    before = json.loads((out / "tiny" / "results.json").read_text())["runs"]
+    sys.argv += ["--dampings", "0.3,1"]
     masks.main()
-    assert json.loads((out / "tiny" / "results.json").read_text())["runs"] == json.loads(results)["runs"]
+    after = json.loads((out / "tiny" / "results.json").read_text())["runs"]
+    assert {key: run for key, run in after.items() if "(damping 1.0)" not in key} == before
+    assert len(after) == len(before) + 2
     monkeypatch.setattr(sys, "argv", ["masks", "--out", str(out), "--record"])
     monkeypatch.setattr(masks, "study", None)
     masks.main()

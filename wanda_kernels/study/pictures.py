@@ -162,6 +162,8 @@ def _means(runs: list[Row]) -> list[float]:
 
 
 def _shown_label(label: str) -> str:
+    """A file's name may hold what no picture can."""
+    label = "".join(letter if letter.isprintable() else " " for letter in label)
     return label if len(label) <= 40 else f"{label[:40]} .."
 
 
