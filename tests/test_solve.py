@@ -66,7 +66,7 @@ def check(target, mask, gram, damping, steps):
     return weight
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_errors_are_never_larger(data):
     weight, gram, _ = layer = data.draw(layers(widths=WIDTHS))
