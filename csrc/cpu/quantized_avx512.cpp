@@ -1,0 +1,286 @@
+// Packed weights with values of 8 or 4 bits with AVX-512.
+//
+// Stored bytes are unsigned, with an offset: VPEXPANDB spreads 64 columns of a row over a register full of
+// the offset, and VPDPBUSD adds up their products with signed bytes of x, four columns in a lane. So a sum is
+// too large by offset * the sum of x's lane, which is the same for all rows: sums start at its negative. Of 4
+// bits a row of high halves uses byte & 0xf0: all of its sums are 16 times as large, and its factors 16 times
+// smaller. 2:4: indices become masks, a group of rows at a time, then as bitmaps; 32 bytes are 64 columns.
+//
+// A file of its own: it needs VBMI2 and VNNI beside what Isa::kAvx512 means.
+#if defined(__x86_64__)
+
+#if !defined(__clang__)  // as isa_avx512.cpp
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+#include "isa.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                       \
+    __attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq," \
+                          "avx512vl,avx512vbmi2,avx512vnni"))),                                     \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
+#pragma GCC target("avx512vbmi2,avx512vnni")
+#endif
+
+#include "quantized_impl.h"
+
+namespace wanda::cpu {
+namespace {
+
+enum class Form : int { kBitmap, kSparse24, kDense };
+
+inline Form form_of(const QuantizedWeight& w) {
+  return w.codes == nullptr ? Form::kDense : w.starts != nullptr ? Form::kBitmap : Form::kSparse24;
+}
+
+// Loads that the compiler does not join with the expansion: from memory it is microcode on Zen 4.
+inline __m512i loaded(const uint8_t* from) {
+  __m512i value = _mm512_loadu_si512(from);
+  asm("" : "+v"(value));
+  return value;
+}
+
+// 2:4: the masks of up to 512 columns.
+inline __m512i masks_of_24(__m512i codes) {
+  // Entry i: the columns of four that index 0 | index 1 << 2 keeps.
+  const __m512i low =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
+  const __m512i nibble = _mm512_set1_epi8(15), high = _mm512_slli_epi16(low, 4);
+  const __m512i first = _mm512_shuffle_epi8(low, _mm512_and_si512(codes, nibble));
+  const __m512i second = _mm512_shuffle_epi8(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+  return _mm512_or_si512(first, second);
+}
+
+inline void decode_24(const uint8_t* codes, int64_t bytes, uint8_t* masks) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const __mmask64 there = _bzhi_u64(~uint64_t{0}, bytes - i < 64 ? static_cast<uint32_t>(bytes - i) : 64);
+    _mm512_mask_storeu_epi8(masks + i, there, masks_of_24(_mm512_maskz_loadu_epi8(there, codes + i)));
+  }
+}
+
+// Sixteen lanes added up by halves.
+inline float tree_of(__m512 lanes) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// 256 * upper + lower, rounded once: in groups it fits int32, of whole rows it need not.
+template <bool fits>
+inline __m512 joined(__m512i upper, __m512i lower) {
+  if constexpr (fits) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower));
+  } else {
+    const __m512d weight = _mm512_set1_pd(256.0);
+    const __m256 first =
+        _mm512_cvtpd_ps(_mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_castsi512_si256(upper)), weight,
+                                        _mm512_cvtepi32_pd(_mm512_castsi512_si256(lower))));
+    const __m256 second =
+        _mm512_cvtpd_ps(_mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(upper, 1)), weight,
+                                        _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(lower, 1))));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
+  }
+}
+
+// To L2, as packed_avx512.cpp.
+inline void prefetch(const void* from, int64_t ahead) {
+  _mm_prefetch(static_cast<const char*>(from) + ahead, _MM_HINT_T1);
+}
+
+constexpr int64_t kLine = 8;  // blocks of a cache line of codes
+
+// Products of `valid` rows from `row` on with one slab, row t of x into sums[r * batch + t]. Rows past the
+// last one are computed as it and left away. `group`: columns of a scale, 0: a row's. `factors`: [rows, slab,
+// groups].
+template <int bits, Form form, int group, int rows, int slab>
+void product_group(const QuantizedWeight& w, const QuantizedColumns& x, int64_t row, int64_t valid,
+                   const uint8_t* decoded, const float* factors, int64_t batch, float* sums) {
+  constexpr int planes = bits == 8 ? 2 : 1, halves = bits == 8 ? 1 : 2;
+  const int64_t blocks = w.cols / kQuantizedBlock, bytes = w.cols / 8;
+  const uint8_t* next[rows];
+  const uint8_t* masks[rows];
+  __m512 lanes[rows][slab];
+  const int64_t last_row = row + valid - 1;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t at = row + r < last_row ? row + r : last_row;
+    next[r] = quantized_values(w, at);
+    masks[r] = form == Form::kBitmap ? w.codes + at * bytes : decoded + r * bytes;
+    for (int t = 0; t < slab; ++t) lanes[r][t] = _mm512_setzero_ps();
+  }
+  const int64_t values_ahead =
+      (form == Form::kBitmap ? quantized_values(w, row + valid) - next[0]
+                             : rows / halves * (form == Form::kDense ? w.cols : w.cols / 2));
+  const int64_t codes_ahead = rows * bytes;
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(bits == 8 ? 128 : 8));
+  const __m512i offset_high = _mm512_set1_epi8(static_cast<char>(128));
+  const __m512i low_half = _mm512_set1_epi8(15), high_half = _mm512_set1_epi8(static_cast<char>(0xf0));
+
+  const auto take = [&](int r, int64_t block) WANDA_STEP {
+    const bool is_high = bits == 4 && r % 2 == 1;
+    __m512i stored;
+    if constexpr (form == Form::kSparse24) {
+      stored = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next[r])));
+      asm("" : "+v"(stored));
+    } else {
+      stored = loaded(next[r]);
+    }
+    if constexpr (bits == 4) stored = _mm512_and_si512(stored, is_high ? high_half : low_half);
+    if (bits == 8 || !is_high) prefetch(next[r], values_ahead);
+    if constexpr (form == Form::kDense) {
+      next[r] += kQuantizedBlock;
+      return stored;
+    } else {
+      uint64_t mask;
+      std::memcpy(&mask, masks[r] + block * 8, sizeof(mask));
+      next[r] += form == Form::kSparse24 ? kQuantizedBlock / 2 : __builtin_popcountll(mask);
+      return _mm512_mask_expand_epi8(is_high ? offset_high : offset, mask, stored);
+    }
+  };
+
+  const int64_t together = group == 0 ? blocks : group < kQuantizedBlock ? 1 : group / kQuantizedBlock;
+  int64_t block = 0;
+  for (int64_t part = 0; block < blocks; ++part) {
+    __m512i sum[rows][slab][planes];
+    for (int t = 0; t < slab; ++t) {
+      for (int p = 0; p < planes; ++p) {
+        const __m512i start =
+            _mm512_load_si512(x.starts + ((part * slab + t) * planes + p) * kQuantizedLanes);
+        for (int r = 0; r < rows; ++r) {
+          sum[r][t][p] = bits == 4 && r % 2 == 1 ? _mm512_slli_epi32(start, 4) : start;
+        }
+      }
+    }
+    const int64_t last = block + together < blocks ? block + together : blocks;
+    do {
+      if (form == Form::kBitmap && block % kLine == 0) {
+        for (int r = 0; r < rows; ++r) prefetch(masks[r] + block * 8, codes_ahead);
+      }
+      __m512i weight[rows];
+      for (int r = 0; r < rows; ++r) weight[r] = take(r, block);
+      for (int t = 0; t < slab; ++t) {
+        for (int p = 0; p < planes; ++p) {
+          const __m512i columns =
+              _mm512_load_si512(x.whole + ((block * slab + t) * planes + p) * kQuantizedBlock);
+          for (int r = 0; r < rows; ++r) {
+            sum[r][t][p] = _mm512_dpbusd_epi32(sum[r][t][p], weight[r], columns);
+          }
+        }
+      }
+    } while (++block < last);
+    for (int r = 0; r < rows; ++r) {
+      for (int t = 0; t < slab; ++t) {
+        const float* factor = factors + (r * slab + t) * w.groups;
+        __m512 scaled;
+        if constexpr (bits == 8) {
+          scaled = joined<group != 0>(sum[r][t][0], sum[r][t][planes - 1]);
+        } else {
+          scaled = _mm512_cvtepi32_ps(sum[r][t][0]);
+        }
+        if constexpr (group == 32) {
+          const __m512 two =
+              _mm512_insertf32x8(_mm512_set1_ps(factor[2 * part]), _mm256_set1_ps(factor[2 * part + 1]), 1);
+          scaled = _mm512_mul_ps(scaled, two);
+        } else {
+          scaled = _mm512_mul_ps(scaled, _mm512_set1_ps(factor[part]));
+        }
+        lanes[r][t] = _mm512_add_ps(lanes[r][t], scaled);
+      }
+    }
+  }
+  for (int r = 0; r < rows && r < valid; ++r) {
+    for (int t = 0; t < slab; ++t) sums[r * batch + t] = tree_of(lanes[r][t]);
+  }
+}
+
+// Rows at once: as many as leave the sums in registers.
+constexpr int rows_at_once(int slab) { return slab == 1 ? 8 : slab == 2 ? 4 : 2; }
+
+template <int bits, Form form, int group, int slab>
+void product_rows(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin,
+                  int64_t end, void* scratch) {
+  constexpr int rows = rows_at_once(slab);
+  auto* decoded = static_cast<uint8_t*>(scratch);
+  auto* factors = reinterpret_cast<float*>(decoded + w.cols);
+  for (int64_t row = begin; row < end; row += rows) {
+    const int64_t valid = end - row < rows ? end - row : rows;
+    if constexpr (form == Form::kSparse24) {
+      for (int r = 0; r < rows; ++r) {
+        const int64_t at = r < valid ? row + r : end - 1;
+        decode_24(w.codes + at * (w.cols / 8), w.cols / 8, decoded + r * (w.cols / 8));
+      }
+    }
+    for (int64_t first = 0; first < x.batch; first += slab) {
+      const QuantizedColumns part = slab_of(w, x, first);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t at = r < valid ? row + r : end - 1;
+        for (int t = 0; t < slab; ++t) {
+          for (int64_t g = 0; g < w.groups; ++g) {
+            factors[(r * slab + t) * w.groups + g] = factor_of(w, at, g, part.scales[t * w.groups + g]);
+          }
+        }
+      }
+      product_group<bits, form, group, rows, slab>(w, part, row, valid, decoded, factors, x.batch,
+                                                   sums + row * x.batch + first);
+    }
+  }
+}
+
+template <int bits, Form form, int group>
+void product_slabs(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin,
+                   int64_t end, void* scratch) {
+  const auto kernel = x.slab == 1   ? &product_rows<bits, form, group, 1>
+                      : x.slab == 2 ? &product_rows<bits, form, group, 2>
+                                    : &product_rows<bits, form, group, 4>;
+  kernel(w, x, sums, begin, end, scratch);
+}
+
+template <int bits, Form form>
+void product_groups(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin,
+                    int64_t end, void* scratch) {
+  const auto kernel = w.groups == 1   ? &product_slabs<bits, form, 0>
+                      : w.group == 32 ? &product_slabs<bits, form, 32>
+                      : w.group == 64 ? &product_slabs<bits, form, 64>
+                                      : &product_slabs<bits, form, 128>;
+  kernel(w, x, sums, begin, end, scratch);
+}
+
+void product(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin, int64_t end,
+             void* scratch) {
+  const HonourDenormals honour;
+  const Form form = form_of(w);
+  const auto kernel = w.bits == 8 ? (form == Form::kBitmap     ? &product_groups<8, Form::kBitmap>
+                                     : form == Form::kSparse24 ? &product_groups<8, Form::kSparse24>
+                                                               : &product_groups<8, Form::kDense>)
+                                  : (form == Form::kBitmap     ? &product_groups<4, Form::kBitmap>
+                                     : form == Form::kSparse24 ? &product_groups<4, Form::kSparse24>
+                                                               : &product_groups<4, Form::kDense>);
+  kernel(w, x, sums, begin, end, scratch);
+}
+
+}  // namespace
+
+void add_quantized_avx512(Kernels& kernels) {
+  kernels.quantized_round = &quantized_round<true>;
+  kernels.quantized_product = &product;
+}
+
+}  // namespace wanda::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
