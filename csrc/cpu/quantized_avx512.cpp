@@ -50,6 +50,11 @@ inline __m512i loaded(const uint8_t* from) {
   return value;
 }
 
+// VPDPBUSD. Around the intrinsic GCC 12 copies every sum to another register and back.
+WANDA_STEP inline void add_products(__m512i& sum, __m512i weight, __m512i columns) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(columns));
+}
+
 // 2:4: the masks of up to 512 columns.
 inline __m512i masks_of_24(__m512i codes) {
   // Entry i: the columns of four that index 0 | index 1 << 2 keeps.
@@ -98,6 +103,34 @@ inline void prefetch(const void* from, int64_t ahead) {
   _mm_prefetch(static_cast<const char*>(from) + ahead, _MM_HINT_T1);
 }
 
+// The stored values of the next 64 columns of a row in their places. 4 bits: `is_high` those of high halves.
+template <int bits, Form form>
+WANDA_STEP inline __m512i take(const uint8_t* masks, bool is_high, const uint8_t*& next) {
+  __m512i stored;
+  if constexpr (form == Form::kSparse24) {
+    stored = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)));
+    asm("" : "+v"(stored));
+  } else {
+    stored = loaded(next);
+  }
+  if constexpr (bits == 4) {
+    stored = _mm512_and_si512(stored, _mm512_set1_epi8(static_cast<char>(is_high ? 0xf0 : 0x0f)));
+  }
+  if constexpr (form == Form::kDense) {
+    next += kQuantizedBlock;
+    return stored;
+  } else {
+    uint64_t mask;
+    std::memcpy(&mask, masks, sizeof(mask));
+    asm("" : "+r"(mask));  // or it goes through memory to a mask register
+    next += form == Form::kSparse24 ? kQuantizedBlock / 2 : __builtin_popcountll(mask);
+    const __m512i offset = _mm512_set1_epi8(static_cast<char>(bits == 8 || is_high ? 128 : 8));
+    return _mm512_mask_expand_epi8(offset, mask, stored);
+  }
+}
+
+#define WANDA_UNROLL _Pragma("GCC unroll 8")
+
 constexpr int64_t kLine = 8;  // blocks of a cache line of codes
 
 // Products of `valid` rows from `row` on with one slab, row t of x into sums[r * batch + t]. Rows past the
@@ -105,58 +138,31 @@ constexpr int64_t kLine = 8;  // blocks of a cache line of codes
 // groups].
 template <int bits, Form form, int group, int rows, int slab>
 void product_group(const QuantizedWeight& w, const QuantizedColumns& x, int64_t row, int64_t valid,
-                   const uint8_t* decoded, const float* factors, int64_t batch, float* sums) {
+                   const uint8_t* masks, const float* factors, int64_t batch, float* sums) {
   constexpr int planes = bits == 8 ? 2 : 1, halves = bits == 8 ? 1 : 2;
   const int64_t blocks = w.cols / kQuantizedBlock, bytes = w.cols / 8;
   const uint8_t* next[rows];
-  const uint8_t* masks[rows];
   __m512 lanes[rows][slab];
   const int64_t last_row = row + valid - 1;
-  for (int r = 0; r < rows; ++r) {
+  WANDA_UNROLL for (int r = 0; r < rows; ++r) {
     const int64_t at = row + r < last_row ? row + r : last_row;
     next[r] = quantized_values(w, at);
-    masks[r] = form == Form::kBitmap ? w.codes + at * bytes : decoded + r * bytes;
-    for (int t = 0; t < slab; ++t) lanes[r][t] = _mm512_setzero_ps();
+    WANDA_UNROLL for (int t = 0; t < slab; ++t) lanes[r][t] = _mm512_setzero_ps();
   }
   const int64_t values_ahead =
       (form == Form::kBitmap ? quantized_values(w, row + valid) - next[0]
                              : rows / halves * (form == Form::kDense ? w.cols : w.cols / 2));
   const int64_t codes_ahead = rows * bytes;
-  const __m512i offset = _mm512_set1_epi8(static_cast<char>(bits == 8 ? 128 : 8));
-  const __m512i offset_high = _mm512_set1_epi8(static_cast<char>(128));
-  const __m512i low_half = _mm512_set1_epi8(15), high_half = _mm512_set1_epi8(static_cast<char>(0xf0));
-
-  const auto take = [&](int r, int64_t block) WANDA_STEP {
-    const bool is_high = bits == 4 && r % 2 == 1;
-    __m512i stored;
-    if constexpr (form == Form::kSparse24) {
-      stored = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next[r])));
-      asm("" : "+v"(stored));
-    } else {
-      stored = loaded(next[r]);
-    }
-    if constexpr (bits == 4) stored = _mm512_and_si512(stored, is_high ? high_half : low_half);
-    if (bits == 8 || !is_high) prefetch(next[r], values_ahead);
-    if constexpr (form == Form::kDense) {
-      next[r] += kQuantizedBlock;
-      return stored;
-    } else {
-      uint64_t mask;
-      std::memcpy(&mask, masks[r] + block * 8, sizeof(mask));
-      next[r] += form == Form::kSparse24 ? kQuantizedBlock / 2 : __builtin_popcountll(mask);
-      return _mm512_mask_expand_epi8(is_high ? offset_high : offset, mask, stored);
-    }
-  };
-
   const int64_t together = group == 0 ? blocks : group < kQuantizedBlock ? 1 : group / kQuantizedBlock;
+  const int8_t* whole = x.whole;
   int64_t block = 0;
   for (int64_t part = 0; block < blocks; ++part) {
     __m512i sum[rows][slab][planes];
-    for (int t = 0; t < slab; ++t) {
-      for (int p = 0; p < planes; ++p) {
+    WANDA_UNROLL for (int t = 0; t < slab; ++t) {
+      WANDA_UNROLL for (int p = 0; p < planes; ++p) {
         const __m512i start =
             _mm512_load_si512(x.starts + ((part * slab + t) * planes + p) * kQuantizedLanes);
-        for (int r = 0; r < rows; ++r) {
+        WANDA_UNROLL for (int r = 0; r < rows; ++r) {
           sum[r][t][p] = bits == 4 && r % 2 == 1 ? _mm512_slli_epi32(start, 4) : start;
         }
       }
@@ -164,22 +170,27 @@ void product_group(const QuantizedWeight& w, const QuantizedColumns& x, int64_t 
     const int64_t last = block + together < blocks ? block + together : blocks;
     do {
       if (form == Form::kBitmap && block % kLine == 0) {
-        for (int r = 0; r < rows; ++r) prefetch(masks[r] + block * 8, codes_ahead);
+        WANDA_UNROLL for (int r = 0; r < rows; ++r) prefetch(masks + r * bytes, codes_ahead);
       }
-      __m512i weight[rows];
-      for (int r = 0; r < rows; ++r) weight[r] = take(r, block);
-      for (int t = 0; t < slab; ++t) {
-        for (int p = 0; p < planes; ++p) {
-          const __m512i columns =
-              _mm512_load_si512(x.whole + ((block * slab + t) * planes + p) * kQuantizedBlock);
-          for (int r = 0; r < rows; ++r) {
-            sum[r][t][p] = _mm512_dpbusd_epi32(sum[r][t][p], weight[r], columns);
-          }
+      __m512i columns[slab][planes];
+      WANDA_UNROLL for (int t = 0; t < slab; ++t) {
+        WANDA_UNROLL for (int p = 0; p < planes; ++p) {
+          columns[t][p] = _mm512_load_si512(whole + (t * planes + p) * kQuantizedBlock);
         }
       }
+      whole += slab * planes * kQuantizedBlock;
+      WANDA_UNROLL for (int r = 0; r < rows; ++r) {
+        const bool is_high = bits == 4 && r % 2 == 1;
+        if (!is_high) prefetch(next[r], values_ahead);
+        const __m512i weight = take<bits, form>(masks + r * bytes, is_high, next[r]);
+        WANDA_UNROLL for (int t = 0; t < slab; ++t) {
+          WANDA_UNROLL for (int p = 0; p < planes; ++p) { add_products(sum[r][t][p], weight, columns[t][p]); }
+        }
+      }
+      masks += 8;
     } while (++block < last);
-    for (int r = 0; r < rows; ++r) {
-      for (int t = 0; t < slab; ++t) {
+    WANDA_UNROLL for (int r = 0; r < rows; ++r) {
+      WANDA_UNROLL for (int t = 0; t < slab; ++t) {
         const float* factor = factors + (r * slab + t) * w.groups;
         __m512 scaled;
         if constexpr (bits == 8) {
@@ -198,8 +209,9 @@ void product_group(const QuantizedWeight& w, const QuantizedColumns& x, int64_t 
       }
     }
   }
-  for (int r = 0; r < rows && r < valid; ++r) {
-    for (int t = 0; t < slab; ++t) sums[r * batch + t] = tree_of(lanes[r][t]);
+  WANDA_UNROLL for (int r = 0; r < rows; ++r) {
+    if (r >= valid) break;
+    WANDA_UNROLL for (int t = 0; t < slab; ++t) sums[r * batch + t] = tree_of(lanes[r][t]);
   }
 }
 
@@ -210,14 +222,20 @@ template <int bits, Form form, int group, int slab>
 void product_rows(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin,
                   int64_t end, void* scratch) {
   constexpr int rows = rows_at_once(slab);
-  auto* decoded = static_cast<uint8_t*>(scratch);
-  auto* factors = reinterpret_cast<float*>(decoded + w.cols);
+  auto* copied = static_cast<uint8_t*>(scratch);
+  auto* factors = reinterpret_cast<float*>(copied + w.cols);
   for (int64_t row = begin; row < end; row += rows) {
     const int64_t valid = end - row < rows ? end - row : rows;
-    if constexpr (form == Form::kSparse24) {
+    const int64_t bytes = w.cols / 8;
+    const uint8_t* masks = form == Form::kBitmap && valid == rows ? w.codes + row * bytes : copied;
+    if (form != Form::kDense && masks == copied) {
       for (int r = 0; r < rows; ++r) {
-        const int64_t at = r < valid ? row + r : end - 1;
-        decode_24(w.codes + at * (w.cols / 8), w.cols / 8, decoded + r * (w.cols / 8));
+        const uint8_t* codes = w.codes + (r < valid ? row + r : end - 1) * bytes;
+        if (form == Form::kSparse24) {
+          decode_24(codes, bytes, copied + r * bytes);
+        } else {
+          std::memcpy(copied + r * bytes, codes, static_cast<size_t>(bytes));
+        }
       }
     }
     for (int64_t first = 0; first < x.batch; first += slab) {
@@ -230,7 +248,7 @@ void product_rows(const QuantizedWeight& w, const QuantizedColumns& x, float* su
           }
         }
       }
-      product_group<bits, form, group, rows, slab>(w, part, row, valid, decoded, factors, x.batch,
+      product_group<bits, form, group, rows, slab>(w, part, row, valid, masks, factors, x.batch,
                                                    sums + row * x.batch + first);
     }
   }
