@@ -103,10 +103,8 @@ struct Kernels {
                            int64_t end, void* scratch);
 };
 
-// A row as bytes, or the masks of a group of rows; and the factors of a group of rows and a slab.
-inline int64_t quantized_scratch(const QuantizedWeight& weight) {
-  return weight.cols + kQuantizedRows * kQuantizedSlab * weight.groups * 4;
-}
+// A row as bytes, or the masks of a group of rows.
+inline int64_t quantized_scratch(const QuantizedWeight& weight) { return weight.cols; }
 
 // Those of the set in use.
 const Kernels& kernels();

@@ -99,8 +99,8 @@ inline __m512 joined(__m512i upper, __m512i lower) {
 }
 
 // To L2, as packed_avx512.cpp.
-inline void prefetch(const void* from, int64_t ahead) {
-  _mm_prefetch(static_cast<const char*>(from) + ahead, _MM_HINT_T1);
+WANDA_STEP inline void prefetch(const void* from, int64_t ahead) {
+  prefetch_l2(static_cast<const char*>(from) + ahead);
 }
 
 // The stored values of the next 64 columns of a row in their places. 4 bits: `is_high` those of high halves.
@@ -131,81 +131,99 @@ WANDA_STEP inline __m512i take(const uint8_t* masks, bool is_high, const uint8_t
 
 #define WANDA_UNROLL _Pragma("GCC unroll 8")
 
-constexpr int64_t kLine = 8;  // blocks of a cache line of codes
+constexpr int64_t kLine = 8;      // blocks of a cache line of codes
+constexpr int64_t kFactors = 16;  // groups whose factors are made at once
+
+// The factors of up to 16 groups of rows that follow each other, for one slab. `last`: rows past it as it.
+template <int bits, int rows, int slab>
+WANDA_STEP inline void factors_of(const QuantizedWeight& w, const float* x_scales, int64_t row, int64_t last,
+                                  int64_t group, float (&factors)[rows][slab][kFactors]) {
+  const int64_t left = w.groups - group;
+  const auto there = static_cast<__mmask16>(left < kFactors ? (1 << left) - 1 : 0xffff);
+  WANDA_UNROLL for (int r = 0; r < rows; ++r) {
+    const int64_t at = row + r < last ? row + r : last;
+    const uint16_t* from = w.scales + at * w.groups + group;
+    prefetch(from, rows * w.groups * int64_t{sizeof(uint16_t)});
+    const __m512 scales = _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from)), 16));
+    WANDA_UNROLL for (int t = 0; t < slab; ++t) {
+      __m512 made = _mm512_mul_ps(scales, _mm512_maskz_loadu_ps(there, x_scales + t * w.groups + group));
+      if (bits == 4 && r % 2 == 1) made = _mm512_mul_ps(made, _mm512_set1_ps(0.0625f));
+      _mm512_store_ps(factors[r][t], made);
+    }
+  }
+}
 
 // Products of `valid` rows from `row` on with one slab, row t of x into sums[r * batch + t]. Rows past the
-// last one are computed as it and left away. `group`: columns of a scale, 0: a row's. `factors`: [rows, slab,
-// groups].
+// last one are computed as it and left away. `group`: columns of a scale, 0: a row's. `masks`: [rows, cols /
+// 8].
 template <int bits, Form form, int group, int rows, int slab>
 void product_group(const QuantizedWeight& w, const QuantizedColumns& x, int64_t row, int64_t valid,
-                   const uint8_t* masks, const float* factors, int64_t batch, float* sums) {
+                   const uint8_t* masks, int64_t batch, float* sums) {
   constexpr int planes = bits == 8 ? 2 : 1, halves = bits == 8 ? 1 : 2;
-  const int64_t blocks = w.cols / kQuantizedBlock, bytes = w.cols / 8;
+  constexpr int64_t kGroupsOfPart = group == 32 ? 2 : 1;
+  const int64_t bytes = w.cols / 8, codes_ahead = rows * bytes, last_row = row + valid - 1;
   const uint8_t* next[rows];
   __m512 lanes[rows][slab];
-  const int64_t last_row = row + valid - 1;
   WANDA_UNROLL for (int r = 0; r < rows; ++r) {
-    const int64_t at = row + r < last_row ? row + r : last_row;
-    next[r] = quantized_values(w, at);
+    next[r] = quantized_values(w, row + r < last_row ? row + r : last_row);
     WANDA_UNROLL for (int t = 0; t < slab; ++t) lanes[r][t] = _mm512_setzero_ps();
   }
-  const int64_t values_ahead =
-      (form == Form::kBitmap ? quantized_values(w, row + valid) - next[0]
-                             : rows / halves * (form == Form::kDense ? w.cols : w.cols / 2));
-  const int64_t codes_ahead = rows * bytes;
-  const int64_t together = group == 0 ? blocks : group < kQuantizedBlock ? 1 : group / kQuantizedBlock;
+  const int64_t values_ahead = form == Form::kBitmap
+                                   ? quantized_values(w, row + valid) - next[0]
+                                   : rows / halves * (form == Form::kDense ? w.cols : w.cols / 2);
   const int8_t* whole = x.whole;
-  int64_t block = 0;
-  for (int64_t part = 0; block < blocks; ++part) {
-    __m512i sum[rows][slab][planes];
+  const int32_t* starts = x.starts;
+  int64_t left = w.cols / kQuantizedBlock;  // blocks
+  __m512i sum[rows][slab][planes];
+  const auto block = [&]() __attribute__((always_inline)) {
+    if (form == Form::kBitmap && left % kLine == 0) {
+      WANDA_UNROLL for (int r = 0; r < rows; ++r) prefetch(masks + r * bytes, codes_ahead);
+    }
+    __m512i columns[slab][planes];
     WANDA_UNROLL for (int t = 0; t < slab; ++t) {
       WANDA_UNROLL for (int p = 0; p < planes; ++p) {
-        const __m512i start =
-            _mm512_load_si512(x.starts + ((part * slab + t) * planes + p) * kQuantizedLanes);
-        WANDA_UNROLL for (int r = 0; r < rows; ++r) {
-          sum[r][t][p] = bits == 4 && r % 2 == 1 ? _mm512_slli_epi32(start, 4) : start;
-        }
+        columns[t][p] = _mm512_load_si512(whole + (t * planes + p) * kQuantizedBlock);
       }
     }
-    const int64_t last = block + together < blocks ? block + together : blocks;
-    do {
-      if (form == Form::kBitmap && block % kLine == 0) {
-        WANDA_UNROLL for (int r = 0; r < rows; ++r) prefetch(masks + r * bytes, codes_ahead);
+    WANDA_UNROLL for (int r = 0; r < rows; ++r) {
+      const bool is_high = bits == 4 && r % 2 == 1;
+      if (!is_high) prefetch(next[r], values_ahead);
+      const __m512i weight = take<bits, form>(masks + r * bytes, is_high, next[r]);
+      WANDA_UNROLL for (int t = 0; t < slab; ++t) {
+        WANDA_UNROLL for (int p = 0; p < planes; ++p) add_products(sum[r][t][p], weight, columns[t][p]);
       }
-      __m512i columns[slab][planes];
+    }
+    whole += slab * planes * kQuantizedBlock;
+    masks += 8;
+    --left;
+  };
+  alignas(64) float factors[rows][slab][kFactors];
+  for (int64_t first = 0; left > 0; first += kFactors) {
+    factors_of<bits>(w, x.scales, row, last_row, first, factors);
+    for (int64_t g = 0; g < kFactors && left > 0; g += kGroupsOfPart) {
       WANDA_UNROLL for (int t = 0; t < slab; ++t) {
         WANDA_UNROLL for (int p = 0; p < planes; ++p) {
-          columns[t][p] = _mm512_load_si512(whole + (t * planes + p) * kQuantizedBlock);
+          const __m512i start = _mm512_load_si512(starts + (t * planes + p) * kQuantizedLanes);
+          WANDA_UNROLL for (int r = 0; r < rows; ++r) {
+            sum[r][t][p] = bits == 4 && r % 2 == 1 ? _mm512_slli_epi32(start, 4) : start;
+          }
         }
       }
-      whole += slab * planes * kQuantizedBlock;
+      starts += slab * planes * kQuantizedLanes;
+      do {
+        block();
+      } while (group == 0 && left > 0);
+      if (group == 128 && left > 0) block();
       WANDA_UNROLL for (int r = 0; r < rows; ++r) {
-        const bool is_high = bits == 4 && r % 2 == 1;
-        if (!is_high) prefetch(next[r], values_ahead);
-        const __m512i weight = take<bits, form>(masks + r * bytes, is_high, next[r]);
         WANDA_UNROLL for (int t = 0; t < slab; ++t) {
-          WANDA_UNROLL for (int p = 0; p < planes; ++p) { add_products(sum[r][t][p], weight, columns[t][p]); }
+          const float* factor = factors[r][t] + g;
+          const __m512 added = bits == 8 ? joined<group != 0>(sum[r][t][0], sum[r][t][planes - 1])
+                                         : _mm512_cvtepi32_ps(sum[r][t][0]);
+          __m512 by = _mm512_set1_ps(factor[0]);
+          if (group == 32) by = _mm512_insertf32x8(by, _mm256_set1_ps(factor[1]), 1);
+          lanes[r][t] = _mm512_add_ps(lanes[r][t], _mm512_mul_ps(added, by));
         }
-      }
-      masks += 8;
-    } while (++block < last);
-    WANDA_UNROLL for (int r = 0; r < rows; ++r) {
-      WANDA_UNROLL for (int t = 0; t < slab; ++t) {
-        const float* factor = factors + (r * slab + t) * w.groups;
-        __m512 scaled;
-        if constexpr (bits == 8) {
-          scaled = joined<group != 0>(sum[r][t][0], sum[r][t][planes - 1]);
-        } else {
-          scaled = _mm512_cvtepi32_ps(sum[r][t][0]);
-        }
-        if constexpr (group == 32) {
-          const __m512 two =
-              _mm512_insertf32x8(_mm512_set1_ps(factor[2 * part]), _mm256_set1_ps(factor[2 * part + 1]), 1);
-          scaled = _mm512_mul_ps(scaled, two);
-        } else {
-          scaled = _mm512_mul_ps(scaled, _mm512_set1_ps(factor[part]));
-        }
-        lanes[r][t] = _mm512_add_ps(lanes[r][t], scaled);
       }
     }
   }
@@ -222,11 +240,10 @@ template <int bits, Form form, int group, int slab>
 void product_rows(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin,
                   int64_t end, void* scratch) {
   constexpr int rows = rows_at_once(slab);
-  auto* copied = static_cast<uint8_t*>(scratch);
-  auto* factors = reinterpret_cast<float*>(copied + w.cols);
+  auto* const copied = static_cast<uint8_t*>(scratch);
+  const int64_t bytes = w.cols / 8;
   for (int64_t row = begin; row < end; row += rows) {
     const int64_t valid = end - row < rows ? end - row : rows;
-    const int64_t bytes = w.cols / 8;
     const uint8_t* masks = form == Form::kBitmap && valid == rows ? w.codes + row * bytes : copied;
     if (form != Form::kDense && masks == copied) {
       for (int r = 0; r < rows; ++r) {
@@ -239,16 +256,7 @@ void product_rows(const QuantizedWeight& w, const QuantizedColumns& x, float* su
       }
     }
     for (int64_t first = 0; first < x.batch; first += slab) {
-      const QuantizedColumns part = slab_of(w, x, first);
-      for (int r = 0; r < rows; ++r) {
-        const int64_t at = r < valid ? row + r : end - 1;
-        for (int t = 0; t < slab; ++t) {
-          for (int64_t g = 0; g < w.groups; ++g) {
-            factors[(r * slab + t) * w.groups + g] = factor_of(w, at, g, part.scales[t * w.groups + g]);
-          }
-        }
-      }
-      product_group<bits, form, group, rows, slab>(w, part, row, valid, masks, factors, x.batch,
+      product_group<bits, form, group, rows, slab>(w, slab_of(w, x, first), row, valid, masks, x.batch,
                                                    sums + row * x.batch + first);
     }
   }
