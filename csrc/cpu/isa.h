@@ -61,10 +61,11 @@ constexpr int64_t kQuantizedRows = 8;    // rows of a weight, likewise
 struct QuantizedColumns {
   int8_t*
       whole;  // [blocks, slab, planes * 64]: int16, or the upper bytes and the lower ones: as the set has it
-  int32_t* starts;  // [parts, slab, planes, lanes]: - offset * the sum of a lane's columns
-  float* scales;    // [slab, groups]
-  int64_t batch;    // 1, 2 or whole slabs of 4
-  int64_t slab;     // 1, 2 or 4
+  int32_t*
+      starts;     // [parts, slab, planes, lanes]: - offset * the sum of a lane's columns; as the set needs it
+  float* scales;  // [slab, groups]
+  int64_t batch;  // 1, 2 or whole slabs of 4
+  int64_t slab;   // 1, 2 or 4
 };
 
 // One thread each; calls for disjoint ranges may run at the same time.

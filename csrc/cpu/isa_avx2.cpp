@@ -26,7 +26,7 @@
 #include "pack_24_avx2.h"
 #include "packed_avx2.h"
 #include "product_sqnorm_impl.h"
-#include "quantized_impl.h"
+#include "quantized_avx2.h"
 #include "refine_impl.h"
 #include "rows_avx2.h"
 #include "sqnorm_impl.h"
@@ -43,9 +43,9 @@ Kernels avx2_kernels() {
           &PackedSteps<Avx2>::layout,
           &PackedSteps<Avx2>::product,
           &PackedSteps<Avx2>::unpack,
-          &quantized_round<false>,
-          &quantized_product<Scalar>,
-          &quantized_unpack<Scalar>};
+          &quantized_round,
+          &quantized_product<Avx2>,
+          &quantized_unpack<Avx2>};
 }
 
 }  // namespace wanda::cpu

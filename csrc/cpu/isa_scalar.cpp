@@ -24,7 +24,7 @@ Kernels scalar_kernels() {
           &PackedSteps<Scalar>::layout,
           &PackedSteps<Scalar>::product,
           &PackedSteps<Scalar>::unpack,
-          &quantized_round<false>,
+          &quantized_round,
           &quantized_product<Scalar>,
           &quantized_unpack<Scalar>};
 }

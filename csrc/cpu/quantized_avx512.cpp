@@ -55,6 +55,92 @@ WANDA_STEP inline void add_products(__m512i& sum, __m512i weight, __m512i column
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(columns));
 }
 
+// ---- x.
+
+template <Dtype dtype>
+inline __m512 floats_of(const typename Element<dtype>::Bits* x) {
+  if constexpr (dtype == Dtype::kFloat32) {
+    return _mm512_loadu_ps(x);
+  } else {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    if constexpr (dtype == Dtype::kFloat16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+}
+
+// As scale_of.
+template <Dtype dtype>
+inline float scale_of_512(const typename Element<dtype>::Bits* x, int64_t count, float most) {
+  __m512i largest = _mm512_setzero_si512();
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int64_t j = 0; j < count; j += 32) {
+    for (int64_t i = 0; i < 32; i += 16) {
+      const __m512i bits = _mm512_castps_si512(floats_of<dtype>(x + j + i));
+      largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, magnitude));
+    }
+  }
+  return float_of_bits(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest))) / most;
+}
+
+inline __m512i four_of(const __m128i (&parts)[4]) {
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(parts[0]), parts[1], 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(parts[2]), parts[3], 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// As round_token, upper and lower bytes of 16 bits apart.
+template <Dtype dtype>
+void round_token_512(const QuantizedWeight& w, const typename Element<dtype>::Bits* x, int64_t t,
+                     const QuantizedColumns& out) {
+  const int64_t planes = planes_of(w), together = blocks_of_part(w);
+  const float most = w.bits == 8 ? kMostOfX8 : kMostOfX4;
+  float* scales = out.scales + t * w.groups;
+  for (int64_t group = 0; group < w.groups; ++group) {
+    const int64_t begin = group * w.group, left = w.cols - begin;
+    scales[group] = scale_of_512<dtype>(x + begin, left < w.group ? left : w.group, most);
+  }
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(offset_of(w))), zero = _mm512_setzero_si512();
+  const __m512i half = _mm512_set1_epi32(128);
+  __m512i upper_start = zero, lower_start = zero;
+  for (int64_t block = 0; block < w.cols / kQuantizedBlock; ++block) {
+    __m128i upper[4], lower[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t column = block * kQuantizedBlock + 16 * i;
+      const float scale = scales[column / w.group];
+      const __mmask16 usable = is_usable(scale) ? 0xffff : 0;
+      const __m512 exact = _mm512_maskz_div_ps(usable, floats_of<dtype>(x + column), _mm512_set1_ps(scale));
+      const __m512i whole = _mm512_cvt_roundps_epi32(exact, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      lower[i] = _mm512_cvtepi32_epi8(whole);
+      upper[i] = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, half), 8));
+    }
+    int8_t* to = out.whole + (block * out.slab + t) * planes * kQuantizedBlock;
+    if (block % together == 0) upper_start = lower_start = zero;
+    int32_t* starts = out.starts + (block / together * out.slab + t) * planes * kQuantizedLanes;
+    if (w.bits == 8) {
+      const __m512i columns = four_of(upper);
+      _mm512_store_si512(to, columns);
+      add_products(upper_start, offset, columns);
+      _mm512_store_si512(starts, _mm512_sub_epi32(zero, upper_start));
+      to += kQuantizedBlock;
+      starts += kQuantizedLanes;
+    }
+    const __m512i columns = four_of(lower);
+    _mm512_store_si512(to, columns);
+    add_products(lower_start, offset, columns);
+    _mm512_store_si512(starts, _mm512_sub_epi32(zero, lower_start));
+  }
+}
+
+void round(const QuantizedWeight& w, const void* x, Dtype type, int64_t tokens,
+           const QuantizedColumns& columns, int64_t begin, int64_t end) {
+  by_dtype(type, [&](auto constant) {
+    constexpr Dtype dtype = decltype(constant)::value;
+    round_slabs<dtype>(w, x, tokens, columns, begin, end, &round_token_512<dtype>);
+  });
+}
+
+// ---- The weight.
+
 // 2:4: the masks of up to 512 columns.
 inline __m512i masks_of_24(__m512i codes) {
   // Entry i: the columns of four that index 0 | index 1 << 2 keeps.
@@ -297,7 +383,7 @@ void product(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, i
 }  // namespace
 
 void add_quantized_avx512(Kernels& kernels) {
-  kernels.quantized_round = &quantized_round<true>;
+  kernels.quantized_round = &round;
   kernels.quantized_product = &product;
 }
 

@@ -60,70 +60,67 @@ WANDA_STEP inline float scale_of(const typename Element<dtype>::Bits* x, int64_t
   return float_of_bits(static_cast<uint32_t>(largest)) / most;
 }
 
-// One row of x, row t of its slab. `split`: of 16 bits the upper bytes and the lower ones apart.
-template <Dtype dtype, bool split>
+inline bool is_usable(float scale) { return scale >= min_normal() && scale <= max_finite(); }
+
+// One row of x, row t of its slab; beside 8 bits as int16, without starts.
+template <Dtype dtype>
 WANDA_PASS void round_token(const QuantizedWeight& w, const typename Element<dtype>::Bits* x, int64_t t,
                             const QuantizedColumns& out) {
   constexpr int64_t kUnit = 32;  // columns, of one group in any case
-  const int64_t planes = planes_of(w), size = planes * kQuantizedBlock, lanes = planes * kQuantizedLanes;
+  const int64_t size = planes_of(w) * kQuantizedBlock;
   const float most = w.bits == 8 ? kMostOfX8 : kMostOfX4;
-  for (int64_t part = 0; part < parts_of(w); ++part) {
-    int32_t* starts = out.starts + (part * out.slab + t) * lanes;
-    for (int64_t i = 0; i < lanes; ++i) starts[i] = 0;
+  if (w.bits == 4) {
+    for (int64_t part = 0; part < parts_of(w); ++part) {
+      int32_t* starts = out.starts + (part * out.slab + t) * kQuantizedLanes;
+      for (int64_t i = 0; i < kQuantizedLanes; ++i) starts[i] = 0;
+    }
   }
   for (int64_t group = 0; group < w.groups; ++group) {
     const int64_t begin = group * w.group, end = begin + w.group < w.cols ? begin + w.group : w.cols;
     const float scale = scale_of<dtype>(x + begin, end - begin, most);
     out.scales[t * w.groups + group] = scale;
-    const bool usable = scale >= min_normal() && scale <= max_finite();
     for (int64_t j = begin; j < end; j += kUnit) {
       int32_t whole[kUnit] = {};
-      if (usable) {
+      if (is_usable(scale)) {
         for (int64_t i = 0; i < kUnit; ++i) whole[i] = whole_of(to_float<dtype>(x[j + i]) / scale);
       }
       const int64_t block = j / kQuantizedBlock, at = j % kQuantizedBlock;
       int8_t* to = out.whole + (block * out.slab + t) * size;
-      int32_t* starts = out.starts + (block / blocks_of_part(w) * out.slab + t) * lanes + at / 4;
-      if (w.bits == 4) {
-        for (int64_t i = 0; i < kUnit; ++i) to[at + i] = static_cast<int8_t>(whole[i]);
-        for (int64_t i = 0; i < kUnit; i += 4) {
-          starts[i / 4] -= 8 * (whole[i] + whole[i + 1] + whole[i + 2] + whole[i + 3]);
-        }
-      } else if (split) {
-        int32_t upper[kUnit], lower[kUnit];
-        for (int64_t i = 0; i < kUnit; ++i) {
-          upper[i] = (whole[i] + 128) >> 8;
-          lower[i] = whole[i] - 256 * upper[i];
-          to[at + i] = static_cast<int8_t>(upper[i]);
-          to[kQuantizedBlock + at + i] = static_cast<int8_t>(lower[i]);
-        }
-        for (int64_t i = 0; i < kUnit; i += 4) {
-          starts[i / 4] -= 128 * (upper[i] + upper[i + 1] + upper[i + 2] + upper[i + 3]);
-          starts[kQuantizedLanes + i / 4] -= 128 * (lower[i] + lower[i + 1] + lower[i + 2] + lower[i + 3]);
-        }
-      } else {
+      if (w.bits == 8) {
         auto* words = reinterpret_cast<int16_t*>(to) + at;
         for (int64_t i = 0; i < kUnit; ++i) words[i] = static_cast<int16_t>(whole[i]);
+        continue;
+      }
+      int32_t* starts = out.starts + (block / blocks_of_part(w) * out.slab + t) * kQuantizedLanes + at / 4;
+      for (int64_t i = 0; i < kUnit; ++i) to[at + i] = static_cast<int8_t>(whole[i]);
+      for (int64_t i = 0; i < kUnit; i += 4) {
+        starts[i / 4] -= 8 * (whole[i] + whole[i + 1] + whole[i + 2] + whole[i + 3]);
       }
     }
   }
 }
 
-template <bool split>
-void quantized_round(const QuantizedWeight& w, const void* x, Dtype type, int64_t tokens,
-                     const QuantizedColumns& columns, int64_t begin, int64_t end) {
+// round_token(weight, row of x, t, slab) for the rows of slabs [begin, end).
+template <Dtype dtype, class RoundToken>
+void round_slabs(const QuantizedWeight& w, const void* x, int64_t tokens, const QuantizedColumns& columns,
+                 int64_t begin, int64_t end, RoundToken round_token) {
   const HonourDenormals honour;
+  const auto* rows = static_cast<const typename Element<dtype>::Bits*>(x);
+  for (int64_t slab = begin; slab < end; ++slab) {
+    const int64_t first = slab * columns.slab;
+    const QuantizedColumns out = slab_of(w, columns, first);
+    for (int64_t t = 0; t < columns.slab; ++t) {
+      const int64_t token = first + t < tokens ? first + t : tokens - 1;  // filled up with the last one
+      round_token(w, rows + token * w.cols, t, out);
+    }
+  }
+}
+
+inline void quantized_round(const QuantizedWeight& w, const void* x, Dtype type, int64_t tokens,
+                            const QuantizedColumns& columns, int64_t begin, int64_t end) {
   by_dtype(type, [&](auto constant) {
     constexpr Dtype dtype = decltype(constant)::value;
-    const auto* rows = static_cast<const typename Element<dtype>::Bits*>(x);
-    for (int64_t slab = begin; slab < end; ++slab) {
-      const int64_t first = slab * columns.slab;
-      const QuantizedColumns out = slab_of(w, columns, first);
-      for (int64_t t = 0; t < columns.slab; ++t) {
-        const int64_t token = first + t < tokens ? first + t : tokens - 1;  // filled up with the last one
-        round_token<dtype, split>(w, rows + token * w.cols, t, out);
-      }
-    }
+    round_slabs<dtype>(w, x, tokens, columns, begin, end, &round_token<dtype>);
   });
 }
 
@@ -135,36 +132,40 @@ inline float factor_of(const QuantizedWeight& w, int64_t row, int64_t group, flo
   return is_high_half(w, row) ? factor * 0.0625f : factor;
 }
 
-// expand: a row's stored values in their columns, the offset elsewhere. dot: the product of these with row t
-// of a slab.
+// expand: a row's bytes in their columns, or where they lie in them already; gap_of elsewhere, which is the
+// offset, in both halves. dot: the product of these with row t of a slab.
 template <class Vector>
 struct QuantizedSteps;
 
+inline uint8_t gap_of(const QuantizedWeight& w) { return w.bits == 8 ? 0x80 : 0x88; }
+
+// A row's value in a byte.
+struct StoredValue {
+  int32_t shift, mask, offset;
+  StoredValue(const QuantizedWeight& w, int64_t row)
+      : shift(is_high_half(w, row) ? 4 : 0), mask(w.bits == 8 ? 255 : 15), offset(offset_of(w)) {}
+  int32_t operator()(uint8_t byte) const { return (byte >> shift & mask) - offset; }
+};
+
 template <>
 struct QuantizedSteps<Scalar> {
-  static void expand(const QuantizedWeight& w, int64_t row, uint8_t* out) {
+  static const uint8_t* expand(const QuantizedWeight& w, int64_t row, uint8_t* out) {
     const uint8_t* next = quantized_values(w, row);
-    const int shift = is_high_half(w, row) ? 4 : 0;
-    const auto stored = [&](uint8_t byte) {
-      return static_cast<uint8_t>(w.bits == 8 ? byte : byte >> shift & 15);
-    };
-    if (w.codes == nullptr) {
-      for (int64_t j = 0; j < w.cols; ++j) out[j] = stored(next[j]);
-      return;
-    }
-    std::memset(out, offset_of(w), static_cast<size_t>(w.cols));
+    if (w.codes == nullptr) return next;
+    std::memset(out, gap_of(w), static_cast<size_t>(w.cols));
     const PackedFormat format = w.starts != nullptr ? PackedFormat::kBitmap : PackedFormat::kSparse24;
     for (int64_t byte = 0; byte < w.cols / 8; ++byte) {
       uint32_t mask = packed_mask(format, w.codes[row * (w.cols / 8) + byte]);
-      for (; mask != 0; mask &= mask - 1) out[byte * 8 + __builtin_ctz(mask)] = stored(*next++);
+      for (; mask != 0; mask &= mask - 1) out[byte * 8 + __builtin_ctz(mask)] = *next++;
     }
+    return out;
   }
 
   static float dot(const QuantizedWeight& w, int64_t row, const uint8_t* stored, const QuantizedColumns& x,
                    int64_t t) {
-    const int64_t blocks = w.cols / kQuantizedBlock, together = blocks_of_part(w),
-                  size = planes_of(w) * kQuantizedBlock;
-    const int32_t offset = offset_of(w), weighed = is_high_half(w, row) ? 16 : 1;
+    const int64_t blocks = w.cols / kQuantizedBlock, together = blocks_of_part(w);
+    const int64_t size = planes_of(w) * kQuantizedBlock, weighed = is_high_half(w, row) ? 16 : 1;
+    const StoredValue value(w, row);
     float lanes[kQuantizedLanes] = {};
     for (int64_t first = 0; first < blocks; first += together) {
       int64_t sums[kQuantizedLanes] = {};
@@ -172,7 +173,7 @@ struct QuantizedSteps<Scalar> {
         const int8_t* at = x.whole + (block * x.slab + t) * size;
         for (int64_t i = 0; i < kQuantizedBlock; ++i) {
           const int32_t whole = w.bits == 8 ? reinterpret_cast<const int16_t*>(at)[i] : at[i];
-          sums[i / 4] += (stored[block * kQuantizedBlock + i] - offset) * whole;
+          sums[i / 4] += value(stored[block * kQuantizedBlock + i]) * whole;
         }
       }
       for (int64_t lane = 0; lane < kQuantizedLanes; ++lane) {
@@ -192,9 +193,8 @@ template <class Vector>
 void quantized_product(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin,
                        int64_t end, void* scratch) {
   const HonourDenormals honour;
-  auto* stored = static_cast<uint8_t*>(scratch);
   for (int64_t row = begin; row < end; ++row) {
-    QuantizedSteps<Vector>::expand(w, row, stored);
+    const uint8_t* stored = QuantizedSteps<Vector>::expand(w, row, static_cast<uint8_t*>(scratch));
     for (int64_t first = 0; first < x.batch; first += x.slab) {
       const QuantizedColumns slab = slab_of(w, x, first);
       for (int64_t t = 0; t < x.slab; ++t) {
@@ -208,12 +208,12 @@ void quantized_product(const QuantizedWeight& w, const QuantizedColumns& x, floa
 template <Dtype dtype>
 WANDA_PASS void scale_row(const QuantizedWeight& w, int64_t row, const uint8_t* stored,
                           typename Element<dtype>::Bits* out) {
-  const int32_t offset = offset_of(w);
+  const StoredValue value(w, row);
   for (int64_t group = 0; group < w.groups; ++group) {
     const int64_t begin = group * w.group, end = begin + w.group < w.cols ? begin + w.group : w.cols;
     const float scale = float_of_bf16(w.scales[row * w.groups + group]);
     for (int64_t j = begin; j < end; ++j) {
-      out[j] = from_float<dtype>(static_cast<float>(stored[j] - offset) * scale);
+      out[j] = from_float<dtype>(static_cast<float>(value(stored[j])) * scale);
     }
   }
 }
@@ -222,12 +222,11 @@ template <class Vector>
 void quantized_unpack(const QuantizedWeight& w, void* dense, Dtype type, int64_t begin, int64_t end,
                       void* scratch) {
   const HonourDenormals honour;
-  auto* stored = static_cast<uint8_t*>(scratch);
   by_dtype(type, [&](auto constant) {
     constexpr Dtype dtype = decltype(constant)::value;
     auto* out = static_cast<typename Element<dtype>::Bits*>(dense);
     for (int64_t row = begin; row < end; ++row) {
-      QuantizedSteps<Vector>::expand(w, row, stored);
+      const uint8_t* stored = QuantizedSteps<Vector>::expand(w, row, static_cast<uint8_t*>(scratch));
       scale_row<dtype>(w, row, stored, out + row * w.cols);
     }
   });
