@@ -41,13 +41,13 @@ def vectorised_rows(inputs: Inputs) -> Tensor:
     """The reference, but that a product of matrices makes its first sums, in float32."""
     mask, weight, gram = inputs
     c = (weight.float() * mask @ gram).double()
-    return reference.refine_rows_from(c, mask, weight, gram, DAMPING, max(1, mask.shape[1] // 16), None)
+    return reference.gram.refine_rows_from(c, mask, weight, gram, DAMPING, max(1, mask.shape[1] // 16), None)
 
 
 def vectorised_groups(inputs: Inputs) -> Tensor:
     mask, weight, gram = inputs
     c = (weight.float() * mask @ gram).double()
-    return reference.refine_nm_from(c, mask, weight, gram, 4, DAMPING, SWEEPS, None)
+    return reference.gram.refine_nm_from(c, mask, weight, gram, 4, DAMPING, SWEEPS, None)
 
 
 def refine(settings: Settings, shapes: Shapes) -> Iterator[Case]:

@@ -33,6 +33,7 @@ std::map<std::string, bool> cpu_features() {
   WANDA_FEATURE("avx512vbmi");
   WANDA_FEATURE("avx512vbmi2");
   WANDA_FEATURE("avx512bf16");
+  WANDA_FEATURE("avx512vnni");
 #undef WANDA_FEATURE
 #endif
   return found;

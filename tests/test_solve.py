@@ -12,7 +12,7 @@ from test_refine import errors, gram_of, layers, row_masks
 
 from wanda_kernels import ops, reference
 
-ROWS = reference.SOLVED_ROWS["cpu"]
+ROWS = reference.gram.SOLVED_ROWS["cpu"]
 DAMPINGS = (0.0, 0.03, 0.3, 1.0, 7.5)
 
 

@@ -67,7 +67,10 @@ _NOT_IN_CUDA = (
     "rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block", "pack_bitmap",
     "pack_sparse24",
 )  # fmt: skip
-_REFERENCE_ON_CUDA = ("add_gram_", "refine_rows_", "refine_nm_", "solve_rows_")  # first and last: cuBLAS's products
+_REFERENCE_ON_CUDA = (
+    "add_gram_", "refine_rows_", "refine_nm_", "solve_rows_", "quantized_linear", "quantized_experts",
+    "unpack_quantized",
+)  # fmt: skip  # Gram matrices and updates are cuBLAS's products
 
 
 def cuda_kernels(name: str) -> str:
@@ -86,8 +89,8 @@ def _describe_cuda() -> str:
     triton = "Triton" if _has_triton else "the PyTorch reference (no Triton)"
     if _built_cuda:
         status = (
-            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; refinement of masks by the "
-            "PyTorch reference"
+            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; refinement of masks, and "
+            "packed values of 8 or 4 bits, by the PyTorch reference"
         )
     else:
         status = (

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._checks import FLOATS, _check_beside, _check_device, _check_dtype, _check_like, _check_shape
 
 GROUPS = (32, 64, 128)  # columns that a scale is for, beside all of a row
+MOST_COLUMNS = 1 << 20  # int32 holds their sums
 
 
 def group_of(cols: int, scales: int) -> int:
@@ -56,6 +57,8 @@ def check_quantized(
             _check_shape(op, "starts", starts, stored + 1, contiguous=True)
             if values.dim() != 1 or values.shape[0] < 64 or not values.is_contiguous():
                 raise ValueError(f"wanda::{op}: values must be contiguous [bytes + 64], got {list(values.shape)}")
+    if cols > MOST_COLUMNS:
+        raise ValueError(f"wanda::{op}: the weight must have at most {MOST_COLUMNS} columns, got {cols}")
     if not group_of(cols, scales.shape[1]):
         raise ValueError(
             f"wanda::{op}: scales must be for 32, 64, 128 or all of the {cols} columns, got {scales.shape[1]} of a row"

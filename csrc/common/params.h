@@ -111,6 +111,21 @@ struct PackedWeight {
   Dtype dtype;
 };
 
+// A packed weight [rows, cols] with values of 8 or 4 bits (wanda_kernels/packed/values.py): a kept value is
+// (stored - offset) * scale, with an offset of 128 or 8. Of 4 bits rows 2p (low halves) and 2p + 1 (high)
+// share bytes.
+struct QuantizedWeight {
+  const uint8_t* values;   // bitmap: kQuantizedPadding more than there are; 2:4: [rows, cols / 2]; dense:
+                           // [rows, cols]. Of 4 bits: half as many rows
+  const uint16_t* scales;  // bfloat16, [rows, groups]
+  const uint8_t* codes;    // [rows, cols / 8], as in PackedWeight; nullptr: every column is kept
+  const int32_t* starts;   // bitmap: [rows + 1], or [ceil(rows / 2) + 1] of 4 bits; else nullptr
+  int64_t rows, cols;      // cols: a multiple of 64
+  int64_t group;           // columns of a scale: cols, 32, 64 or 128
+  int64_t groups;          // scales of a row
+  int64_t bits;            // 8 or 4
+};
+
 // y = x W^T + bias on CUDA. `values`, `codes` and x are 16-byte aligned.
 struct PackedLinearParams {
   PackedWeight weight;
@@ -132,5 +147,6 @@ struct PackedExpertsParams {
 
 // Products of bitmaps may read this many values past the last one: they load whole registers.
 constexpr int64_t kPackedPadding = 32;
+constexpr int64_t kQuantizedPadding = 64;  // bytes
 
 }  // namespace wanda

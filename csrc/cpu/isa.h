@@ -50,6 +50,24 @@ struct PackedLayout {
   bool as_float;
 };
 
+constexpr int64_t kQuantizedLanes = 16;  // of four columns each, in every 64
+constexpr int64_t kQuantizedSlab = 4;    // rows of x that a kernel takes at once
+constexpr int64_t kQuantizedRows = 8;    // rows of a weight, likewise
+
+// Rows of x rounded to whole numbers, for products with values of 8 or 4 bits. In slabs of `slab` rows: each
+// slab's blocks of 64 columns, parts and rows of scales follow those of the slab before. A part is what is
+// added up before it is scaled: the blocks of a group, or one block in groups of 32. Planes: 2 beside 8 bits,
+// else 1.
+struct QuantizedColumns {
+  int8_t*
+      whole;  // [blocks, slab, planes * 64]: int16, or the upper bytes and the lower ones: as the set has it
+  int32_t*
+      starts;     // [parts, slab, planes, lanes]: - offset * the sum of a lane's columns; as the set needs it
+  float* scales;  // [slab, groups]
+  int64_t batch;  // 1, 2 or whole slabs of 4
+  int64_t slab;   // 1, 2 or 4
+};
+
 // One thread each; calls for disjoint ranges may run at the same time.
 struct Kernels {
   // Rows [begin, end). pack_24 returns how many groups of four had more than two non-zeros (0 with norms).
@@ -74,7 +92,20 @@ struct Kernels {
   void (*packed_product)(const PackedWeight& weight, const void* x, int64_t batch, float* sums, int64_t begin,
                          int64_t end);
   void (*packed_unpack)(const PackedWeight& weight, void* dense, int64_t begin, int64_t end);
+
+  // As wanda_kernels/reference/quantized.py, to the bit. `round`: slabs [begin, end) of `columns`, of x
+  // [tokens, cols]; rows past its end are 0. `product`: as packed_product, `begin` is even. `scratch`:
+  // quantized_scratch(weight) bytes.
+  void (*quantized_round)(const QuantizedWeight& weight, const void* x, Dtype dtype, int64_t tokens,
+                          const QuantizedColumns& columns, int64_t begin, int64_t end);
+  void (*quantized_product)(const QuantizedWeight& weight, const QuantizedColumns& columns, float* sums,
+                            int64_t begin, int64_t end, void* scratch);
+  void (*quantized_unpack)(const QuantizedWeight& weight, void* dense, Dtype dtype, int64_t begin,
+                           int64_t end, void* scratch);
 };
+
+// A row as bytes, or the masks of a group of rows.
+inline int64_t quantized_scratch(const QuantizedWeight& weight) { return weight.cols; }
 
 // Those of the set in use.
 const Kernels& kernels();

@@ -26,6 +26,7 @@
 #include "pack_24_avx2.h"
 #include "packed_avx2.h"
 #include "product_sqnorm_impl.h"
+#include "quantized_avx2.h"
 #include "refine_impl.h"
 #include "rows_avx2.h"
 #include "sqnorm_impl.h"
@@ -33,10 +34,18 @@
 namespace wanda::cpu {
 
 Kernels avx2_kernels() {
-  return {
-      &rows_run<Avx2>,           &nm_run<Avx2>,       &pack_24_run<Avx2>,         &refine_run<Avx2>,
-      &sqnorm_run<Avx2>,         &product_sqnorm_run, &PackedSteps<Avx2>::layout, &PackedSteps<Avx2>::product,
-      &PackedSteps<Avx2>::unpack};
+  return {&rows_run<Avx2>,
+          &nm_run<Avx2>,
+          &pack_24_run<Avx2>,
+          &refine_run<Avx2>,
+          &sqnorm_run<Avx2>,
+          &product_sqnorm_run,
+          &PackedSteps<Avx2>::layout,
+          &PackedSteps<Avx2>::product,
+          &PackedSteps<Avx2>::unpack,
+          &quantized_round,
+          &quantized_product<Avx2>,
+          &quantized_unpack<Avx2>};
 }
 
 }  // namespace wanda::cpu

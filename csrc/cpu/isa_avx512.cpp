@@ -33,7 +33,8 @@
 
 namespace wanda::cpu {
 
-void add_packed_avx512(Kernels& kernels);  // packed_avx512.cpp
+void add_packed_avx512(Kernels& kernels);     // packed_avx512.cpp
+void add_quantized_avx512(Kernels& kernels);  // quantized_avx512.cpp
 
 Kernels avx512_kernels() {
   Kernels kernels = avx2_kernels();
@@ -46,6 +47,9 @@ Kernels avx512_kernels() {
   if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
       __builtin_cpu_supports("avx512bf16")) {
     add_packed_avx512(kernels);
+  }
+  if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni")) {
+    add_quantized_avx512(kernels);
   }
   return kernels;
 }

@@ -7,6 +7,7 @@
 #include "pack_24_impl.h"
 #include "packed_impl.h"
 #include "product_sqnorm_impl.h"
+#include "quantized_impl.h"
 #include "refine_impl.h"
 #include "rows_scalar.h"
 #include "sqnorm_impl.h"
@@ -22,7 +23,10 @@ Kernels scalar_kernels() {
           &product_sqnorm_run,
           &PackedSteps<Scalar>::layout,
           &PackedSteps<Scalar>::product,
-          &PackedSteps<Scalar>::unpack};
+          &PackedSteps<Scalar>::unpack,
+          &quantized_round,
+          &quantized_product<Scalar>,
+          &quantized_unpack<Scalar>};
 }
 
 }  // namespace wanda::cpu

@@ -1,4 +1,4 @@
-// solve_rows_ on CPU tensors: the steps of wanda_kernels/reference.py on tiles of rows, with torch's own
+// solve_rows_ on CPU tensors: the steps of wanda_kernels/reference on tiles of rows, with torch's own
 // products. A thread has a tile at a time, and its BLAS and everything else, called inside of a parallel
 // region, take no threads of their own: the same bits for any number of them, and a tile's states stay near
 // one core. Ten steps on 576 x 576, one thread: 58 ms, the reference 70 ms. It waits for all threads at each

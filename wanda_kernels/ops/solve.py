@@ -49,7 +49,7 @@ def solve_rows_(
 
 def rows_of_tile(device: torch.device) -> int:
     """Whoever solves rows of a matrix, from a multiple of it to another or to the end, gets the bits of the whole."""
-    return reference.SOLVED_ROWS[device.type]
+    return reference.gram.SOLVED_ROWS[device.type]
 
 
 fake("solve_rows_", check_solve)

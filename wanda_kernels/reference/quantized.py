@@ -67,10 +67,10 @@ def unpack_quantized(
 
 def _rounded(x: Tensor, group: int, most: int) -> tuple[Tensor, Tensor]:
     """x [tokens, C_in] as (whole numbers [tokens, C_in], scales [tokens, groups] float32). What is not finite makes its
-    group's scale so, and the product NaN."""
+    group's scale so, and the product NaN. A denormal scale would be too coarse: such a group is 0."""
     parts = pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     scale = parts.abs().amax(dim=2) / most
-    usable = (scale > 0) & scale.isfinite()
+    usable = (scale >= torch.finfo(torch.float32).tiny) & scale.isfinite()
     whole = torch.where(usable[..., None], (parts / scale[..., None]).round(), 0.0)
     return whole.flatten(1)[:, : x.shape[1]], scale
 
@@ -94,12 +94,18 @@ def _product(x: Tensor, levels: Tensor, scales: Tensor, bits: int) -> Tensor:
     whole, x_scales = _rounded(x[None], group, MOST_OF_X[bits])
     block = LANES * WIDTH  # columns are a multiple
     products = (levels.double() * whole.double()).view(rows, -1, LANES, WIDTH).sum(dim=3)  # in each block and lane
+    # A high half is used where it is in its byte, times 16, which shows where a factor is denormal.
+    weights = torch.ones(rows, 1, device=x.device)
+    weights[1::2] = 16 if bits == 4 else 1
     # of each block and lane: with groups of 32 lanes of a block belong to two
-    factors = (scales.float() * x_scales).repeat_interleave(group, dim=1)[:, :cols:WIDTH].view(rows, -1, LANES)
+    factors = (
+        (scales.float() * x_scales / weights).repeat_interleave(group, dim=1)[:, :cols:WIDTH].view(rows, -1, LANES)
+    )
     together = max(1, group // block)  # blocks of a group are added before they are scaled
     lanes = torch.zeros(rows, LANES, dtype=torch.float32, device=x.device)
     for first in range(0, cols // block, together):
-        lanes = lanes + products[:, first : first + together].sum(dim=1).float() * factors[:, first]
+        whole_sums = products[:, first : first + together].sum(dim=1) * weights
+        lanes = lanes + whole_sums.float() * factors[:, first]
     for half in (8, 4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half : 2 * half]
     return lanes[:, 0]

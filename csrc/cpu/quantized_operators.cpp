@@ -1,0 +1,208 @@
+// The operators on packed weights with values of 8 or 4 bits on the CPU. As packed_operators.cpp, but rows of
+// x are rounded first.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../checks_quantized.h"
+#include "convert.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace wanda::cpu {
+namespace {
+
+constexpr int64_t kQuantizedBatch = 32;           // rows of x at most; more with the unpacked weight
+constexpr int64_t kBandBytes = int64_t{8} << 20;  // of a weight that is unpacked at a time
+
+// Rows [begin, end) of a weight; `begin` is even.
+QuantizedWeight rows_of(const QuantizedWeight& weight, int64_t begin, int64_t end) {
+  QuantizedWeight part = weight;
+  const int64_t stored = weight.bits == 8 ? begin : begin / 2;
+  part.rows = end - begin;
+  part.scales += begin * weight.groups;
+  if (weight.codes != nullptr) part.codes += begin * (weight.cols / 8);
+  if (weight.starts != nullptr) {
+    part.starts += stored;
+  } else {
+    part.values += stored * (weight.codes != nullptr ? weight.cols / 2 : weight.cols);
+  }
+  return part;
+}
+
+// work(begin, end) over rows; tasks begin at whole groups of rows.
+template <class Work>
+void over_groups(int64_t rows, int64_t cols, Work work) {
+  over_rows((rows + kQuantizedRows - 1) / kQuantizedRows, cols * kQuantizedRows,
+            [&](int64_t begin, int64_t end) {
+              work(begin * kQuantizedRows, std::min(end * kQuantizedRows, rows));
+            });
+}
+
+std::vector<char> scratch_of(const QuantizedWeight& weight) {
+  return std::vector<char>(static_cast<size_t>(quantized_scratch(weight)));
+}
+
+void unpack_into(const QuantizedWeight& weight, const at::Tensor& dense) {
+  const Dtype dtype = dtype_of("unpack_quantized", "dense", dense);
+  void* const out = dense.data_ptr();
+  over_groups(weight.rows, weight.cols, [&](int64_t begin, int64_t end) {
+    std::vector<char> scratch = scratch_of(weight);
+    kernels().quantized_unpack(weight, out, dtype, begin, end, scratch.data());
+  });
+}
+
+// y = x W^T + bias by the unpacked weight, a band of its rows at a time: all bands in the same memory. Their
+// size does not depend on the number of threads, so that products are cut in the same way.
+void multiply_unpacked(const QuantizedWeight& weight, const at::Tensor& x, const OptionalTensor& bias,
+                       const at::Tensor& y) {
+  const int64_t fitting = kBandBytes / (weight.cols * x.element_size()) / kQuantizedRows * kQuantizedRows;
+  const int64_t band = std::min(std::max(fitting, kQuantizedRows), weight.rows);
+  const at::Tensor dense = at::empty({band, weight.cols}, x.options());
+  for (int64_t first = 0; first < weight.rows; first += band) {
+    const QuantizedWeight part = rows_of(weight, first, std::min(first + band, weight.rows));
+    const at::Tensor rows = dense.narrow(0, 0, part.rows);
+    unpack_into(part, rows);
+    at::Tensor columns = y.narrow(1, first, part.rows);
+    if (bias) {
+      columns.copy_(at::linear(x, rows, bias->narrow(0, first, part.rows)));
+    } else {
+      at::mm_out(columns, x, rows.t());
+    }
+  }
+}
+
+// A weight and the rows of x that it is multiplied with, rounded.
+struct Group {
+  QuantizedWeight weight;
+  int64_t first, tokens;  // tokens <= kQuantizedBatch
+  QuantizedColumns columns;
+  at::Tensor memory;  // of `columns`
+};
+
+Group group_of(const QuantizedWeight& weight, int64_t first, int64_t tokens) {
+  int64_t batch = 1;
+  while (batch < tokens) batch = batch < kQuantizedSlab ? 2 * batch : batch + kQuantizedSlab;
+  const int64_t planes = weight.bits == 8 ? 2 : 1, together = std::max<int64_t>(weight.group / 64, 1);
+  const int64_t parts = (weight.cols / 64 + together - 1) / together;
+  const int64_t whole = batch * weight.cols * planes;
+  const int64_t starts = batch * parts * planes * kQuantizedLanes * int64_t{sizeof(int32_t)};
+  const int64_t scales = batch * weight.groups * int64_t{sizeof(float)};
+  Group group{weight, first, tokens, {}, at::empty({whole + starts + scales}, at::kByte)};
+  auto* const memory = static_cast<char*>(group.memory.data_ptr());  // ATen aligns to 64 bytes
+  group.columns = {reinterpret_cast<int8_t*>(memory), reinterpret_cast<int32_t*>(memory + whole),
+                   reinterpret_cast<float*>(memory + whole + starts), batch, std::min(batch, kQuantizedSlab)};
+  return group;
+}
+
+// y's rows of each group. Every thread takes a share of the outputs and multiplies it with all groups.
+// `bias`: [rows of a weight] or nullptr.
+template <Dtype dtype>
+void multiply(const std::vector<Group>& groups, const at::Tensor& x, const void* bias, const at::Tensor& y) {
+  using T = typename Element<dtype>::Bits;
+  const int64_t rows = y.size(1), cols = x.size(1), count = static_cast<int64_t>(groups.size());
+  const T* const from = static_cast<const T*>(x.const_data_ptr());
+  int64_t widest = 0;
+  for (const Group& group : groups) {
+    const QuantizedColumns& columns = group.columns;
+    widest = std::max(widest, columns.batch);
+    over_rows(columns.batch / columns.slab, columns.slab * cols, [&](int64_t begin, int64_t end) {
+      kernels().quantized_round(group.weight, from + group.first * cols, dtype, group.tokens, columns, begin,
+                                end);
+    });
+  }
+  const T* const added = static_cast<const T*>(bias);
+  T* const out = static_cast<T*>(y.data_ptr());
+  over_groups(rows, cols * count, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(static_cast<size_t>((end - begin) * widest));
+    std::vector<char> scratch = scratch_of(groups[0].weight);
+    for (const Group& group : groups) {
+      const QuantizedWeight part = rows_of(group.weight, begin, end);
+      kernels().quantized_product(part, group.columns, sums.data(), 0, part.rows, scratch.data());
+      for (int64_t b = 0; b < group.tokens; ++b) {
+        T* const to = out + (group.first + b) * rows + begin;
+        for (int64_t row = 0; row < part.rows; ++row) {
+          const float sum = sums[static_cast<size_t>(row * group.columns.batch + b)];
+          to[row] = from_float<dtype>(added != nullptr ? sum + to_float<dtype>(added[begin + row]) : sum);
+        }
+      }
+    }
+  });
+}
+
+at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& scales,
+                            const OptionalTensor& codes, const OptionalTensor& starts,
+                            const OptionalTensor& bias, int64_t bits) {
+  const char* const op = "quantized_linear";
+  const QuantizedWeight weight = check_quantized(op, values, scales, codes, starts, bits);
+  check_quantized_x(op, weight, values, x);
+  check_quantized_bias(op, weight, x, bias);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.rows;
+  const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
+  const int64_t count = tokens.size(0);
+  at::Tensor y = at::empty({count, weight.rows}, x.options());
+  if (count > kQuantizedBatch) {
+    multiply_unpacked(weight, tokens, bias, y);
+  } else if (count > 0) {
+    const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
+    by_dtype(dtype_of(op, "x", x), [&](auto dtype) {
+      multiply<decltype(dtype)::value>({group_of(weight, 0, count)}, tokens,
+                                       added.defined() ? added.const_data_ptr() : nullptr, y);
+    });
+  }
+  return y.view(shape);
+}
+
+at::Tensor quantized_experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& scales,
+                             const at::Tensor& ends, const OptionalTensor& codes,
+                             const OptionalTensor& starts, int64_t bits) {
+  const char* const op = "quantized_experts";
+  const QuantizedWeight stack = check_quantized(op, values, scales, codes, starts, bits);
+  const int64_t rows = check_quantized_experts(op, stack, values, x, ends);
+  check_ends(op, ends, x.size(0));
+  const at::Tensor tokens = x.contiguous();
+  at::Tensor y = at::empty({x.size(0), rows}, x.options());
+  std::vector<Group> groups;
+  const int32_t* const end = ends.const_data_ptr<int32_t>();
+  int64_t first = 0;
+  for (int64_t expert = 0; expert < ends.size(0); ++expert) {
+    const int64_t count = end[expert] - first;
+    const QuantizedWeight weight = rows_of(stack, expert * rows, (expert + 1) * rows);
+    if (count > kQuantizedBatch) {
+      multiply_unpacked(weight, tokens.narrow(0, first, count), {}, y.narrow(0, first, count));
+    } else if (count > 0) {
+      groups.push_back(group_of(weight, first, count));
+    }
+    first = end[expert];
+  }
+  y.narrow(0, first, x.size(0) - first).zero_();
+  if (groups.empty()) return y;
+  by_dtype(dtype_of(op, "x", x),
+           [&](auto dtype) { multiply<decltype(dtype)::value>(groups, tokens, nullptr, y); });
+  return y;
+}
+
+at::Tensor unpack_quantized(const at::Tensor& values, const at::Tensor& scales, const OptionalTensor& codes,
+                            const OptionalTensor& starts, int64_t bits, at::ScalarType dtype) {
+  const char* const op = "unpack_quantized";
+  const QuantizedWeight weight = check_quantized(op, values, scales, codes, starts, bits);
+  WANDA_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "dtype must be float32, bfloat16 or float16, got ", dtype);
+  const at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options().dtype(dtype));
+  unpack_into(weight, dense);
+  return dense;
+}
+
+}  // namespace
+}  // namespace wanda::cpu
+
+TORCH_LIBRARY_IMPL(wanda, CPU, m) {
+  m.impl("quantized_linear", &wanda::cpu::quantized_linear);
+  m.impl("quantized_experts", &wanda::cpu::quantized_experts);
+  m.impl("unpack_quantized", &wanda::cpu::unpack_quantized);
+}
