@@ -215,7 +215,7 @@ inline NmPlan plan_nm(const NmParams& params, const Device& device) {
 
 // ---- refine.cuh, refine_products.cuh.
 
-constexpr int kRefineThreads = 1024;           // at most
+constexpr int kRefineThreads = 896;            // at most: leaves 72 registers a thread
 constexpr int64_t kRefineSharedBytes = 1792;   // sizeof(RefineShared)
 constexpr int64_t kRefineBytes = 256LL << 20;  // of c, at a time
 

@@ -25,6 +25,8 @@
 // 4,096 columns G has 64 MB, of 11,008 485 MB: most comes from memory.
 #pragma once
 
+#include <type_traits>
+
 #include "block.cuh"
 #include "refine_products.cuh"
 
@@ -78,11 +80,13 @@ struct Move {
 template <Dtype kDtype, int kWidth, bool kStaged>
 struct RefinedRow {
   using Bits = typename Element<kDtype>::Bits;
+  using Flags = std::conditional_t<kWidth == 2, uint16_t, uint8_t>;  // of the mask, a byte each
   static constexpr int kAhead = kStaged ? 4 : 2;  // loads of a thread that are on their way at once
 
   const RefineParams& params;
   const RefineBand& band;
   RefineShared& shared;
+  int64_t at;  // of the row in mask and weights
   bool* mask;
   const Bits* weights;
   double* c;
@@ -95,14 +99,13 @@ struct RefinedRow {
   WANDA_DEVICE double weight(uint32_t column) const { return as_double(to_float<kDtype>(weights[column])); }
   WANDA_DEVICE const float* gram(uint32_t column) const { return params.gram + int64_t{column} * cols; }
 
-  WANDA_DEVICE double own_cost(uint32_t column, bool is_pruned) const {
-    const double w = weight(column);
+  WANDA_DEVICE double own_cost(uint32_t column, double w, bool is_pruned) const {
     const double square = __dmul_rn(__dmul_rn(w, w), as_double(__ldg(band.diagonal + column)));
     return __dmul_rn(square, 0.5 * (is_pruned ? 1 - params.damping : 1 + params.damping));
   }
   WANDA_DEVICE double cost_by_itself(uint32_t column, bool is_pruned) const {
     if constexpr (kStaged) return own[column];
-    return own_cost(column, is_pruned);
+    return own_cost(column, weight(column), is_pruned);
   }
 
   template <class Visit>
@@ -117,7 +120,7 @@ struct RefinedRow {
   WANDA_DEVICE void set(uint32_t column, bool is_pruned) {
     if (!owns(column)) return;
     mask[column] = is_pruned;
-    if constexpr (kStaged) own[column] = own_cost(column, is_pruned);
+    if constexpr (kStaged) own[column] = own_cost(column, weight(column), is_pruned);
   }
 
   WANDA_DEVICE bool is_good(double half) const { return half < __dmul_rn(-0.5 * kLeastGain, fabs(error)); }
@@ -140,38 +143,40 @@ struct RefinedRow {
     const double sign = prunes ? 1.0 : -1.0;
     const uint32_t step = blockDim.x * kWidth;
     const float *const first_gram = opaque(first.gram), *const second_gram = opaque(second.gram);
-    const bool* const pruned = opaque(static_cast<const bool*>(mask));
+    const bool* const pruned = params.mask + opaque(at);
     for (uint32_t begin = threadIdx.x * kWidth; begin < cols; begin += kAhead * step) {
+      // All loads first. Past the row's end a thread's first columns are in their place, as nobody may have
+      // them.
       float g[kAhead][kWidth], h[kAhead][kWidth];
-      bool is_pruned[kAhead][kWidth];
+      Flags flags[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {  // what comes from afar
-        const uint32_t column = begin + i * step;
-        if (column >= cols) break;
+      for (int i = 0; i < kAhead; ++i) {
+        const bool is_there = begin + i * step < cols;
+        const uint32_t column = is_there ? begin + i * step : begin;
         if constexpr (kMoves > 0) load_gram(first_gram + column, g[i]);
         if constexpr (kMoves > 1) load_gram(second_gram + column, h[i]);
-        load(pruned + column, is_pruned[i]);
+        flags[i] = *reinterpret_cast<const Flags*>(pruned + column);
+        if (!is_there) flags[i] = prunes ? 0x0101 : 0;
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const uint32_t column = begin + i * step;
-        if (column >= cols) break;
-        double x[kWidth], by_itself[kWidth];
-        Bits w[kWidth];
+        const bool is_there = begin + i * step < cols;
+        const uint32_t column = is_there ? begin + i * step : begin;
+        double x[kWidth], w[kWidth], by_itself[kWidth];
         load(c + column, x);
         if constexpr (kMoves > 0) move(x, first.factor, g[i]);
         if constexpr (kMoves > 1) {
           move(x, second.factor, h[i]);
-          store(c + column, x);
+          if (is_there) store(c + column, x);
         }
-        load(weights + column, w);
+        load_weights(column, w);
         if constexpr (kStaged) load(own + column, by_itself);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          if constexpr (!kStaged) by_itself[e] = own_cost(column + e, is_pruned[i][e]);
-          const double by_c = __dmul_rn(sign * as_double(to_float<kDtype>(w[e])), x[e]);
-          const double cost = __dadd_rn(by_itself[e], by_c);
-          if (is_pruned[i][e] != prunes && cost < best.cost) best = {cost, column + e};
+          const bool is_pruned = (flags[i] >> (8 * e) & 1) != 0;
+          if constexpr (!kStaged) by_itself[e] = own_cost(column + e, w[e], is_pruned);
+          const double cost = __dadd_rn(by_itself[e], __dmul_rn(sign * w[e], x[e]));
+          if (is_pruned != prunes && cost < best.cost) best = {cost, column + e};
         }
       }
     }
@@ -194,6 +199,19 @@ struct RefinedRow {
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) stored.at[e] = from[e];
     *reinterpret_cast<Neighbours<double>*>(to) = stored;
+  }
+  WANDA_DEVICE void load_weights(uint32_t column, double (&to)[kWidth]) const {
+    if constexpr (kWidth == 2 && sizeof(Bits) == 2) {
+      float low, high;
+      unpack<kDtype>(*reinterpret_cast<const uint32_t*>(weights + column), low, high);
+      to[0] = as_double(low);
+      to[1] = as_double(high);
+    } else {
+      Bits bits[kWidth];
+      load(weights + column, bits);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) to[e] = as_double(to_float<kDtype>(bits[e]));
+    }
   }
   WANDA_DEVICE static void load_gram(const float* from, float (&to)[kWidth]) {
     if constexpr (kWidth == 2) {
@@ -340,6 +358,7 @@ __global__ void __launch_bounds__(kRefineThreads, 1)
   Row refined{params,
               band,
               *reinterpret_cast<RefineShared*>(memory),
+              at,
               params.mask + at,
               weights,
               c,
@@ -352,7 +371,7 @@ __global__ void __launch_bounds__(kRefineThreads, 1)
     refined.own = c + params.cols;
     Bits* const staged = reinterpret_cast<Bits*>(refined.own + params.cols);
     refined.for_own_columns([&](uint32_t column) {
-      refined.own[column] = refined.own_cost(column, refined.mask[column]);
+      refined.own[column] = refined.own_cost(column, refined.weight(column), refined.mask[column]);
       staged[column] = weights[column];
     });
     refined.weights = staged;

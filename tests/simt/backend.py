@@ -73,9 +73,7 @@ def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
     return _select_nm(weight, norm, n, m, "mask")[1].bool()
 
 
-def _refine(
-    mask: Tensor, weight: Tensor, gram: Tensor, damping: float, sums: Tensor | None, **limits: int
-) -> Tensor:
+def _refine(mask: Tensor, weight: Tensor, gram: Tensor, damping: float, sums: Tensor | None, **limits: int) -> Tensor:
     if weight.numel() == 0:
         if sums is not None:
             sums.zero_()
