@@ -69,7 +69,7 @@ WANDA_DEVICE uint32_t opaque(uint32_t value) {
   return value;
 }
 
-WANDA_DEVICE int64_t opaque(int64_t value) {
+WANDA_DEVICE int64_t opaque_64(int64_t value) {
   asm volatile("" : "+l"(value));
   return value;
 }

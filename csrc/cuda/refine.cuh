@@ -9,9 +9,9 @@
 // reads, needs no barrier: a pass has one, for the block's least cost. Costs are compared as integers in the
 // order of float64, with the column after them.
 //
-// Groups: as many as the block has room for are looked at at once, a lane for each column that might be
-// un-pruned. The first whose best pair is worth it is swapped, c moved, and what comes after it looked at
-// again: the order of one group after the other.
+// Groups: several are looked at at once, a lane for each column that might be un-pruned. The first whose best
+// pair is worth it is swapped, c moved, and what comes after it looked at again: the order of one group after
+// the other.
 //
 // State: c, what a column costs by itself, and the weights, in shared memory (18 bytes a column in 16-bit
 // types, 20 in float32: an H100 holds three rows of 4,096 columns a processor and one of 11,008; kStaged).
@@ -143,7 +143,7 @@ struct RefinedRow {
     const double sign = prunes ? 1.0 : -1.0;
     const uint32_t step = blockDim.x * kWidth;
     const float *const first_gram = opaque(first.gram), *const second_gram = opaque(second.gram);
-    const bool* const pruned = params.mask + opaque(at);
+    const bool* const pruned = params.mask + opaque_64(at);
     for (uint32_t begin = threadIdx.x * kWidth; begin < cols; begin += kAhead * step) {
       // All loads first. Past the row's end a thread's first columns are in their place, as nobody may have
       // them.
@@ -268,52 +268,60 @@ struct RefinedRow {
     }
   }
 
-  // `lanes` for each group, a power of two.
-  WANDA_DEVICE void refine_groups(int lanes) {
-    const uint32_t groups = cols / static_cast<uint32_t>(params.m), at_once = blockDim.x / lanes;
+  // `lanes` for each group, a power of two. After a swap a warp looks for the next, and after none more of
+  // them.
+  WANDA_DEVICE void refine_groups(uint32_t lanes) {
+    const uint32_t groups = cols / static_cast<uint32_t>(params.m);
     for (int64_t sweep = 0; sweep < params.sweeps; ++sweep) {
       const int32_t before = swaps;
+      uint32_t at_once = kWarp / lanes;
       for (uint32_t group = 0; group < groups;) {
-        const Pair pair = first_good(group, groups, lanes);
+        const uint32_t end = min(group + at_once, groups);
+        const Pair pair = first_good(group, end, lanes);
         if (pair.u == kNoColumn) {
-          group += at_once;
+          group = end;
+          at_once = min(2 * at_once, blockDim.x / lanes);
           continue;
         }
         swap(pair.u, pair.v, pair.half);
-        const Move first = without(pair.u), second = with(pair.v);
-        const float *const first_gram = opaque(first.gram), *const second_gram = opaque(second.gram);
-#pragma unroll 4
-        for (uint32_t column = threadIdx.x * kWidth; column < cols; column += blockDim.x * kWidth) {
-          float g[kWidth], h[kWidth];
-          load_gram(first_gram + column, g);
-          load_gram(second_gram + column, h);
-          double x[kWidth];
-          load(c + column, x);
-          move(x, first.factor, g);
-          move(x, second.factor, h);
-          store(c + column, x);
-        }
+        move_both(without(pair.u), with(pair.v));
         __syncthreads();
         group = pair.u / static_cast<uint32_t>(params.m) + 1;
+        at_once = kWarp / lanes;
       }
       if (swaps == before) return;
     }
   }
 
-  // Of the groups from `group` on that the block has room for, the first whose best pair is good.
-  WANDA_DEVICE Pair first_good(uint32_t group, uint32_t groups, int lanes) {
-    const int thread = threadIdx.x, lane = lane_of(thread), warps = static_cast<int>(blockDim.x) / kWarp;
+  WANDA_DEVICE void move_both(Move first, Move second) {
+    const float *const first_gram = opaque(first.gram), *const second_gram = opaque(second.gram);
+#pragma unroll 4
+    for (uint32_t column = threadIdx.x * kWidth; column < cols; column += blockDim.x * kWidth) {
+      float g[kWidth], h[kWidth];
+      load_gram(first_gram + column, g);
+      load_gram(second_gram + column, h);
+      double x[kWidth];
+      load(c + column, x);
+      move(x, first.factor, g);
+      move(x, second.factor, h);
+      store(c + column, x);
+    }
+  }
+
+  // Of groups [group, end), which the block has lanes for, the first whose best pair is good.
+  WANDA_DEVICE Pair first_good(uint32_t group, uint32_t end, uint32_t lanes) {
+    const uint32_t thread = threadIdx.x, lane = lane_of(thread), warps = blockDim.x / kWarp;
     group += thread / lanes;
     Pair best{INFINITY, kNoColumn, 0};
-    if (group < groups) best = best_pair(group * static_cast<uint32_t>(params.m), thread % lanes, lanes);
-    for (int step = 1; step < lanes; step *= 2) {
+    if (group < end) best = best_pair(group * static_cast<uint32_t>(params.m), thread % lanes, lanes);
+    for (uint32_t step = 1; step < lanes; step *= 2) {
       const Pair other{__shfl_xor_sync(kFullMask, best.half, step), __shfl_xor_sync(kFullMask, best.u, step),
                        __shfl_xor_sync(kFullMask, best.v, step)};
       if (other.half < best.half || (other.half == best.half && other.u < best.u)) best = other;
     }
     const uint32_t good = __ballot_sync(kFullMask, best.u != kNoColumn && is_good(best.half));
     turn ^= 1;
-    if (lane == (good == 0 ? 0 : __ffs(good) - 1)) {
+    if (lane == (good == 0 ? 0u : static_cast<uint32_t>(__ffs(good) - 1))) {
       if (good == 0) best.u = kNoColumn;
       shared.pairs[turn][thread / kWarp] = best;
     }
@@ -323,19 +331,21 @@ struct RefinedRow {
   }
 
   // Of every `lanes`-th column u of a group from `lane` on: the lowest u among equals, then the lowest v.
-  WANDA_DEVICE Pair best_pair(uint32_t begin, int lane, int lanes) const {
+  // Nothing waits for the mask: columns that it rules out are reckoned with, and dropped.
+  WANDA_DEVICE Pair best_pair(uint32_t begin, uint32_t lane, uint32_t lanes) const {
     const uint32_t end = begin + static_cast<uint32_t>(params.m);
     Pair best{INFINITY, kNoColumn, 0};
     for (uint32_t u = begin + lane; u < end; u += lanes) {
-      if (!mask[u]) continue;
       const double w = weight(u);
       const double gain = __dadd_rn(cost_by_itself(u, true), -__dmul_rn(w, c[u]));
+      const bool is_pruned = mask[u];
+      const float* const gram_u = gram(u);
+#pragma unroll 4
       for (uint32_t v = begin; v < end; ++v) {
-        if (mask[v]) continue;
-        const double after = __fma_rn(-w, as_double(__ldg(gram(u) + v)), c[v]);
+        const double after = __fma_rn(-w, as_double(__ldg(gram_u + v)), c[v]);
         const double loss = __dadd_rn(cost_by_itself(v, false), __dmul_rn(weight(v), after));
         const double half = __dadd_rn(gain, loss);
-        if (half < best.half) best = {half, u, v};
+        if (is_pruned && !mask[v] && half < best.half) best = {half, u, v};
       }
     }
     return best;

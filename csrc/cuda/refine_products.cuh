@@ -5,9 +5,9 @@
 // fused multiply-add rounds as a product and a sum do. A row's error is a sum in the order of its columns.
 //
 // Products: a block takes 64 rows by 64 columns, a thread 8 by 4, whose sums stay in registers while tiles of
-// 16 rows of G pass through shared memory, in turns: the next one is on its way to registers meanwhile. 0.28
-// bytes of L2 a product (bfloat16 weights: 4 bytes of G for 64 of them, 3 of weight and mask for 64); float64
-// units are what it waits for. Blocks one behind the other in the grid share columns of G.
+// 16 rows of G pass through shared memory, in turns: the next one is on its way to registers meanwhile. 7
+// bytes come from L2 for 64 products (bfloat16); what a block waits for is the float64 units. Blocks that
+// follow each other take the same columns of G.
 //
 // Errors: a block takes 32 rows. Its threads make terms of 64 columns, and a lane of the first warp adds
 // those of a row up, while the others make the next ones.

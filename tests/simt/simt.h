@@ -246,6 +246,7 @@ template <class T>
 T opaque(T value) {
   return value;
 }
+inline int64_t opaque_64(int64_t value) { return value; }
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;
