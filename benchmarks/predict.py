@@ -29,6 +29,7 @@ from benchmarks.works import (
     bitmap,
     nm_24,
     pack_24,
+    refine_24,
     refine_sums,
     refine_swaps,
     rms_norm,
@@ -61,18 +62,18 @@ def suite(card: Card) -> Iterator[Work]:
         for height, cols in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)):
             yield product(card, height, cols)
     yield sparse24(card, 4096, 4096, 16)
-    for work in (refine_sums, refine_swaps):
+    for work in (refine_sums, refine_swaps, refine_24):
         for height, cols in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)):
             yield work(card, height, cols)
 
 
-def refinement(card: Card) -> tuple[float, float]:
-    """Seconds of what swaps begin with, and of the swaps, for LLaMA-7B's linear layers in bfloat16."""
-    first, swaps = (
+def refinement(card: Card) -> tuple[float, ...]:
+    """Seconds of what swaps begin with, of swaps at 50 % and of those at 2:4, for LLaMA-7B's linear layers in
+    bfloat16."""
+    return tuple(
         sum(number * predict(work(card, *shape), card).seconds for shape, number in LLAMA_7B.items())
-        for work in (refine_sums, refine_swaps)
+        for work in (refine_sums, refine_swaps, refine_24)
     )
-    return first, swaps
 
 
 COLUMNS = ("card", "kernel", "shape", "dtype", "registers", "blocks", "kb_in_flight", "slots", "us", "share", "of")
@@ -164,8 +165,8 @@ def main() -> int:
         writer.writerows(lines)
     show(lines)
     for card in CARDS.values():
-        first, swaps = refinement(card)
-        print(f"refinement of LLaMA-7B, {card.name}: first sums {first:.1f} s, swaps {swaps:.1f} s (predictions)")
+        first, *swaps = (f"{seconds:.1f} s" for seconds in refinement(card))
+        print(f"LLaMA-7B refined on {card.name}, predicted: first sums {first}, swaps {swaps[0]}, of 2:4 {swaps[1]}")
     return 0
 
 

@@ -142,6 +142,24 @@ def refine_swaps(card: Card, height: int, cols: int, dtype: str = "bfloat16") ->
     )  # fmt: skip
 
 
+SWAPS_24 = 1 / 6.7  # the same, of four sweeps over 2:4
+LOOKS = 1.6  # for each swap: a warp of them goes over eight groups, of which every 6.7th has one
+MOVE = 9  # instructions of moving a column of c, of the table's loops not the longest
+
+
+def refine_24(card: Card, height: int, cols: int, dtype: str = "bfloat16") -> Work:
+    """A block a row; an item is a swap: looks for it, of few warps, and a pass that moves c by two rows of G. These are
+    taken to come from memory, though rows go over their groups in the same order."""
+    place, width, threads, shared, *_ = _plan("refine", height, cols, DTYPES[dtype], card.processors, card.block_shared)
+    sass = _sass(f"refine_kernel<{dtype}, {width}, {'wide' if place else 'staged'}, groups>", card)
+    look = LOOKS * (sass.loop + LEAST)
+    return Work(
+        "refine_nm_ 2:4 swaps", (height, cols), dtype, sass.registers, threads, height, shared=shared,
+        items=cols * SWAPS_24, load=8 * cols, slots=cols / WARP * MOVE + 2 * look, serial=look + cols / threads * MOVE,
+        waits=LATENCY + (2 * LOOKS) * (CACHED + BARRIER), in_flight=8 * cols, cache=(8 + 16) * cols / 128 * LINE,
+    )  # fmt: skip
+
+
 def pack_24(card: Card, height: int, cols: int) -> Work:
     """A thread takes four rows of 32 columns, 16 columns of all four at a time: an item."""
     threads, grid, *_ = _plan("pack_24", height, cols)
