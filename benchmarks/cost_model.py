@@ -82,12 +82,12 @@ def rates_of(rows: list[dict[str, Any]]) -> Rates:
     """From all cases but the last."""
     work, forward, pruned, selection = 0.0, 0.0, 0.0, 0.0
     for row in rows[:-1]:
-        unit = predict_row(row, Rates(1.0, 1.0, 1e30, 1e30, True, "units"))
+        unit = predict_row(row, Rates(1.0, 1.0, 1.0, 1e30, 1e30, True, "units"))
         work += unit["forward"]
         pruned += unit["selection"]
         forward += row["seconds"]["forward"]
         selection += row["seconds"]["selection"]
-    return Rates(work / forward, pruned / selection, 1e30, 1e30, True, "measured here")
+    return Rates(work / forward, work / forward, pruned / selection, 1e30, 1e30, True, "measured here")
 
 
 def predict_row(row: dict[str, Any], rates: Rates) -> dict[str, float]:

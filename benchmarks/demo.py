@@ -1,4 +1,5 @@
-"""Prunes SmolLM2-135M with Wanda and by magnitude, and prints one table: perplexity, sparsity, seconds.
+"""Prunes SmolLM2-135M with Wanda and by magnitude, and prints one table: perplexity on other help texts than it was
+calibrated on and on Python's source, sparsity, seconds.
 
 python -m benchmarks.demo --out DIR saves both Wanda models there as Hugging Face folders, and the table as JSON.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks import smollm2
 from benchmarks.circumstances import write_result
@@ -35,9 +37,8 @@ def run(out: Path, screen: Console) -> dict[str, Any]:
     start = time.perf_counter()
     _ = dense.model  # loads it
     load_seconds = time.perf_counter() - start
-    calibration, evaluation = smollm2.calibration_and_evaluation(dense.tokenizer, SAMPLES, LENGTH)
-    value = dense.perplexity(evaluation, batch_size=2)
-    rows: list[dict[str, Any]] = [{"model": "dense", "perplexity": value, "sparsity": 0.0, "seconds": {}}]
+    calibration, *texts = smollm2.windows(dense.tokenizer, SAMPLES, LENGTH)
+    rows: list[dict[str, Any]] = [{"model": "dense", **_on(texts, dense), "sparsity": 0.0, "seconds": {}}]
     for label, arguments in RUNS:
         note(label)
         session = dense.copy()
@@ -50,9 +51,15 @@ def run(out: Path, screen: Console) -> dict[str, Any]:
             session.save(folder, overwrite=True)
             seconds["saving"] = time.perf_counter() - start
             screen.print(f"saved {folder}", highlight=False)
-        value = session.perplexity(evaluation, batch_size=2)
-        rows.append({"model": label, "perplexity": value, "sparsity": report.achieved_sparsity, "seconds": seconds})
+        figures = _on(texts, session)
+        rows.append({"model": label, **figures, "sparsity": report.achieved_sparsity, "seconds": seconds})
     return {"samples": SAMPLES, "length": LENGTH, "load seconds": load_seconds, "rows": rows}
+
+
+def _on(texts: list[Tensor], session: Session) -> dict[str, float]:
+    """Perplexity on each text."""
+    names = ("perplexity", "on source")
+    return {name: session.perplexity(text, batch_size=2) for name, text in zip(names, texts, strict=True)}
 
 
 def draw(result: dict[str, Any]) -> Table:
@@ -60,11 +67,12 @@ def draw(result: dict[str, Any]) -> Table:
         title=f"{smollm2.NAME}, float32, {SAMPLES} x {LENGTH} tokens (loading {result['load seconds']:.1f} s)",
         title_justify="left",
     )
-    for heading in ("model", "perplexity", "sparsity", *(f"{part} s" for part in PARTS)):
+    for heading in ("model", "perplexity", "on source", "sparsity", *(f"{part} s" for part in PARTS)):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for row in result["rows"]:
         seconds = [f"{row['seconds'][part]:.2f}" if part in row["seconds"] else "" for part in PARTS]
-        table.add_row(row["model"], f"{row['perplexity']:.2f}", f"{row['sparsity']:.2%}", *seconds)
+        figures = [f"{row[name]:.2f}" for name in ("perplexity", "on source")]
+        table.add_row(row["model"], *figures, f"{row['sparsity']:.2%}", *seconds)
     return table
 
 

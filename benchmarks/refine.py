@@ -1,4 +1,5 @@
-"""Refinement of masks: rows of a weight to convergence, against the reference's vectorised PyTorch on the same rows."""
+"""Gram matrices, refinement of masks by them, rows of a weight to convergence, against the reference's vectorised
+PyTorch on the same rows; and the update of kept weights, against conjugate gradients as one writes them in PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from wanda_kernels import ops, reference
 
 ROWS = 192  # on a CPU: rows do not depend on one another, and the peer takes seconds for these
 CHECKED_ROWS = 8  # the reference adds one column after the other
-DAMPING, SWEEPS = 0.3, 4
+DAMPING, SWEEPS, STEPS = 0.3, 4, 10
+TOKENS = 512  # of a sequence
 
 
 def correlated(tokens: int, cols: int, device: torch.device) -> Tensor:
@@ -49,16 +51,46 @@ def vectorised_groups(inputs: Inputs) -> Tensor:
 
 
 def refine(settings: Settings, shapes: Shapes) -> Iterator[Case]:
-    """On the width of the first shape: half of each row to convergence, and four sweeps over 2:4."""
+    """On the width of the first shape: a sequence's Gram matrix, half of each row to convergence, four sweeps over
+    2:4, and ten steps of the update."""
     rows, cols = shapes[0]
     if settings.device.type == "cpu":
         rows = min(ROWS, rows)
+    yield _gram(settings, cols)
     kinds: tuple[tuple[str, str, Callable[..., Tensor], Callable[[Inputs], Tensor]], ...] = (
         ("refine_rows_", "", _by_rows, vectorised_rows),
         ("refine_nm_", " 2:4", _by_groups, vectorised_groups),
     )
     for operator, pattern, call, peer in kinds:
         yield _case(settings, rows, cols, operator, pattern, call, peer)
+    yield _solve(settings, rows, cols)
+
+
+def _gram(settings: Settings, cols: int) -> Case:
+    def make() -> tuple[Tensor, Tensor]:
+        return torch.zeros(cols, cols, device=settings.device), correlated(TOKENS, cols, settings.device)
+
+    def run(inputs: Inputs) -> None:
+        ops.add_gram_(*inputs)
+
+    def whole_product(inputs: Inputs) -> None:
+        gram, x = inputs
+        gram.addmm_(x.t(), x)
+
+    def check(inputs: Inputs) -> str:
+        gram, x = inputs
+        run(inputs)
+        wanted = (x.double().t() @ x.double()).tril()
+        error = float((gram.tril() - wanted).abs().max() / wanted.abs().max())
+        if not error < 1e-5:
+            raise WrongResultError(f"{error:.1e} of the largest element away from float64")
+        return f"{error:.1e} of the largest element away from float64"
+
+    return Case(
+        "refine", "add_gram_", f"{TOKENS} x {cols}", torch.float32, backend_of("add_gram_", settings.device), make, run,
+        check, 4 * cols * cols, {"torch product": whole_product},
+        threads=1 if settings.device.type == "cpu" else "", in_place=True,
+    )  # fmt: skip
 
 
 def _case(
@@ -88,5 +120,52 @@ def _case(
     return Case(
         "refine", operator + pattern, f"{rows} x {cols}", torch.float32, backend_of(operator, settings.device), make,
         run, check, 4 * cols * cols, {"vectorised reference": peer},
+        threads=1 if settings.device.type == "cpu" else "", in_place=True,
+    )  # fmt: skip
+
+
+def conjugate_gradients(inputs: Inputs) -> Tensor:
+    """The same steps on all rows at once, every state a new tensor."""
+    _, mask, gram, target = inputs
+    damped = gram + DAMPING * gram.diagonal().diag()
+    kept, scale = (~mask).float(), damped.diagonal()
+    d = -target * mask
+    r = -(d @ damped) * kept
+    p = z = r / scale
+    rz = (r * z).sum(1, keepdim=True)
+    for _ in range(STEPS):
+        q = (p @ damped) * kept
+        alpha = rz / (p * q).sum(1, keepdim=True)
+        d, r = d + alpha * p, r - alpha * q
+        z, was = r / scale, rz
+        rz = (r * z).sum(1, keepdim=True)
+        p = z + rz / was * p
+    return target + d
+
+
+def _solve(settings: Settings, rows: int, cols: int) -> Case:
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = correlated(2 * cols, cols, settings.device)
+        target, gram = torch.randn(rows, cols, device=settings.device), x.T @ x
+        return torch.empty_like(target), reference.row_mask(target, gram.diagonal().sqrt(), 0.5), gram, target
+
+    def run(inputs: Inputs) -> None:
+        weight, mask, gram, target = inputs
+        ops.solve_rows_(weight, mask, gram, target, DAMPING, STEPS)
+
+    def check(inputs: Inputs) -> str:
+        weight, mask, gram, target = inputs
+        run(inputs)
+        damped = gram.double() + DAMPING * gram.double().diagonal().diag()
+        dense = target.double()
+        differences = (target.masked_fill(mask, 0), weight, conjugate_gradients(inputs))
+        before, ours, theirs = (float((d @ damped * d).sum()) for d in (w.double() - dense for w in differences))
+        if weight[mask].any() or not ours < 1.001 * theirs:
+            raise WrongResultError(f"errors {before:.4g} before, {ours:.4g} after, {theirs:.4g} by plain PyTorch")
+        return f"{ours / before:.3f} of the error is left"
+
+    return Case(
+        "refine", "solve_rows_", f"{rows} x {cols}", torch.float32, backend_of("solve_rows_", settings.device), make,
+        run, check, 4 * cols * cols, {"PyTorch": conjugate_gradients},
         threads=1 if settings.device.type == "cpu" else "", in_place=True,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import pictures, tables
 from benchmarks.circumstances import RESULTS, ROOT
@@ -81,11 +82,13 @@ SECTIONS = {
     "gpu products": Section(("sparse",), tables.products, is_gpu=True),
 }
 
+# section -> the result file, and how it is drawn
+JSON = {"demo": ("demo", tables.demo), "masks": ("masks", tables.masks), "all masks": ("masks", tables.all_masks)}
 
 # The README has what a user decides by.
 PAGES = {
-    README: ("headline", "demo", "generate"),
-    MEASURED: ("prune", "products", "layers", "kernels", "gpu kernels", "gpu products"),
+    README: ("headline", "masks", "generate"),
+    MEASURED: ("demo", "all masks", "prune", "products", "layers", "kernels", "gpu kernels", "gpu products"),
 }
 
 
@@ -112,13 +115,13 @@ def _body(results: Path, section: Section) -> str:
     return f"{drawn}\n\n{tables.source(f'benchmarks/results/{device.folder.name}/{names}.csv', rows[-1])}"
 
 
-def _demo(results: Path) -> str:
-    found = [(json.loads(path.read_text()), path) for path in sorted(results.glob("*/demo.json"))]
+def _drawn_json(results: Path, name: str, draw: Callable[[dict[str, Any]], str]) -> str:
+    found = [(json.loads(path.read_text()), path) for path in sorted(results.glob(f"*/{name}.json"))]
     if not found:
         return NOT_MEASURED
     result, path = max(found, key=lambda pair: pair[0]["circumstances"]["date"])
     about = {"device_type": "cpu", "driver": "", **result["circumstances"]}
-    return f"{tables.demo(result)}\n\n{tables.source(f'benchmarks/results/{path.parent.name}/demo.json', about)}"
+    return f"{draw(result)}\n\n{tables.source(f'benchmarks/results/{path.parent.name}/{name}.json', about)}"
 
 
 def render(page: Path, results: Path = RESULTS, text: str | None = None) -> str:
@@ -126,7 +129,7 @@ def render(page: Path, results: Path = RESULTS, text: str | None = None) -> str:
     what the result files say."""
     text = page.read_text() if text is None else text
     for name in PAGES[page]:
-        body = _demo(results) if name == "demo" else _body(results, SECTIONS[name])
+        body = _drawn_json(results, *JSON[name]) if name in JSON else _body(results, SECTIONS[name])
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page.name} has no markers for {name}")

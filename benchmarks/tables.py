@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import mean
 from typing import Any
 
 from benchmarks.harness import OURS
@@ -190,13 +191,72 @@ def generate(rows: list[Row]) -> str:
 
 
 def demo(result: dict[str, Any]) -> str:
+    names = [name for name in ("perplexity", "on source") if all(name in row for row in result["rows"])]
     rows = []
     for row in result["rows"]:
         seconds = row["seconds"]
         parts = [f"{seconds[p]:.2f}" if p in seconds else "" for p in ("forward", "statistics", "selection", "saving")]
-        rows.append([row["model"], f"{row['perplexity']:.2f}", f"{row['sparsity']:.2%}", *parts])
-    headings = ["model", "perplexity", "sparsity", "forward s", "statistics s", "selection s", "saving s"]
+        rows.append([row["model"], *(f"{row[name]:.2f}" for name in names), f"{row['sparsity']:.2%}", *parts])
+    headings = ["model", *names, "sparsity", "forward s", "statistics s", "selection s", "saving s"]
     return table(headings, rows)
+
+
+_METHODS = {"wanda": "Wanda", "sparsegpt": "SparseGPT"}
+
+
+def _named(label: str) -> str:
+    method, comma, steps = label.partition(",")
+    return _METHODS.get(method, method) + comma + steps
+
+
+def masks(result: dict[str, Any]) -> str:
+    """A row a method, of each model its means: both texts of a target in a cell, seconds over all targets. With the
+    default damping alone."""
+    found_labels = (row["label"] for model in result["models"] for row in model["rows"])
+    labels = list(dict.fromkeys(label for label in found_labels if "(damping" not in label))
+    cells = {"dense": ["dense"], **{label: [_named(label)] for label in labels}}
+    headings = [""]
+    for model in result["models"]:
+        targets = list(dict.fromkeys(row["target"] for row in model["rows"]))
+        headings += [f"{model['model']}, {targets[0]}", *targets[1:], "seconds"]
+        found = {(row["label"], row["target"]): row for row in model["rows"]}
+        cells["dense"] += [*[_texts(model["dense"])] * len(targets), ""]
+        for label in labels:
+            rows = [found.get((label, target)) for target in targets]
+            cells[label] += ["" if row is None else _texts(_means(row["perplexities"])) for row in rows]
+            seconds = [second for row in rows if row is not None for second in row["seconds"]]
+            cells[label].append(f"{mean(seconds):.0f}" if seconds else "")
+    return table(headings, cells.values())
+
+
+def all_masks(result: dict[str, Any]) -> str:
+    """A row a model, method and target, with the spread over the seeds and what it costs."""
+    parts = ("forward", "statistics", "selection", "refinement", "update")
+    rows = []
+    for model in result["models"]:
+        rows.append(
+            [model["model"], "dense", "", "", *(f"{value:.2f}" for value in model["dense"]), "", *[""] * len(parts)]
+        )
+        for row in model["rows"]:
+            spreads = [
+                f"{mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+                for values in zip(*row["perplexities"], strict=True)
+            ]
+            of_parts = [mean([one.get(part, 0.0) for one in row["parts"]]) for part in parts]
+            rows.append([
+                model["model"], _named(row["label"]), row["target"], f"{len(row['seeds'])}", *spreads,
+                f"{mean(row['seconds']):.1f}", *(f"{value:.1f}" if value else "" for value in of_parts),
+            ])  # fmt: skip
+    texts = [result["models"][0]["settings"]["text"], *result["models"][0]["settings"]["further_texts"]]
+    return table(["model", "method", "target", "seeds", *(f"on {text}" for text in texts), "seconds", *parts], rows)
+
+
+def _means(values: Sequence[Sequence[float]]) -> list[float]:
+    return [mean(column) for column in zip(*values, strict=True)]
+
+
+def _texts(values: Sequence[float]) -> str:
+    return " / ".join(f"{value:.1f}" if value < 1000 else f"{value:.3g}" for value in values)
 
 
 def every_row(rows: list[Row]) -> str:

@@ -141,12 +141,13 @@ def start_command(
 def run_rank(rank: int, size: int, folder: Path, options: dict) -> None:
     """One of ``size`` processes: prunes what ``options`` say and writes ``rank<r>.safetensors``, or the error.
 
-    ``options``: of prune(), and ``family``, ``dtype``, ``samples``; ``fails``: the rank that fails, and how;
-    ``port``: where they meet, instead of at a file.
+    ``options``: of prune(), and ``family``, ``dtype``, ``samples``, ``changes`` (of its config); ``fails``: the rank
+    that fails, and how; ``port``: where they meet, instead of at a file.
     """
     torch.set_num_threads(1)
     options = dict(options)
-    model = tiny.model(options.pop("family"), getattr(torch, options.pop("dtype")))
+    dtype = getattr(torch, options.pop("dtype"))
+    model = tiny.model(options.pop("family"), dtype, **options.pop("changes", {}))
     ids = tiny.ids(options.pop("samples"))
     failing, how = options.pop("fails", (None, None))
     port = options.pop("port", None)

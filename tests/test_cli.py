@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from wanda_kernels import load_calibration
+from wanda_kernels.cli import ranks
 from wanda_kernels.cli.app import main
 
 
@@ -43,6 +45,62 @@ def calibrated(work: Path) -> list[str]:
 
 def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_the_identity_of_calibration_sources(work, tmp_path):
+    one, two = (str(tmp_path / name) for name in ("one.txt", "two=0.5.txt"))
+    for number, name in enumerate((one, two)):
+        Path(name).write_text(saved.text(50, seed=number))
+    found = [
+        ranks.fingerprint_of_sources(sources)
+        for sources in ([one], [two], [one, two], [two, one], [f"{one}=0.75", two], [one, "c4"], [one, two, "c4"])
+    ]
+    assert len(set(found)) == len(found)
+    assert found[0] == ranks.fingerprint(one) == ranks.fingerprint_of_sources([f"{one}=1"])
+    assert found[2] == ranks.fingerprint_of_sources([one, f"{two}=0.5"])
+    Path(two).write_text("w1")
+    assert ranks.fingerprint_of_sources([one, two]) != found[2]
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["in memory", "streamed"])
+def test_mixed_calibration(work, tmp_path, capsys, stream):
+    """As token ids that are the sources' own, one after the other."""
+    other = tmp_path / "other=1.txt"
+    other.write_text(saved.text(2000, seed=1))
+    parts = [load_calibration(str(path), saved.tokenizer(), n, 32) for path, n in ((work / "text.txt", 6), (other, 2))]
+    save_file({"input_ids": torch.cat(parts)}, tmp_path / "ids.safetensors")
+    mixture = ["--calibration", f"{work / 'text.txt'}=0.75", "--calibration", other]
+    for out, how in (("mixed", [*mixture, "--samples", 8]), ("ids", ["--calibration", tmp_path / "ids.safetensors"])):
+        code, _, stderr = call(
+            capsys, "prune", work / "model", "--out", tmp_path / out, "--length", 32, *how, *stream
+        )  # fmt: skip
+        assert code == 0, stderr
+    assert digest(tmp_path / "mixed") == digest(tmp_path / "ids")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["TEXT=0.5", "TEXT"], "--calibration must name each source once"),
+        (["TEXT", "c4=0"], "--calibration must give c4 a share above 0 and at most 1, got 0"),
+        (["TEXT", "c4=1.5"], "--calibration must give c4 a share above 0 and at most 1, got 1.5"),
+        (["TEXT=0.9", "c4=0.2"], "--calibration must have shares that add up to 1, got 1.1"),
+        (["TEXT", "c4", "wikitext2"], "--samples must be enough for each calibration source, got 2"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "drop-experts"])
+def test_mixtures_that_make_no_sense(work, tmp_path, capsys, command, options, message):
+    given = [word for one in options for word in ("--calibration", one.replace("TEXT", str(work / "text.txt")))]
+    code, _, stderr = call(capsys, command, work / "model", "--out", tmp_path / "out", "--samples", 2, *given)
+    assert code == 2
+    assert message in " ".join(stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_twice(work, capsys):
+    code, _, stderr = call(capsys, "eval", work / "model", "--text", work / "text.txt", "--text", work / "text.txt")
+    assert code == 2
+    assert "--text must name each text once, got" in stderr
 
 
 def test_prune_then_eval(work, tmp_path, capsys):
@@ -137,6 +195,8 @@ BAD = [
     (["--samples", "5000"], 1, "5000 samples are required"),
     (["--length", "512"], 1, "--length 512 is longer than the model's context of 256 tokens"),
     (["--calibration", "nowhere.txt"], 1, "nowhere.txt does not exist"),
+    (["--calibration", "c4=0.5"], 2, "--calibration must have shares that add up to 1, got 0.5"),
+    (["--calibration", "c4=2"], 2, "--calibration must give c4 a share above 0 and at most 1, got 2"),
     (["--sparsty", "0.5"], 2, "--sparsty"),
 ]
 

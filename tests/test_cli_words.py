@@ -81,6 +81,7 @@ def test_names_are_never_markup(name, work, tmp_path, capsys):
 BEFORE_LOADING = [
     (["eval", "MODEL", "--text", "TEXT", "--json", "FOLDER"], "is a folder: name a file"),
     (["eval", "MODEL", "--text", "TEXT", "--json", "FOLDER/no/x.json"], "its folder does not exist"),
+    (["eval", "MODEL", "--text", "TEXT", "--text", "no.txt", "--length", "64"], "no.txt does not exist"),
     (["eval", "MODEL", "--text", "TEXT", "--length", "3000"], "--length 3000 is longer than the model's context"),
     (["speed", "MODEL", "--json", "FOLDER"], "is a folder: name a file"),
     (["prune", "MODEL", "--out", f"FOLDER/{'n' * 250}", "--method", "magnitude"], "the name is too long"),
@@ -228,7 +229,7 @@ def test_a_signal_while_python_imports_is_one_sentence(sent, code, delay, work, 
     if delay > 0.1 or running.returncode != -sent:  # Python itself takes a moment to begin
         assert running.returncode == code, stderr
         assert stderr.splitlines()[-1] == "wanda-kernels: error: interrupted; nothing was written"
-    assert "Traceback" not in stderr
+        assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
 
 

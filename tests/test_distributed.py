@@ -40,6 +40,9 @@ RUNS = [
     {"family": "gpt2", "batch_size": 2},
     {"batch_size": 1, "refine": True, "pattern": "2:4"},
     {"family": "mixtral", "batch_size": 2, "refine": True, "method": "ria"},
+    {"batch_size": 1, "update": True, "exact_error": True, "changes": {"intermediate_size": 1088}},  # 5 tiles
+    {"family": "mixtral", "batch_size": 2, "refine": True, "update": True, "pattern": "2:4", "dtype": "bfloat16"},
+    {"family": "gpt2", "batch_size": 2, "update": True, "update_damping": 0.1, "owl": True},
 ]
 
 
@@ -56,7 +59,7 @@ def test_the_same_for_any_number_of_processes(options, tmp_path):
     groups = {
         size: streaming_child.start_ranks(size, tmp_path / f"{size}", samples=SAMPLES, **options) for size in (1, 2, 3)
     }
-    model = tiny.model(options.pop("family"), getattr(torch, options.pop("dtype")))
+    model = tiny.model(options.pop("family"), getattr(torch, options.pop("dtype")), **options.pop("changes", {}))
     report = prune(model, tiny.ids(SAMPLES), **options)
     expected = model.state_dict()
     for size, ranks in groups.items():

@@ -60,6 +60,8 @@ def test_the_official_log(files, tmp_path, capsys, flags, share):
         (("--sparsity_ratio", "1.5"), 2, "--sparsity_ratio must be in [0, 1), got 1.5"),
         (("--use_variant", "--prune_method", "magnitude"), 2, "--use_variant is an option of wanda, not of magnitude"),
         (("--sparsity_ratio", "0.5", "--nsamples", "5000"), 1, "5000 samples are required"),
+        (("--calibration", "c4=0"), 2, "--calibration must give c4 a share above 0 and at most 1, got 0"),
+        (("--calibration", "c4", "--nsamples", "1"), 2, "--nsamples must be enough for each calibration source, got 1"),
         (("--length", "9000"), 1, "--length 9000 is longer than the model's context of 256 tokens"),
     ],
 )

@@ -38,9 +38,11 @@ CALLS = {
     "nm_mask of a stack": lambda: (STACK, NORMS, 4, 8),
     "refine_rows_": lambda: (ROWS.clone(), WEIGHT, GRAM, 0.3, None, torch.zeros(32, 2, dtype=torch.float64)),
     "refine_nm_": lambda: (GROUPS.clone(), HALF, GRAM, 2, 4, 0.3, 4, None),
+    "solve_rows_": lambda: (WEIGHT.clone(), ROWS, GRAM, WEIGHT, 0.3, 4, torch.zeros(32, 2, dtype=torch.float64)),
     "pack_24": lambda: (ops.unpack_24(*packed()),),
     "prune_pack_24": lambda: (HALF, NORM),
     "unpack_24": packed,
+    "add_gram_": lambda: (GRAM.clone(), WEIGHT, 0.5, 2.0, 0),
     "add_sqnorm_": lambda: (torch.zeros(4, 64), WEIGHT, torch.ones(32, dtype=torch.bool)),
     "add_sqnorm_ of segments": lambda: (torch.zeros(4, 64), WEIGHT, None, ENDS),
     "rms_norm_sqnorm": lambda: (WEIGHT, NORM, 1e-6, torch.zeros(4, 64), torch.ones(32, dtype=torch.bool), True),
@@ -145,6 +147,39 @@ BAD = [
         (torch.ones(32, 64).bool(), WEIGHT, GRAM, 2, 4),
         ValueError,
         "mask must keep 2 of every 4 columns, 512 of its groups do not",
+    ),
+    *(
+        ("solve_rows_", args, kind, message)
+        for args, kind, message in (
+            ((WEIGHT, ROWS.int(), GRAM, WEIGHT), TypeError, "mask must be bool, got"),
+            ((WEIGHT, ROWS[:31], GRAM, WEIGHT), ValueError, r"mask must be contiguous \[32, 64\], got \[31, 64\]"),
+            ((WEIGHT[0], ROWS, GRAM, WEIGHT), ValueError, r"weight must have 2 dimensions \[C_out, C_in\], got 1"),
+            ((WEIGHT, ROWS, GRAM.double(), WEIGHT), TypeError, "gram must be float32, got .*[Dd]ouble|float64"),
+            ((WEIGHT, ROWS, GRAM[:, :63], WEIGHT), ValueError, r"gram must be \[64, 64\], got \[64, 63\]"),
+            ((WEIGHT, ROWS, GRAM, HALF), TypeError, "target must be .*[Ff]loat.*, as weight is, got .*[Bb][Ff]"),
+            ((WEIGHT, ROWS, GRAM, WEIGHT[:31]), ValueError, r"target must be \[32, 64\], got \[31, 64\]"),
+            ((WEIGHT, ROWS, GRAM, WEIGHT.to("meta")), ValueError, "target is on meta, weight is on cpu"),
+            ((WEIGHT, ROWS, GRAM, WEIGHT, -0.1), ValueError, "damping must be finite and >= 0, got -0.1"),
+            ((WEIGHT, ROWS, GRAM, WEIGHT, float("nan")), ValueError, "damping must be finite and >= 0, got nan"),
+            ((WEIGHT, ROWS, GRAM, WEIGHT, 0.3, -1), ValueError, "steps must be >= 0, got -1"),
+            (
+                (WEIGHT, ROWS, GRAM, WEIGHT, 0.3, 1, torch.zeros(31, 2).double()),
+                ValueError,
+                r"sums must be contiguous \[32, 2\], got \[31, 2\]",
+            ),
+        )
+    ),
+    *(
+        ("add_gram_", args, kind, message)
+        for args, kind, message in (
+            ((GRAM.double(), WEIGHT), TypeError, "gram must be float32, got"),
+            ((GRAM, WEIGHT.int()), TypeError, "x must be float32, bfloat16 or float16, got .*[Ii]nt"),
+            ((GRAM, WEIGHT[None]), ValueError, r"x must have 2 dimensions \[tokens, C_in\], got 3"),
+            ((GRAM, WEIGHT[:, :63]), ValueError, r"gram must be \[rows, 63\] with at most 63 rows, got \[64, 64\]"),
+            ((GRAM, WEIGHT, 1.0, 1.0, 64), ValueError, r"first must be a multiple of 384 in \[0, 64\], got 64"),
+            ((GRAM, WEIGHT, 1.0, 1.0, -384), ValueError, r"first must be a multiple of 384 in \[0, 64\], got -384"),
+            ((GRAM, WEIGHT, 1.0, 1.0, 384), ValueError, r"first must be a multiple of 384 in \[0, 64\], got 384"),
+        )
     ),
     ("add_sqnorm_", (NORM.clone(), WEIGHT[:, :63]), ValueError, "x has 63 columns, sqnorm has 64"),
     ("add_sqnorm_", (torch.zeros(5, 64), WEIGHT), ValueError, "x has 32 tokens, not a multiple of the 5 sequences"),

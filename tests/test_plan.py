@@ -60,6 +60,20 @@ def test_of_a_70b_model():
     assert predict(shape, H100, devices=64).seconds["forward"] == one.seconds["forward"] / 16  # 16 batches
 
 
+def test_gram_matrices_are_counted():
+    shape = shape_of(LLAMA_70B)
+    assert shape.input_squares == 6 * 8192**2 + 28672**2
+    assert shape.widest == 28672
+    plain, refined = predict(shape, H100), predict(shape, H100, grams=True)
+    solved, eight = predict(shape, H100, grams=True, factors=True), predict(shape, H100, devices=8, grams=True)
+    assert refined.bytes_streamed - plain.bytes_streamed == 4 * shape.input_squares
+    assert solved.bytes_streamed - refined.bytes_streamed == 3 * 4 * 28672**2
+    held = 128 * 2048 // 8 * (6 * 8192 + 28672) * 2
+    assert eight.bytes_streamed - predict(shape, H100, devices=8).bytes_streamed == 4 * shape.input_squares + held
+    assert refined.seconds["Gram matrices"] == 8 * eight.seconds["Gram matrices"]
+    assert "Gram matrices" not in plain.seconds
+
+
 def test_the_document_says_what_the_model_says():
     from benchmarks import cost_model
 
@@ -74,6 +88,14 @@ def test_command(tmp_path, capsys):
     assert not ended.value.code
     assert "138 GB in 80 blocks of 1.71 GB" in shown
     assert "estimated, not measured" in shown
+    for way in (["--refine"], ["--method", "sparsegpt"]):
+        with pytest.raises(SystemExit):
+            main(["plan", str(tmp_path), *way])
+        assert "Gram matrices of a block's inputs: at most 4.9 GB" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(tmp_path), "--method", "wonder"])
+    assert ended.value.code == 2
+    assert "--method must be one of wanda" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(tmp_path / "nowhere")])
     assert ended.value.code == 1

@@ -234,3 +234,22 @@ def test_half_the_error_of_correlated_inputs():
     sums = torch.zeros(32, 2, dtype=torch.float64)
     ops.refine_rows_(reference.row_mask(weight, gram.diagonal().sqrt(), 0.5), weight, gram, sums=sums)
     assert sums[:, 1].sum() < 0.6 * sums[:, 0].sum()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_from_wandas_mask_the_error_without_damping_is_no_larger_either(data):
+    weight, gram, _ = layer = data.draw(layers(widths=(4, 8, 16, 33, 64, 100)))
+    damping, cols = data.draw(st.sampled_from(DAMPINGS)), weight.shape[1]
+    before = row_masks(layer, "wanda")
+    after = before.clone()
+    ops.refine_rows_(after, weight, gram, damping)
+    compared = [(before, after)]
+    if cols % 4 == 0:
+        groups = reference.nm_mask(weight, gram.diagonal().sqrt(), 2, 4)
+        ops.refine_nm_(refined := groups.clone(), weight, gram, 2, 4, damping)
+        compared.append((groups, refined))
+    for old, new in compared:
+        (error, terms), (refined_error, refined_terms) = errors(old, weight, gram, 0.0), errors(new, weight, gram, 0.0)
+        # Wanda compares float32 scores: equals to their rounding, of which there is one in each column's square
+        assert (refined_error <= error + 1e-6 * (terms + refined_terms)).all()

@@ -72,12 +72,47 @@ def test_the_demo(results):
     result["rows"][0]["perplexity"] = 3.14159
     result["circumstances"]["date"] = "2100-01-01 00:00 UTC"
     path.write_text(json.dumps(result))
-    assert "| 3.14 |" in report.render(report.README, results)
+    assert "| 3.14 |" in report.render(report.MEASURED, results)
+    for row in result["rows"]:
+        row["on source"] = 2.71828
+    path.write_text(json.dumps(result))
+    assert "| dense | 3.14 | 2.72 |" in report.render(report.MEASURED, results)
+
+
+def test_the_masks(results):
+    """Two models on two texts: their means in the README, every row in docs/measured.md."""
+    folder = min(results.glob("*/demo.json")).parent
+    about = json.loads((folder / "demo.json").read_text())["circumstances"] | {"date": "2100-01-01 00:00 UTC"}
+    row = {"seeds": [0, 1], "perplexities": [[10.0, 20.0], [30.0, 2000.0]], "seconds": [1.0, 2.0],
+           "parts": [{"forward": 1.0}, {"forward": 1.0, "refinement": 4.0}]}  # fmt: skip
+    rows = [
+        row | {"label": label, "target": target} for target in ("50%", "2:4") for label in ("wanda", "wanda, refined")
+    ]
+    rows.append(row | {"label": "wanda, refined (damping 1.0)", "target": "50%"})
+    settings = {"text": "help.txt", "further_texts": ["source.txt"]}
+    models = [
+        {"model": "A", "settings": settings, "dense": [5.0, 6.0], "rows": rows},
+        {"model": "B", "settings": settings, "dense": [7.0, 8.0], "rows": rows[:2]},
+    ]
+    (folder / "masks.json").write_text(json.dumps({"circumstances": about, "models": models}))
+    page = report.render(report.README, results)
+    for line in (
+        "|  | A, 50% | 2:4 | seconds | B, 50% | seconds |",
+        "| dense | 5.0 / 6.0 | 5.0 / 6.0 |  | 7.0 / 8.0 |  |",
+        "| Wanda, refined | 20.0 / 1.01e+03 | 20.0 / 1.01e+03 | 2 | 20.0 / 1.01e+03 | 2 |",
+    ):
+        assert line in page
+    assert "(damping" not in page.partition("<!-- masks -->")[2].partition("<!-- /masks -->")[0]
+    page = report.render(report.MEASURED, results)
+    assert "| A | Wanda, refined (damping 1.0) | 50% | 2 |" in page
+    assert "| model | method | target | seeds | on help.txt | on source.txt | seconds | forward |" in page
+    assert "| B | dense |  |  | 7.00 | 8.00 |  |" in page
+    assert "| A | Wanda | 2:4 | 2 | 20.00 (10.00-30.00) | 1010.00 (20.00-2000.00) | 1.5 | 1.0 |  |  | 2.0 |  |" in page
 
 
 def test_missing_results_are_not_measured(tmp_path):
     text = "".join(report.render(page, tmp_path) for page in report.PAGES)
-    assert text.count(" -->\nnot measured\n") == len(report.SECTIONS) + 1
+    assert text.count(" -->\nnot measured\n") == len(report.SECTIONS) + len(report.JSON)
     assert "## GPU\n\nnot measured" in report.document(tmp_path)
 
 

@@ -9,7 +9,7 @@ import real
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import smollm2
+from benchmarks import smollm2, texts
 from benchmarks.end_to_end import differing_bits
 from benchmarks.official import OfficialRun
 from wanda_kernels import compress, perplexity, prune
@@ -31,7 +31,7 @@ def dense_perplexity(loaded) -> float:
 
 
 def test_text_halves_share_no_paragraph(loaded):
-    first, second = ({" ".join(p.split()) for p in half.split("\n\n")} - {""} for half in smollm2.text_halves())
+    first, second = ({" ".join(p.split()) for p in half.split("\n\n")} - {""} for half in texts.help_halves())
     assert len(first) > 500
     assert not first & second
     assert loaded[2].shape == loaded[3].shape == (16, 512)

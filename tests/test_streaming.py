@@ -97,6 +97,8 @@ OPTIONS = [
     {"method": "ria", "group": "column"},
     {"owl": True, "sparsity": 0.6, "batch_size": 2},
     {"refine": True, "refine_damping": 1.0},
+    {"update": True, "update_steps": 3, "exact_error": True},
+    {"refine": True, "update": True, "update_damping": 0.1, "pattern": "2:4"},
 ]
 
 

@@ -53,6 +53,8 @@ def test_the_papers_plan():
         "wanda variant 50%, 16 samples, seed 0",
         "magnitude + OWL 60%, 16 samples, seed 0",
         "sparsegpt 50%, 16 samples, seed 1",
+        "wanda, refined 2:4, 16 samples, seed 0",
+        "wanda, refined and updated 60%, 16 samples, seed 0",
     ):
         assert key in keys
     detailed = {f"{method} 50%, 16 samples, seed 0" for method in ("sparsegpt", "wanda")}
@@ -77,7 +79,7 @@ def test_runs_leave_the_model_dense_and_give_what_prune_gives():
     model = tiny.model()
     before = tiny.weights(model)
     windows = tiny.ids(3, 16)
-    runner = Runner(model, calibration, windows)
+    runner = Runner(model, calibration, [windows])
     assert runner.dense()["perplexity"] == perplexity(model, windows, 16)
     outcome = runner.run(Run("wanda", 0.5, samples=4, seed=1, detail=True))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -95,14 +97,30 @@ def test_runs_leave_the_model_dense_and_give_what_prune_gives():
     assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
 
 
+def test_each_text_has_its_perplexity():
+    model = tiny.model()
+    texts = [tiny.ids(3, 16), (tiny.ids(2, 16) + 5) % 128]
+    told = []
+    runner = Runner(model, calibration, texts, on_window=told.append)
+    dense = runner.dense()
+    assert told == [1, 2, 3, 4, 5]
+    assert [dense["perplexity"], *dense["further"]] == [perplexity(model, ids, 16) for ids in texts]
+    found = runner.run(Run("wanda", 0.5, samples=4, refine=True, refine_damping=1, update=True))
+    assert runner.dense() == dense
+    prune(model, calibration(4, 0), refine=True, refine_damping=1, update=True)
+    assert [found["perplexity"], *found["further"]] == [perplexity(model, ids, 16) for ids in texts]
+    assert found["parts"]["refinement"] > 0
+    assert found["parts"]["update"] > 0
+
+
 def outcome(run, value):
     layers = {"layers": [
         {"name": f"model.layers.{b}.mlp.{kind}", "exact_error": 0.1 * b, "estimated_error": 0.2, "threshold": 1.0,
          "sparsity": 0.5} for b in range(3) for kind in ("up_proj", "down_proj")
     ]}  # fmt: skip
     return {
-        "perplexity": value, "achieved_sparsity": 0.5, "seconds": 1.5, "parts": {"forward": 1.0, "selection": 0.5},
-        "peak_memory_bytes": 3 << 20, "damped": 1,
+        "perplexity": value, "further": [], "achieved_sparsity": 0.5, "seconds": 1.5, "damped": 1,
+        "parts": {"forward": 1.0, "selection": 0.5}, "peak_memory_bytes": 3 << 20,
     } | (layers if run.detail else {})  # fmt: skip
 
 
@@ -148,7 +166,9 @@ def test_tables_have_the_runs_figures(done):
     assert tables["seeds"].rows[0][2] == "2"
     assert ["wanda", "50%", "1.5", "1.0", "0.0", "0.5", "3"] in tables["cost"].rows
     assert figure(12345.6) == "1.23e+04"
-    assert set(tables) == {"perplexity", "sparsity", "calibration", "groups", "update", "others", "seeds", "cost"}
+    assert set(tables) == {
+        "perplexity", "texts", "sparsity", "calibration", "groups", "update", "others", "seeds", "cost",
+    }  # fmt: skip
 
 
 def config(**changes):
@@ -169,7 +189,7 @@ def test_the_report_stands_alone(done, tmp_path):
     data = done.data | {"runs": done.runs}
     pictures = all_pictures(data)
     assert {name: len(drawn) for name, drawn in pictures.items()} == {
-        "perplexity": 1, "sparsity": 1, "calibration": 1, "cost": 1, "layers": 4 + 2,
+        "perplexity": 1, "texts": 0, "damping": 0, "sparsity": 1, "calibration": 1, "cost": 1, "layers": 4 + 2,
     }  # fmt: skip
     ids = []
     for _, svg in (picture for drawn in pictures.values() for picture in drawn):
@@ -256,9 +276,26 @@ def test_study_and_its_continuation(work, tmp_path, capsys, monkeypatch):
         (["--groups", "row", "--patterns", "2:4"], "no run is left: groups go with sparsities"),
         (["--sparsities", "nan"], "sparsity must be in [0, 1), got nan"),
         (["--patterns", "4:2"], "pattern must be N:M with 0 < N < M"),
+        (["--refine-damping", "1"], "--refine-damping 1 needs --refine"),
+        (["--refine", "--refine-damping", "x"], "--refine-damping must be numbers with commas between them, got 'x'"),
+        (["--refine", "--refine-damping", "-1"], "--refine-damping must be at least 0 and finite, got -1"),
+        (["--refine", "--refine-damping", "inf"], "--refine-damping must be at least 0 and finite, got inf"),
+        (["--refine", "--methods", "sparsegpt"], "--refine is for methods that keep the weights"),
+        (["--paper", "--refine"], "--refine is of the grid: --paper has such rows of its own"),
+        (["--text", "TEXT"], "--text must name each text once, got "),
+        (["--text", "elsewhere/text.txt"], "--text must name files with different names"),
+        (["--calibration", "TEXT=0.5"], "--calibration must name each source once"),
+        (["--calibration", "c4=0"], "--calibration must give c4 a share above 0 and at most 1, got 0"),
+        (["--calibration", "c4=2"], "--calibration must give c4 a share above 0 and at most 1, got 2"),
+        (["--calibration", "c4", "--samples", "1"], "--samples must be enough for each calibration source, got 1"),
+        (["--calibration", "c4", "--paper"], "--paper calibrates on 1 samples, too: give one --calibration"),
     ],
 )
 def test_bad_options_write_nothing(work, tmp_path, capsys, options, message):
+    if "elsewhere/text.txt" in options:
+        (work / "elsewhere").mkdir()
+        (work / "elsewhere" / "text.txt").write_text("w1")
+    options = [option.replace("TEXT", str(work / "text.txt")).replace("else", f"{work}/else") for option in options]
     code, _, stderr = call(capsys, *arguments(work, tmp_path / "out", *options))
     assert code == (1 if options in (["--samples", "500"], ["--length", "3000"]) else 2)
     assert message in stderr.strip().splitlines()[-1]

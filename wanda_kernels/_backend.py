@@ -67,11 +67,12 @@ _NOT_IN_CUDA = (
     "rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block", "pack_bitmap",
     "pack_sparse24",
 )  # fmt: skip
+_REFERENCE_ON_CUDA = ("add_gram_", "solve_rows_")  # cuBLAS's products
 
 
 def cuda_kernels(name: str) -> str:
     """What runs an operator, or a step of the driver, on CUDA tensors: ``cuda``, ``triton`` or ``reference``."""
-    if _built_cuda and name not in _NOT_IN_CUDA:
+    if _built_cuda and name not in (*_NOT_IN_CUDA, *_REFERENCE_ON_CUDA):
         return "cuda"
     return "triton" if _has_triton and name in (*_NOT_IN_CUDA, "add_sqnorm_") else "reference"
 
@@ -84,7 +85,10 @@ def serves_reference(device_type: str) -> bool:
 def _describe_cuda() -> str:
     triton = "Triton" if _has_triton else "the PyTorch reference (no Triton)"
     if _built_cuda:
-        status = f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}"
+        status = (
+            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices and updates of "
+            "weights by PyTorch's products"
+        )
     else:
         status = (
             "this build has no CUDA kernels (`make CUDA=1 install` in a checkout builds them, with the package index's "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PACKABLE = (torch.bfloat16, torch.float16)
+GRAM_STEP = 384  # rows that a part of a Gram matrix begins at a multiple of
 
 
 def _check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], note: str = "") -> None:
@@ -149,6 +150,23 @@ def check_refine_nm(
         raise ValueError(f"wanda::{op}: sweeps must be >= 0, got {sweeps}")
 
 
+def check_solve(
+    op: str,
+    weight: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    target: Tensor,
+    damping: float = 0.3,
+    steps: int = 10,
+    sums: Tensor | None = None,
+) -> None:
+    _check_refine(op, mask, weight, gram, damping, sums)
+    _check_like(op, "target", target, "weight", weight)
+    _check_shape(op, "target", target, *weight.shape)
+    if steps < 0:
+        raise ValueError(f"wanda::{op}: steps must be >= 0, got {steps}")
+
+
 def check_groups(op: str, groups: int, n: int, m: int) -> None:
     """``groups``: those of the mask that keep another number than n."""
     if groups:
@@ -240,6 +258,21 @@ def check_ends(op: str, ends: Tensor, rows: int) -> list[int]:
                 f"after {begin}"
             )
     return found
+
+
+def check_gram(op: str, gram: Tensor, x: Tensor, beta: float = 1.0, alpha: float = 1.0, first: int = 0) -> None:
+    _check_dtype(op, "gram", gram, (torch.float32,))
+    _check_dtype(op, "x", x, FLOATS)
+    _check_device(op, "gram", gram, "x", x)
+    if x.dim() != 2:
+        raise ValueError(f"wanda::{op}: x must have 2 dimensions [tokens, C_in], got {x.dim()}")
+    cols = x.shape[1]
+    if not 0 <= first <= cols or first % GRAM_STEP:
+        raise ValueError(f"wanda::{op}: first must be a multiple of {GRAM_STEP} in [0, {cols}], got {first}")
+    if gram.dim() != 2 or gram.shape[1] != cols or first + gram.shape[0] > cols:
+        raise ValueError(
+            f"wanda::{op}: gram must be [rows, {cols}] with at most {cols - first} rows, got {list(gram.shape)}"
+        )
 
 
 def check_rms_norm_sqnorm(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .cli import interrupt, ranks
-from .cli.options import UsageError, of_options, usage
+from .cli.options import CALIBRATION, UsageError, of_options, usage
 from .methods import METHODS
 from .models.load import choose_device
 from .pruning import PruneSpec
@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     add("--save_model", type=Path, default=None, help="folder for the pruned model")
     add("--eval_zero_shot", action="store_true", help="the paper's seven tasks, by lm-eval")
     ours = arguments.add_argument_group("not in the official code")
-    ours.add_argument("--calibration", default="c4", help="c4, wikitext2, a hub id or a file [default: c4]")
+    ours.add_argument("--calibration", action="append", help="c4, wikitext2, a hub id or a file; several are mixed, by "
+                      "shares as in notes.txt=0.75 where these are not equal [default: c4]")  # fmt: skip
     ours.add_argument("--text", default="wikitext2", help="what perplexity is measured on [default: wikitext2]")
     ours.add_argument("--length", type=int, default=None, help=f"tokens a sequence [the model's context, <= {LONGEST}]")
     ours.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -55,10 +56,13 @@ def run(options: argparse.Namespace) -> None:
     """Load, prune, evaluate, log, save: in the official order."""
     from .cli.session import Session
     from .models.save import check_output, check_writable
+    from .text.calibration import check_sources
     from .text.tasks import PAPER_TASKS, TaskEvaluation
 
+    sources = options.calibration or CALIBRATION
     with usage():
         ranks.refuse("the official command")
+        check_sources(sources, options.nsamples)
         spec = _spec(options)
         cuda = choose_device(options.device).type == "cuda"
         session = Session(options.model, options.dtype or ("float16" if cuda else "auto"), options.device)
@@ -70,10 +74,10 @@ def run(options: argparse.Namespace) -> None:
     session.begin()
     length = options.length or min(getattr(session.config, "max_position_embeddings", LONGEST), LONGEST)
     session.check(spec, options.save_model, length=length)
-    windows = session.windows(options.text, length)
+    windows = session.windows(options.text, length, bos=False)
     input_ids = None
     if options.sparsity_ratio != 0 and spec.needs:
-        input_ids = session.calibration(options.calibration, options.nsamples, length, options.seed)
+        input_ids = session.calibration(sources, options.nsamples, length, options.seed, bos=False)
     model = session.model
     print("use device ", session.place, model.dtype)
     if options.sparsity_ratio != 0:
@@ -119,7 +123,12 @@ def sparsity_by_layer(model: torch.nn.Module) -> float:
 
 
 def _in_official_words(message: str) -> str:
-    ours = {"--variant": "--use_variant", "--sparsity": "--sparsity_ratio", "--method": "--prune_method"}
+    ours = {
+        "--variant": "--use_variant",
+        "--samples": "--nsamples",
+        "--sparsity": "--sparsity_ratio",
+        "--method": "--prune_method",
+    }
     for name, official in ours.items():
         message = re.sub(rf"{name}(?![\w-])", official, message)
     return " ".join(message.split())

@@ -26,12 +26,14 @@ class Rates:
 
     Attributes:
         flops: of the forward passes' products.
+        flops_float32: of the Gram matrices'.
         selection: bytes of weights scored and pruned.
         exchange: bytes between processes.
         storage: bytes read from, or written to, the disk.
     """
 
     flops: float
+    flops_float32: float
     selection: float
     exchange: float
     storage: float
@@ -39,14 +41,17 @@ class Rates:
     source: str
 
 
-# 989 TFLOP/s dense bfloat16 and 3.35 TB/s: NVIDIA's data sheet of the H100 SXM. The rest is assumed.
+# 989 TFLOP/s dense bfloat16, 67 TFLOP/s float32 and 3.35 TB/s: NVIDIA's data sheet of the H100 SXM. The rest is
+# assumed.
 H100 = Rates(
     flops=0.4 * 989e12,
+    flops_float32=0.4 * 67e12,
     selection=0.25 * 3.35e12,
     exchange=50e9,
     storage=2e9,
     measured=False,
-    source="H100 SXM: 40 % of the data sheet's 989 TFLOP/s, 25 % of 3.35 TB/s; 50 GB/s exchange, 2 GB/s disk",
+    source="H100 SXM: 40 % of the data sheet's 989 TFLOP/s (float32: 67), 25 % of 3.35 TB/s; 50 GB/s exchange, 2 GB/s "
+    "disk",
 )
 
 
@@ -61,6 +66,8 @@ class Shape:
         experts: of a layer; 0 where there are none. chosen: of them, for a token.
         outside_bytes: embeddings, output, norms. width: of the hidden states. inner: the widest linear layer's.
         inputs: summed widths of the distinct inputs of a block's linear layers, at most, and of each expert's.
+        input_squares: as inputs, of the widths' squares: elements of Gram matrices.
+        token_inputs, token_squares: of these, those that a token adds to. widest: of the inputs.
         itemsize: bytes of an element.
     """
 
@@ -73,6 +80,10 @@ class Shape:
     inputs: int
     itemsize: int
     token_weights: int
+    input_squares: int
+    token_inputs: int
+    token_squares: int
+    widest: int
     experts: int = 0
     chosen: int = 0
 
@@ -103,6 +114,10 @@ def shape_of(config: Any) -> Shape:
         inputs=sum(shape[-1] * (shape[0] if len(shape) == 3 else 1) for shape in shapes),
         itemsize=dtype.itemsize,
         token_weights=sum(per_token),
+        input_squares=sum(shape[-1] ** 2 * (shape[0] if len(shape) == 3 else 1) for shape in shapes),
+        token_inputs=sum(shape[-1] * (chosen if len(shape) == 3 else 1) for shape in shapes),
+        token_squares=sum(shape[-1] ** 2 * (chosen if len(shape) == 3 else 1) for shape in shapes),
+        widest=max(shape[-1] for shape in shapes),
         experts=experts,
         chosen=chosen,
     )
@@ -125,13 +140,14 @@ class Prediction:
 
 def predict(
     shape: Shape, rates: Rates, devices: int = 1, samples: int = 128, length: int = 2048, passes: int = 2,
-    batch_tokens: int = BATCH_TOKENS["cuda"],
+    batch_tokens: int = BATCH_TOKENS["cuda"], grams: bool = False, factors: bool = False,
 ) -> Prediction:  # fmt: skip
     """One run on ``devices`` devices, a process each. ``passes``: 2, or 1 for ``propagate="dense"``.
 
     Forward: 2 operations for each token and weight that it is multiplied with, and the products of causal attention.
     They divide by the processes, as the rows of the selection do; reading and writing the files, and exchanging rows
-    and sums, do not.
+    and sums, do not. ``grams``: with Gram matrices (``refine``, ``update``), ``factors``: which are inverted, too
+    (``sparsegpt``). Of several processes each keeps its inputs of a block until it has added them.
     """
     tokens = samples * length
     shares = min(devices, max(1, tokens // max(batch_tokens, length)))  # batches stay whole
@@ -148,6 +164,10 @@ def predict(
     }
     activations = tokens * shape.width * shape.itemsize / shares
     workspace = batch_tokens * (6 * shape.width + 3 * shape.inner) * shape.itemsize + samples * shape.inputs * 4
+    if grams:
+        seconds["Gram matrices"] = shape.blocks * tokens * shape.token_squares / rates.flops_float32 / shares
+        workspace += 4 * shape.input_squares + (3 * 4 * shape.widest**2 if factors else 0)
+        workspace += tokens * shape.token_inputs * shape.itemsize // shares if devices > 1 else 0
     return Prediction(
         seconds=seconds,
         bytes_in_memory=shape.model_bytes + activations + workspace,

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -99,6 +100,33 @@ void prune_nm_(at::Tensor weight, const at::Tensor& norm, int64_t n, int64_t m,
 
 at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, int64_t m) {
   return select(check_nm("nm_mask", weight, norm, n, m, true), kernels().nm);
+}
+
+// ---- Gram matrices.
+
+// Threads take tiles of the lower triangle: BLAS, called inside of a parallel region, takes no threads of its
+// own.
+void add_gram_(at::Tensor gram, const at::Tensor& x, double beta, double alpha, int64_t first) {
+  check_gram("add_gram_", gram, x, first);
+  const at::Tensor tokens = x.to(at::kFloat).contiguous();
+  // Large ones are the faster ones (4,096 columns: 1.1 x), as long as what is above the diagonal is little.
+  const int64_t step = x.size(1) < 2048 ? kGramStep / 2 : kGramStep;
+  std::vector<std::pair<int64_t, int64_t>> tiles;
+  for (int64_t row = 0; row < gram.size(0); row += step) {
+    for (int64_t column = 0; column <= first + row; column += step) tiles.emplace_back(row, column);
+  }
+  at::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView
+        below;  // the thread does not know what its caller has switched off
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [row, column] = tiles[static_cast<size_t>(i)];
+      const int64_t rows = std::min(step, gram.size(0) - row);
+      const int64_t cols = std::min(step, gram.size(1) - column);
+      gram.narrow(0, row, rows)
+          .narrow(1, column, cols)
+          .addmm_(tokens.narrow(1, first + row, rows).t(), tokens.narrow(1, column, cols), beta, alpha);
+    }
+  });
 }
 
 // ---- Swaps.
@@ -265,6 +293,7 @@ TORCH_LIBRARY_IMPL(wanda, CPU, m) {
   m.impl("nm_mask", &wanda::cpu::nm_mask);
   m.impl("refine_rows_", &wanda::cpu::refine_rows_);
   m.impl("refine_nm_", &wanda::cpu::refine_nm_);
+  m.impl("add_gram_", &wanda::cpu::add_gram_);
   m.impl("add_sqnorm_", &wanda::cpu::add_sqnorm_);
   m.impl("rms_norm_sqnorm", &wanda::cpu::rms_norm_sqnorm);
   m.impl("silu_mul_sqnorm", &wanda::cpu::silu_mul_sqnorm);

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    CALIBRATION,
     BatchSize,
     Calibration,
     Column,
@@ -29,7 +30,7 @@ def drop_experts_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the smaller model to.")],
     share: Annotated[float, typer.Option("--share", help="Of each layer's experts, in (0, 1): so many go.")] = 0.25,
-    calibration: Calibration = "c4",
+    calibration: Calibration = None,
     samples: Samples = None,
     length: Length = None,
     pack: Pack = False,
@@ -46,19 +47,20 @@ def drop_experts_command(
     from ..models.save import check_output, check_space
     from ..pruning import PruneSpec
     from ..reap import check_share
-    from ..text.calibration import LENGTH
+    from ..text.calibration import check_sources, expected_length
     from .display import say
     from .session import Session
 
+    sources = calibration or CALIBRATION
     with usage():
+        check_sources(sources, samples)
         check_share("share", share)
         spec = PruneSpec(batch_size=batch_size)
         session = Session(model, dtype, device)
     check_output(out, overwrite, model)
     session.begin()
-    tokens = None if calibration.endswith(".safetensors") else LENGTH  # such a file has its own length
-    session.check(spec, out, length=length or tokens, drop=share)
-    input_ids = session.calibration(calibration, samples, length, seed, pack=pack, column=column, split=split)
+    session.check(spec, out, length=expected_length(sources, length), drop=share)
+    input_ids = session.calibration(sources, samples, length, seed, pack=pack, column=column, split=split)
     check_length(input_ids.shape[1], session.config)
     check_space(out, session.model)
     report = session.drop_experts(input_ids, share, batch_size)

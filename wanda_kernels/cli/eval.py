@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .options import Debug, Device, Dtype, Model, usage
+from .options import Debug, Device, Dtype, Model, Text, check_texts, usage
 
 if TYPE_CHECKING:
     from .session import Session
@@ -19,10 +19,7 @@ _LENGTH = 2048
 
 def eval_command(
     model: Model,
-    text: Annotated[
-        str | None,
-        typer.Option("--text", metavar="wikitext2|FILE", help="What to evaluate on. \\[default: wikitext2]"),
-    ] = None,
+    text: Text = None,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens per window. \\[default: 2048]")] = None,
     windows: Annotated[
         int | None, typer.Option("--windows", min=1, help="Evaluate on the first so many. \\[default: all]")
@@ -50,14 +47,15 @@ def eval_command(
     ] = 1,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of MODEL on a text (non-overlapping windows, exp of the mean loss: the paper's definition), or its
-    accuracy on tasks."""
+    """Perplexity of MODEL on each text (non-overlapping windows, exp of the mean loss: the paper's definition; Gemma's
+    windows begin with BOS), or its accuracy on tasks."""
     from .._words import to_json
     from ..models.save import check_file
     from ..text.tasks import parse_tasks
     from .session import Session
 
     with usage():
+        texts = check_texts(text)
         if tasks is None:
             _refuse("without --tasks", {"--few-shot": few_shot, "--limit": limit})
         else:
@@ -68,7 +66,7 @@ def eval_command(
         check_file(out, "--json")
     session.begin()
     if tasks is None:
-        result = _on_text(session, text or "wikitext2", length or _LENGTH, windows, batch_size)
+        result = _on_texts(session, texts, length or _LENGTH, windows, batch_size)
     else:
         result = _on_tasks(session, tasks, few_shot, limit, batch_size)
     if out is not None:
@@ -81,16 +79,20 @@ def _refuse(where: str, options: dict[str, object]) -> None:
         raise ValueError(f"{', '.join(given)} has no meaning {where}")
 
 
-def _on_text(session: Session, text: str, length: int, windows: int | None, batch_size: int) -> dict[str, Any]:
+def _on_texts(session: Session, texts: list[str], length: int, windows: int | None, batch_size: int) -> dict[str, Any]:
+    """The first text's figures as those of one text, and all of them in ``texts``."""
     from .display import note, say
 
-    cut = session.windows(text, length, windows)
-    value = session.perplexity(cut, batch_size)
-    say(f"perplexity {value:.4f} ({len(cut)} windows of {length} tokens, {text})")
-    if math.isnan(value):
+    cuts = [session.windows(text, length, windows) for text in texts]
+    found: list[dict[str, Any]] = []
+    for text, cut in zip(texts, cuts, strict=True):
+        value = session.perplexity(cut, batch_size)
+        say(f"perplexity {value:.4f} ({len(cut)} windows of {length} tokens, {text})")
+        found.append({"text": text, "windows": len(cut), "perplexity": value})
+    if any(math.isnan(one["perplexity"]) for one in found):
         dtype = session.model.dtype
         note(f"note: {session.name} gives NaN: its weights are broken, or its activations overflow in {dtype}")
-    return {"text": text, "windows": len(cut), "length": length, "perplexity": value}
+    return {**found[0], "length": length, "texts": found}
 
 
 def _on_tasks(session: Session, tasks: str, few_shot: int | None, limit: int | None, batch_size: int) -> dict[str, Any]:

@@ -28,8 +28,9 @@ def usage() -> Iterator[None]:
 _NAMES = (
     "sparsity", "pattern", "method", "group", "variant", "weight_update", "block_size", "damping", "ria_power", "owl",
     "propagate", "batch_size", "exact_error", "fuse_statistics", "device", "dtype", "device_map", "offload",
-    "experts", "min_tokens", "require_all", "refine", "refine_damping", "share", "drop_experts", "activation_memory",
-    "samples", "length", "pack", "column", "split", "seed",
+    "experts", "min_tokens", "require_all", "refine", "refine_damping", "update", "update_damping",
+    "update_steps", "share", "drop_experts", "activation_memory", "samples", "length", "pack", "column", "split",
+    "seed", "calibration", "text",
 )  # fmt: skip
 _WORD = r"(?<![\w./-])({})(?![\w./:-])"  # no part of a path, nor a name of compared values
 
@@ -71,12 +72,22 @@ BatchSize = Annotated[
     typer.Option("--batch-size", min=1, help="Sequences per forward pass. \\[default: by device and length]"),
 ]
 Calibration = Annotated[
-    str,
+    list[str] | None,
     typer.Option(
         "--calibration",
-        metavar="c4|wikitext2|HUB_ID|FILE",
+        metavar="c4|wikitext2|HUB_ID|FILE[=SHARE]",
         help="Calibration data: a data set (owner/name or owner/name:configuration of the hub), a text file, a "
-        ".jsonl file, or a .safetensors file with input_ids \\[samples, length], int64.",
+        ".jsonl file, or a .safetensors file with input_ids \\[samples, length], int64. Several, each with its own "
+        "--calibration, are mixed: in equal parts, or by a share as in notes.txt=0.75. \\[default: c4]",
+    ),
+]
+CALIBRATION = ["c4"]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="wikitext2|FILE",
+        help="What to evaluate on; several, each with its own --text, one after the other. \\[default: wikitext2]",
     ),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration sequences. \\[default: 128]")]
@@ -90,6 +101,15 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the drawing of calibration
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")
 ]
+
+
+def check_texts(given: list[str] | None) -> list[str]:
+    """The texts to evaluate on. Raises ValueError where one is named twice."""
+    texts = given or ["wikitext2"]
+    for number, text in enumerate(texts):
+        if text in texts[:number]:
+            raise ValueError(f"--text must name each text once, got {text} twice")
+    return texts
 
 
 def check_length(length: int, config: object) -> None:

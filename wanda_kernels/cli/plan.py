@@ -19,9 +19,12 @@ def plan_command(
     propagate: Annotated[
         str, typer.Option("--propagate", metavar="pruned|dense", help="As for prune: two forward passes, or one.")
     ] = "pruned",
+    method: Annotated[str, typer.Option("--method", help="As for prune.")] = "wanda",
+    refine: Annotated[bool, typer.Option("--refine", help="As for prune: Gram matrices are gathered.")] = False,
     debug: Debug = False,
 ) -> None:
     """Predict memory and time without loading MODEL. Memory is counted; time on a GPU is estimated, not measured."""
+    from ..methods import Needs
     from ..models.load import load_config
     from ..plan import H100, predict, shape_of
     from ..pruning import PruneSpec
@@ -29,12 +32,14 @@ def plan_command(
     from .display import screen as screen_of
 
     with usage():
-        spec = PruneSpec(propagate=propagate)
+        spec = PruneSpec(method=method, propagate=propagate, refine=refine)
     quiet_libraries()
     config = load_config(model)
     with working("building the model without weights"):
         shape = shape_of(config)
-    found = predict(shape, H100, gpus, samples, length, 2 if spec.propagate == "pruned" else 1)
+    passes = 2 if spec.propagate == "pruned" else 1
+    grams, factors = (needs is Needs.GRAM for needs in (spec.needs, spec.method.needs))
+    found = predict(shape, H100, gpus, samples, length, passes, grams=grams, factors=factors)
     screen = screen_of(110)
     screen.print(
         f"{shape.model_bytes / 1e9:.4g} GB in {shape.blocks} blocks of {shape.block_bytes / 1e9:.3g} GB; "
@@ -45,6 +50,8 @@ def plan_command(
         screen.print(
             f"{shape.experts} experts a layer, {shape.chosen} for a token: it reads {read:.3g} GB of a block's weights"
         )
+    if grams:
+        screen.print(f"Gram matrices of a block's inputs: at most {4 * shape.input_squares / 1e9:.3g} GB")
     ways = Table()
     for heading in ("way", "GB on each GPU", "fits", "command"):
         ways.add_column(heading, justify="right" if heading == "GB on each GPU" else "left")

@@ -10,6 +10,7 @@ import typer
 from . import method_options as methods
 from . import ranks
 from .options import (
+    CALIBRATION,
     BatchSize,
     Calibration,
     Column,
@@ -50,7 +51,7 @@ def prune_command(
             "mask with SparseGPT's update.",
         ),
     ] = "wanda",
-    calibration: Calibration = "c4",
+    calibration: Calibration = None,
     samples: Samples = None,
     length: Length = None,
     pack: Pack = False,
@@ -109,6 +110,16 @@ def prune_command(
         float | None,
         typer.Option("--refine-damping", min=0, help="The larger, the nearer to the method's mask. \\[default: 0.3]"),
     ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Then change the kept weights so that it is least, on the same mask.")
+    ] = False,
+    update_damping: Annotated[
+        float | None,
+        typer.Option("--update-damping", min=0, help="The larger, the nearer to the dense weights. \\[default: 0.3]"),
+    ] = None,
+    update_steps: Annotated[
+        int | None, typer.Option("--update-steps", min=1, help="Conjugate gradient steps. \\[default: 10]")
+    ] = None,
     drop_experts: Annotated[
         float | None,
         typer.Option("--drop-experts", metavar="SHARE", help="First, as `wanda-kernels drop-experts --share SHARE`."),
@@ -142,15 +153,18 @@ def prune_command(
     from ..pruning import PruneSpec
     from ..pruning.stopwatch import Stopwatch
     from ..reap import check_share
-    from ..text.calibration import LENGTH
+    from ..text.calibration import check_sources, expected_length
     from .display import say, screen
     from .session import Session
 
+    sources = calibration or CALIBRATION
     with usage():
+        check_sources(sources, samples)
         spec = PruneSpec(
             sparsity=sparsity, pattern=pattern, method=method, propagate=propagate, batch_size=batch_size,
             exact_error=exact_error, fuse_statistics=fuse_statistics, experts=experts, min_tokens=min_tokens,
-            require_all=require_all, refine=refine, refine_damping=refine_damping,
+            require_all=require_all, refine=refine, refine_damping=refine_damping, update=update,
+            update_damping=update_damping, update_steps=update_steps,
             owl=methods.owl_of(owl, owl_limit, owl_outlier), **method_options,
         )  # fmt: skip
         session = Session(model, dtype, device, device_map)
@@ -168,17 +182,17 @@ def prune_command(
     processes = dropped = None
     if ranks.launched():
         places = {"stream": stream, "dtype": dtype, "device": device, "compress": compress, "out": str(out.absolute())}
-        named = {"MODEL": ranks.fingerprint(model), "calibration": ranks.fingerprint(calibration)}
+        named = {"MODEL": ranks.fingerprint(model), "calibration": ranks.fingerprint_of_sources(sources)}
         given = spec.to_dict() | {"samples": samples, "length": length, "seed": seed} | drawing | places | named
         options = given.pop("method options")
         processes = ranks.join(device, given | options)
     session.begin()
     # What the config alone can tell, before anything large is read.
-    tokens = None if calibration.endswith(".safetensors") else LENGTH  # such a file has its own length
-    session.check(spec, out, compress, (length or tokens) if needs_text else None, drop_experts, "drop_experts")
+    tokens = expected_length(sources, length) if needs_text else None
+    session.check(spec, out, compress, tokens, drop_experts, "drop_experts")
     outer = Stopwatch()
     with outer.measure("load"):
-        input_ids = session.calibration(calibration, samples, length, seed, **drawing) if needs_text else None
+        input_ids = session.calibration(sources, samples, length, seed, **drawing) if needs_text else None
         if not stream:
             loaded = session.model
     if input_ids is not None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -70,6 +71,16 @@ def fingerprint(source: str) -> str:
         parts += [f"{name} {value}" for name, value in checkpoint.fingerprints().items()]
         checkpoint.close()
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def fingerprint_of_sources(sources: Sequence[str]) -> str:
+    """The same of calibration sources in their order, with their shares where there are several."""
+    from ..text.sources import parse_sources
+
+    parsed = parse_sources(sources)
+    if len(parsed) == 1:
+        return fingerprint(parsed[0].name)
+    return ", ".join(f"{fingerprint(source.name)}={source.share}" for source in parsed)
 
 
 def _end_soon(reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from ..pruning import PruneSpec, PruningReport, prune
 from ..pruning.blocks import find_blocks
 from ..pruning.driver import check_blocks
 from ..reap import DropReport, check_drop, drop_experts
-from ..text import evaluation_ids, load_calibration, perplexity, split_windows
+from ..text import evaluation_windows, load_calibration, perplexity
+from ..text.windows import needs_bos
 from .display import PruningDisplay, bar, pruning_bar, quiet_libraries, tell_reference, working
 from .options import check_length
 
@@ -96,22 +98,22 @@ class Session:
         other.__dict__["model"] = copy.deepcopy(self.model)
         return other
 
-    def calibration(self, source: str, samples: int | None, length: int | None, seed: int, **how: Any) -> torch.Tensor:
+    def calibration(
+        self, sources: Sequence[str], samples: int | None, length: int | None, seed: int, **how: Any
+    ) -> torch.Tensor:
         """[samples, length], int64; ``how``: as for :func:`wanda_kernels.load_calibration`."""
+        how = {"bos": needs_bos(self.config)} | how
         tokenizer = self.tokenizer
-        with working(f"loading calibration data from {source}"):
-            return load_calibration(source, tokenizer, samples, length, seed, **how)
+        with working(f"loading calibration data from {', '.join(sources)}"):
+            return load_calibration(sources, tokenizer, samples, length, seed, **how)
 
-    def windows(self, text: str, length: int, count: int | None = None) -> torch.Tensor:
-        """The first ``count`` (None: all) of ``text``, [windows, length]. Raises ValueError where there is none."""
+    def windows(self, text: str, length: int, count: int | None = None, bos: bool | None = None) -> torch.Tensor:
+        """The first ``count`` (None: all) of ``text``, [windows, length]; ``bos``: None chooses by model."""
         check_length(length, self.config)
+        bos = needs_bos(self.config) if bos is None else bos
         tokenizer = self.tokenizer
         with working(f"loading text from {text}"):
-            ids = evaluation_ids(text, tokenizer)
-        cut = split_windows(ids, length)[:count]
-        if len(cut) == 0:
-            raise ValueError(f"text {text} has {len(ids)} tokens, one window needs {length}: lower --length")
-        return cut
+            return evaluation_windows(text, tokenizer, length, count, bos=bos)
 
     def prune(
         self, input_ids: torch.Tensor | None, spec: PruneSpec, processes: Processes | None = None

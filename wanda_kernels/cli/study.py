@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import interrupt
-from .options import Debug, Device, Dtype, Model, usage
+from .options import CALIBRATION, Calibration, Debug, Device, Dtype, Model, Text, check_texts, usage
 
 Scale = Annotated[
     str,
@@ -53,12 +53,30 @@ def study_command(
         str | None, typer.Option("--samples", metavar="N,..", help="\\[default: 128; with --paper: the scale's]")
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="SEED,..", help="Of the drawing; of the grid.")] = "0",
-    calibration: Annotated[
-        str, typer.Option("--calibration", metavar="c4|wikitext2|HUB_ID|FILE", help="As for prune.")
-    ] = "c4",
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Of the grid: also each method's mask refined, where it keeps the weights.")
+    ] = False,
+    refine_damping: Annotated[
+        str | None,
+        typer.Option("--refine-damping", metavar="D,..", help="With each of these. \\[default: as for prune]"),
+    ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Of the grid: also with updated weights, on refined masks where --refine is given."
+        ),
+    ] = False,
+    update_damping: Annotated[
+        str | None,
+        typer.Option("--update-damping", metavar="D,..", help="With each of these. \\[default: as for prune]"),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers/--no-layers", help="Of the grid: each layer's error and threshold (prunes twice).")
+    ] = True,
+    calibration: Calibration = None,
     pack: Annotated[bool, typer.Option("--pack", help="As for prune.")] = False,
     column: Annotated[str, typer.Option("--column", help="As for prune.")] = "text",
-    text: Annotated[str, typer.Option("--text", metavar="wikitext2|FILE", help="As for eval.")] = "wikitext2",
+    text: Text = None,
     length: Annotated[
         int | None,
         typer.Option("--length", min=2, help="Tokens a sample and a window. \\[default: 2048, or the scale's]"),
@@ -77,6 +95,8 @@ def study_command(
     from ..study.pictures import check_library
     from ..study.plan import SCALES
     from ..study.results import FILES, check_folder, refuse_other_study
+    from ..text.calibration import check_sources
+    from ..text.sources import parse_sources
     from .display import bar, note, pruning_bar
     from .session import Session
 
@@ -88,7 +108,18 @@ def study_command(
         if min(counts) < 1:
             raise ValueError(f"--samples must be at least 1, got {samples}")
         tokens = length or size.length
+        sources, texts = calibration or CALIBRATION, check_texts(text)
+        check_sources(sources, min(counts))
+        names_of_texts = [_name(one) for one in texts]
+        for name in names_of_texts:
+            if names_of_texts.count(name) > 1:
+                raise ValueError(f"--text must name files with different names, which a study shows: two are {name}")
         if paper:
+            for name, is_given in (("--refine", refine), ("--update", update)):
+                if is_given:
+                    raise ValueError(f"{name} is of the grid: --paper has such rows of its own")
+            if len(sources) > 1 and min(size.sizes) < len(sources):
+                raise ValueError(f"--paper calibrates on {min(size.sizes)} samples, too: give one --calibration")
             if len(counts) > 1:
                 raise ValueError(f"--paper varies the samples by itself: give --samples one number, got {samples}")
             plan = paper_plan(dataclasses.replace(size, samples=counts[0]))
@@ -97,28 +128,35 @@ def study_command(
             kinds = [None if group.strip() == "own" else group.strip() for group in groups.split(",")]
             names = [name.strip() for name in methods.split(",")]
             chosen = [pattern.strip() for pattern in patterns.split(",")] if patterns else []
-            plan = grid(names, shares, chosen, kinds, counts, _split("--seeds", seeds, int))
+            plan = grid(
+                names, shares, chosen, kinds, counts, _split("--seeds", seeds, int), detail=layers,
+                refine=_axis("refine", refine, refine_damping), update=_axis("update", update, update_damping),
+            )  # fmt: skip
             if not plan:
                 raise ValueError("no run is left: groups go with sparsities, not with patterns or ablations")
         session = Session(model, dtype, device)
     check_library()
     check_folder(out)
-    given = {"calibration": _name(calibration), "text": _name(text), "length": tokens, "pack": pack}
+    given = {
+        "calibration": ", ".join(_name_of_source(source, len(sources)) for source in parse_sources(sources)),
+        "text": names_of_texts[0], "further_texts": names_of_texts[1:], "length": tokens, "pack": pack,
+    }  # fmt: skip
     if not overwrite:
         refuse_other_study(out, given)
     session.begin()
-    evaluation = session.windows(text, tokens, windows or size.windows)
+    evaluation = [session.windows(one, tokens, windows or size.windows) for one in texts]
 
     @functools.cache
     def calibrate(count: int, seed: int) -> Any:
-        return session.calibration(calibration, count, tokens, seed, pack=pack, column=column)
+        return session.calibration(sources, count, tokens, seed, pack=pack, column=column)
 
     largest = max((run.samples for run in plan), default=0)
     if largest:
         calibrate(largest, 0)
     loaded = session.model
     settings = {
-        "model": loaded.config._name_or_path, "windows": len(evaluation), **given,
+        "model": loaded.config._name_or_path, "windows": len(evaluation[0]),
+        "further_windows": [len(one) for one in evaluation[1:]], **given,
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }  # fmt: skip
     if overwrite:
@@ -132,25 +170,42 @@ def study_command(
     try:
         with bar() as shown:
             whole = shown.add_task("study", total=len(plan), completed=done)
-            evaluated = shown.add_task("evaluating", total=len(evaluation))
+            evaluated = shown.add_task("evaluating", total=sum(map(len, evaluation)))
             runner = Runner(loaded, calibrate, evaluation, on_window=lambda n: shown.update(evaluated, completed=n))
             if results.data["dense"] is None:
                 dense = runner.dense()
                 results.set_dense(dense)
-                note(f"dense: perplexity {dense['perplexity']:.2f}")
+                note(f"dense: perplexity {_figures(dense)}")
             for run in missing:
                 with pruning_bar(shown, run.key) as progress:
                     outcome = runner.run(run, progress)
                 results.add(run, outcome)
                 done += 1
                 shown.update(whole, completed=done)
-                note(f"{run.key}: perplexity {outcome['perplexity']:.2f}, {outcome['seconds']:.1f} s")
+                note(f"{run.key}: perplexity {_figures(outcome)}, {outcome['seconds']:.1f} s")
         data = results.data | {"runs": results.runs}
-        write_report(out / "report.html", data, published(loaded.config) if calibration == "c4" else None)
+        write_report(out / "report.html", data, published(loaded.config) if sources == CALIBRATION else None)
     except KeyboardInterrupt:
         note(f"interrupted; {done} of {len(plan)} runs are in {out}: the same command goes on")
         sys.exit(interrupt.exit_code())
     print(f"{len(results.runs)} runs: {out / 'report.html'}, results.json, results.csv")
+
+
+def _axis(name: str, wanted: bool, dampings: str | None) -> list[float | None]:
+    """The values of ``--NAME-damping`` where ``--NAME`` is given, None for the default; no value where it is not."""
+    values = _split(f"--{name}-damping", dampings, float)
+    if dampings is not None and not wanted:
+        raise ValueError(f"--{name}-damping {dampings} needs --{name}")
+    return (values or [None]) if wanted else []
+
+
+def _figures(record: dict[str, Any]) -> str:
+    return " / ".join(f"{value:.2f}" for value in (record["perplexity"], *record["further"]))
+
+
+def _name_of_source(source: Any, count: int) -> str:
+    """With its share, where there are several."""
+    return _name(source.name) if count == 1 else f"{_name(source.name)}={float(source.share):.6g}"
 
 
 def _name(source: str) -> str:

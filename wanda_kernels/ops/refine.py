@@ -22,8 +22,11 @@ def refine_rows_(
     A row's error is ``p @ G @ p``: ``p`` its pruned weights, 0 elsewhere, and ``G = gram + damping * gram.diag()``.
     Greedy: what to un-prune for the least error, then what to prune for it; where that gains nothing, first what to
     prune, then what to un-prune; until neither takes more than 1e-6 of the error away. The lowest column is taken among
-    equals. Sums are float64 in a fixed order: the same mask for any number of threads and every instruction set. A
-    large damping leaves Wanda's mask as it is.
+    equals. Sums are float64 in a fixed order: the same mask for any number of threads and every instruction set.
+
+    A large damping leaves Wanda's mask as it is. Whatever the damping, from Wanda's mask the layer's own error ``p @
+    gram @ p`` becomes smaller, too: of all masks of a row it has the least ``p @ diag(gram) @ p``, so that every swap
+    adds to what damping counts.
 
     Args:
         mask: [C_out, C_in], bool, contiguous, True = pruned.

@@ -19,12 +19,14 @@ from ..identity import of_weights
 from ..methods import LayerInputs, Method, Needs, Outcome, Pattern
 from ..methods.owl import outlier_ratio
 from ..models import evaluating
+from ..ops.solve import rows_of_tile
 from .blocks import MOST_DENSE, count_zeros
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
+from .grams import Grams
 from .matrices import Block, Matrix
 from .recording import Call, Recording, record_calls, run_block
-from .refine import refine_, sum_over_experts
+from .refine import FOUND, improve_
 from .report import LayerReport, Progress, PruningReport, relative_error
 from .source import Activations, BlockSource, Done
 from .spec import PruneSpec
@@ -198,8 +200,7 @@ class Loop:
     def _work_on(self, block: Block, sparsity: float, hidden: Activations, calls: list[Call], last: bool) -> None:
         """Statistics, selection, and the next block's inputs."""
         dense_outputs = self.spec.propagate == "dense" and not last
-        grams = self.spec.needs >= Needs.GRAM
-        statistics = self._statistics(block, hidden, calls, dense_outputs, grams)
+        statistics = self._statistics(block, hidden, calls, dense_outputs, self.spec.needs >= Needs.GRAM)
         is_exact = self.spec.exact_error
         inputs = statistics.inputs()
         dense = {name: block.matrices[name].stored.detach().clone() for name in inputs} if is_exact else {}
@@ -240,14 +241,10 @@ class Loop:
         """All statistics of a block, of all processes' sequences; where it runs ``whole``, its outputs are the next
         block's inputs."""
         plan = self._plan(block, hidden, calls)
-        every, least = self.spec.experts == "all", self.spec.min_tokens
-        statistics = BlockStatistics(block, self.samples[-1].stop, plan, self.stopwatch, grams, every, least)
-        for rank in range(self.ranks):
-            # Gram matrices are running means over the sequences in order: each process goes on with the last one's.
-            if rank == self.rank:
-                self._collect(statistics, hidden, calls, whole)
-            if grams and self.processes is not None:
-                statistics.hand_on_grams(self.processes, rank)
+        every, least, samples = self.spec.experts == "all", self.spec.min_tokens, self.samples[-1].stop
+        sums = Grams(samples, lambda name: block.matrices[name].experts, self.processes) if grams else None
+        statistics = BlockStatistics(block, samples, plan, self.stopwatch, sums, every, least)
+        self._collect(statistics, hidden, calls, whole)
         if self.processes is not None:
             statistics.exchange(self.processes, self.samples)
         return statistics
@@ -302,12 +299,11 @@ class Loop:
             start = time.perf_counter()
             swaps = errors = None
             with self.stopwatch.measure("selection"):
-                dense = matrix.stored.detach().clone() if self.spec.refine and sparsity > 0 else None
+                dense = matrix.stored.detach().clone() if self.spec.improves and sparsity > 0 else None
                 outcome = self._prune(matrix, known, sparsity)
                 pruned, total = outcome.sums.double().sum(dim=0).tolist()
             if dense is not None and known is not None:
-                with self.stopwatch.measure("refinement"):
-                    swaps, errors = self._refine(matrix, dense, known)
+                swaps, errors = self._improve(matrix, dense, known)
             weight = matrix.weight.detach()
             zeros = count_zeros(weight)
             tokens = None if known is None or known.tokens is None else known.tokens.tolist()
@@ -358,28 +354,34 @@ class Loop:
         outcome = Outcome(sums, damping)
         return outcome if self.processes is None else self._exchange(matrix, mine, outcome, self.processes)
 
-    def _refine(self, matrix: Matrix, stored: Tensor, inputs: LayerInputs) -> tuple[int, list[float]]:
-        """A better mask for a matrix that was pruned, in shares as above; ``stored``: as it was before. Returns the
-        swaps, and the layer's relative error before and after."""
+    def _improve(self, matrix: Matrix, stored: Tensor, inputs: LayerInputs) -> tuple[int | None, list[float]]:
+        """A better mask and better weights for a matrix that was pruned, in shares of experts, or of rows by tiles;
+        ``stored``: as it was before. Returns the swaps of a refinement, and the layer's relative error before and after
+        each step."""
         weight, dense, spec = matrix.weight.data, matrix.view(stored), self.spec
-        whole = sum_over_experts(dense, inputs)
-        errors = [relative_error(sum_over_experts(dense - weight, inputs), whole)]
-        # Of a transposed matrix rows do not lie apart: each process refines all of it, to the same bits.
+        # Of a transposed matrix rows do not lie apart: each process improves all of it, to the same bits.
         processes = None if matrix.is_transposed and matrix.experts is None else self.processes
-        mine = range(len(weight)) if processes is None else processes.shares(len(weight))[self.rank]
-        swaps = torch.zeros(len(weight), 1, dtype=torch.int64, device=weight.device)
+        size = rows_of_tile(weight.device) if matrix.experts is None else 1
+        tiles = -(-len(weight) // size)
+        shares = [range(tiles)] if processes is None else processes.shares(tiles)
+        shares = [range(min(one.start * size, len(weight)), min(one.stop * size, len(weight))) for one in shares]
+        mine = shares[0 if processes is None else self.rank]
+        found = torch.zeros(len(weight), len(FOUND), dtype=torch.float64, device=weight.device)
         if matrix.experts is not None:
             for expert in mine:
                 known = inputs.of_expert(expert)
-                swaps[expert] = refine_(weight[expert], dense[expert], known, spec.pattern, spec.refine_damping)
+                found[expert] = improve_(weight[expert], dense[expert], known, spec, self.stopwatch).sum(dim=0)
         elif len(mine):
             rows = slice(mine.start, mine.stop)
-            swaps[mine.start] = refine_(weight[rows], dense[rows], inputs, spec.pattern, spec.refine_damping)
+            found[rows] = improve_(weight[rows], dense[rows], inputs, spec, self.stopwatch)
         if processes is not None:
-            for tensor in (matrix.stored.data[: len(weight)], swaps):
-                processes.exchange_rows_(tensor, processes.shares(len(weight)))
-        errors.append(relative_error(sum_over_experts(dense - weight, inputs), whole))
-        return int(swaps.sum()), errors
+            with self.stopwatch.measure("exchange"):
+                for tensor in (matrix.stored.data[: len(weight)], found):
+                    processes.exchange_rows_(tensor, shares)
+        swaps, method, refined, updated, whole = found.sum(dim=0).tolist()
+        errors = [method, *([refined] if spec.refine else []), *([updated] if spec.update else [])]
+        relative = [relative_error(max(0.0, error), whole) for error in errors]
+        return int(swaps) if spec.refine else None, relative
 
     def _exchange(self, matrix: Matrix, mine: range, outcome: Outcome, processes: Processes) -> Outcome:
         """All get the others' shares of a matrix, and what was lost of them."""

@@ -1,6 +1,8 @@
-"""A better mask for the same weights: after any method that leaves the weights as they are.
+"""A better mask for the same weights, then better weights on that mask: after any method that leaves the weights as
+they are.
 
-Source: SparseSwaps (arXiv 2512.10922); the operators are :mod:`wanda_kernels.ops.refine`.
+Sources: SparseSwaps (arXiv 2512.10922), :mod:`wanda_kernels.ops.refine`; ALPS (arXiv 2406.07831),
+:mod:`wanda_kernels.ops.solve`.
 """
 
 from __future__ import annotations
@@ -9,21 +11,61 @@ import torch
 from torch import Tensor
 
 from ..methods import LayerInputs, Pattern
-from ..ops import refine_nm_, refine_rows_
+from ..ops import refine_nm_, refine_rows_, solve_rows_
+from ..ops.solve import rows_of_tile
+from .spec import PruneSpec
+from .stopwatch import Stopwatch
+
+FOUND = ("swaps", "method", "refined", "updated", "dense")  # of each row: a count, errors, the square of its outputs
 
 
-def refine_(weight: Tensor, dense: Tensor, inputs: LayerInputs, pattern: Pattern | None, damping: float) -> int:
-    """Prune other weights of ``weight``, [C_out, C_in], where that makes the layer's error smaller, as many of each row
-    or group; what is kept is as in ``dense``. Returns how many were swapped."""
-    assert inputs.hessian is not None  # 2 / sequences * X^T X: the factor changes no mask
-    if pattern is None:
-        mask = (weight == 0).contiguous()
-        swaps = refine_rows_(mask, dense, inputs.hessian, damping)
-    else:
-        mask = mask_of_groups(weight, dense, pattern).contiguous()
-        swaps = refine_nm_(mask, dense, inputs.hessian, pattern.n, pattern.m, damping)
-    weight.copy_(dense.masked_fill(mask, 0))
-    return int(swaps.sum())
+def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec, stopwatch: Stopwatch) -> Tensor:
+    """Prune other weights of ``weight``, [C_out, C_in], as many of each row or group, then change what is kept, both as
+    far as ``spec`` says and where it makes the layer's error smaller.
+
+    Args:
+        weight: pruned; what is kept is as in ``dense``. Of a larger matrix, whole tiles (``ops.solve.rows_of_tile``).
+
+    Returns:
+        [C_out, 5], float64, see ``FOUND``: swaps; the error ``d @ H @ d`` with H the inputs' Hessian, as it was, with
+        the refined mask and with the updated weights, where there are; ``w @ H @ w`` of the dense weights w.
+    """
+    assert inputs.hessian is not None  # 2 / sequences * X^T X: the factor changes no mask and no weight
+    hessian, pattern, rows = inputs.hessian, spec.pattern, len(weight)
+    found = torch.zeros(rows, len(FOUND), dtype=torch.float64, device=weight.device)
+    sums = found.new_empty(rows, 2)  # with damping: what it has added is taken out again
+
+    with stopwatch.measure("refinement" if spec.refine else "update"):
+        mask = (weight == 0 if pattern is None else mask_of_groups(weight, dense, pattern)).contiguous()
+        squares = own_errors(weight, dense, hessian)
+        solve_rows_(torch.empty_like(weight), torch.ones_like(mask), hessian, dense, 0.0, 0, sums)
+        found[:, 4] = sums[:, 0]  # nothing is kept, and nothing solved
+    if spec.refine:
+        with stopwatch.measure("refinement"):
+            if pattern is None:
+                found[:, 0] = refine_rows_(mask, dense, hessian, spec.refine_damping, None, sums)
+            else:
+                found[:, 0] = refine_nm_(mask, dense, hessian, pattern.n, pattern.m, spec.refine_damping, sums=sums)
+            weight.copy_(dense.masked_fill(mask, 0))
+            found[:, 1] = sums[:, 0] - spec.refine_damping * squares
+            squares = own_errors(weight, dense, hessian)
+            found[:, 2] = sums[:, 1] - spec.refine_damping * squares
+    if spec.update:
+        with stopwatch.measure("update"):
+            solve_rows_(weight, mask, hessian, dense, spec.update_damping, spec.update_steps, sums)
+            if not spec.refine:
+                found[:, 1] = sums[:, 0] - spec.update_damping * squares
+            # By differences, so that rows that did not change have the error that they had, whatever the damping
+            gain = sums[:, 0] - sums[:, 1] - spec.update_damping * (squares - own_errors(weight, dense, hessian))
+            found[:, 3] = found[:, 2 if spec.refine else 1] - gain
+    return found
+
+
+def own_errors(weight: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
+    """Of each row what its columns' errors are by themselves, which damping counts: [C_out], float64."""
+    diagonal, tile = hessian.diagonal().double(), rows_of_tile(weight.device)  # a tile's float64 stays in a cache
+    parts = zip(dense.split(tile), weight.split(tile), strict=True)
+    return torch.cat([torch.sub(one.double(), other).square_().mul_(diagonal).sum(dim=1) for one, other in parts])
 
 
 def mask_of_groups(weight: Tensor, dense: Tensor, pattern: Pattern) -> Tensor:
@@ -32,13 +74,3 @@ def mask_of_groups(weight: Tensor, dense: Tensor, pattern: Pattern) -> Tensor:
     order = torch.where(is_zero & (dense != 0), 0, torch.where(is_zero, 1, 2)).unflatten(1, (-1, pattern.m))
     pruned = torch.sort(order, dim=2, stable=True).indices[..., : pattern.m - pattern.n]
     return torch.zeros(order.shape, dtype=torch.bool, device=weight.device).scatter_(2, pruned, True).flatten(1)
-
-
-def sum_over_experts(difference: Tensor, inputs: LayerInputs) -> float:
-    """The sum over rows of ``d @ H @ d``, H the inputs' Hessian: ||X D^T||^2 up to its factor. ``difference``: [C_out,
-    C_in], or [E, C_out, C_in]."""
-    assert inputs.hessian is not None
-    if difference.dim() == 3:
-        return sum(sum_over_experts(one, inputs.of_expert(expert)) for expert, one in enumerate(difference))
-    rows = difference.float()
-    return float(((rows @ inputs.hessian) * rows).sum(dtype=torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -34,8 +35,9 @@ class LayerReport:
         damping: of the Hessian, where the method has one: more than asked for where it could not be factorised.
         tokens: of experts: how many calibration tokens the router sent to each.
         swaps: of weights, where the mask was refined.
-        gram_errors: where it was refined: ||X (W - W')^T||_F / ||X W^T||_F before and after, on the calibration data,
-            by the Gram matrices (of experts, of all together).
+        gram_errors: where the mask was refined or the weights updated: ||X (W - W')^T||_F / ||X W^T||_F on the
+            calibration data, by the Gram matrices (of experts, of all together): of the method's mask, then after the
+            refinement, then after the update.
         pooled: of experts: those with fewer than ``min_tokens``, which took the mean over all experts.
     """
 
@@ -90,8 +92,8 @@ class PruningReport:
         spec: what was asked for.
         samples, length: calibration sequences and tokens in each (0 where the method uses none).
         layers: one :class:`LayerReport` per pruned linear layer, in the model's order.
-        seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``; the command line adds
-            ``load`` and ``saving``).
+        seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``, ``refinement``, ``update``; the
+            command line adds ``load`` and ``saving``).
         dense: tensor or layer of the blocks that stays dense -> its share of its block's weights.
     """
 
@@ -138,6 +140,8 @@ class PruningReport:
             data |= {"experts": self.spec.experts, "min_tokens": self.spec.min_tokens}
         if self.spec.refine:
             data["refine_damping"] = self.spec.refine_damping
+        if self.spec.update:
+            data |= {"update_damping": self.spec.update_damping, "update_steps": self.spec.update_steps}
         if not seconds:
             del data["seconds"]
             for layer in data["layers"]:
@@ -182,18 +186,29 @@ class PruningReport:
             if layer.damping is not None and asked is not None and layer.damping > asked:
                 yield Text(f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did")
         yield from map(Text, self._about_experts())
-        refined = [layer for layer in self.layers if layer.gram_errors is not None]
-        if refined:
-            before, after = (sum((one.gram_errors or ())[i] for one in refined) / len(refined) for i in (0, 1))
-            swaps, damping = sum(layer.swaps or 0 for layer in refined), self.spec.refine_damping
-            yield Text(
-                f"refined (damping {damping:g}): {swaps} swaps; mean error of a layer {before:.3f} before, "
-                f"{after:.3f} after"
-            )
+        yield from map(Text, self._about_errors())
         stays = "; ".join(self._stays_dense())
         if stays:
             yield Text(f"stays dense: {stays}")
         yield Text(f"sparsity {percent(self.achieved_sparsity, 2)}; {parts}")
+
+    def _about_errors(self) -> list[str]:
+        """What refinement and update have gained."""
+        told = [layer for layer in self.layers if layer.gram_errors is not None]
+        if not told:
+            return []
+        means = [sum(errors) / len(told) for errors in zip(*(layer.gram_errors or () for layer in told), strict=True)]
+        changes = [
+            f"mean error of a layer {before:.3f} before, {after:.3f} after"
+            for before, after in itertools.pairwise(means)
+        ]
+        steps, spec = [], self.spec
+        if spec.refine:
+            swaps = sum(layer.swaps or 0 for layer in told)
+            steps.append(f"refined (damping {spec.refine_damping:g}): {swaps} swaps")
+        if spec.update:
+            steps.append(f"updated (damping {spec.update_damping:g}, {spec.update_steps} steps)")
+        return [f"{step}; {change}" for step, change in zip(steps, changes, strict=True)]
 
     def _about_experts(self) -> list[str]:
         """How many tokens came to an expert, and which had too few."""

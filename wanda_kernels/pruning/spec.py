@@ -18,6 +18,8 @@ from ..methods.select import Group
 PROPAGATE = ("pruned", "dense")
 EXPERTS = ("routed", "all")
 REFINE_DAMPING = 0.3
+UPDATE_DAMPING = 0.3
+UPDATE_STEPS = 10
 
 
 class SpecArguments(TypedDict, total=False):
@@ -37,6 +39,9 @@ class SpecArguments(TypedDict, total=False):
     require_all: bool
     refine: bool
     refine_damping: float | None
+    update: bool
+    update_damping: float | None
+    update_steps: int | None
     group: str | Group | None
     variant: bool
     weight_update: bool | None
@@ -51,6 +56,16 @@ def check_whole(name: str, value: Any) -> None:
     if not is_whole or not 1 <= value <= sys.maxsize:
         limit = f", at most {sys.maxsize}" if is_whole and value > 1 else ""
         raise ValueError(f"{name} must be a whole number, at least 1{limit}, got {value!r}")
+
+
+def _damping_of(step: str, is_asked_for: bool, given: float | None, default: float) -> float:
+    """Of the ``step`` refine or update. Raises ValueError where it is none, or the step is not asked for."""
+    if given is not None and not is_asked_for:
+        raise ValueError(f"{step}_damping {given:g} needs {step}=True")
+    damping = default if given is None else float(given)
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"{step}_damping must be at least 0 and finite, got {damping}")
+    return damping
 
 
 @dataclass(frozen=True, init=False)
@@ -83,6 +98,10 @@ class PruneSpec:
             the Gram matrix of each input.
         refine_damping: how much a channel's own square counts more there than what channels have in common, 0.3; a
             large one leaves Wanda's mask as it is.
+        update: then give the kept weights of each row the values that make that error least, on the same mask
+            (:func:`wanda_kernels.ops.solve_rows_`).
+        update_damping: as ``refine_damping``, of the update, 0.3; a large one leaves the weights as they are.
+        update_steps: conjugate gradient steps of the update, 10.
         require_all: refuse models with tensors that would stay dense in their blocks, as routers and convolutions.
         group: (wanda, magnitude, ria, sparsegpt without update) what weights are compared with: ``"row"``,
             ``"layer"``, ``"column"``, or ``"row:N"``, ``"column:N"`` for N neighbours together.
@@ -110,6 +129,9 @@ class PruneSpec:
     require_all: bool
     refine: bool
     refine_damping: float
+    update: bool
+    update_damping: float
+    update_steps: int
 
     def __init__(
         self,
@@ -127,6 +149,9 @@ class PruneSpec:
         require_all: bool = False,
         refine: bool = False,
         refine_damping: float | None = None,
+        update: bool = False,
+        update_damping: float | None = None,
+        update_steps: int | None = None,
         **options: Any,
     ) -> None:
         if isinstance(method, str):
@@ -155,20 +180,23 @@ class PruneSpec:
         if experts not in EXPERTS:
             raise ValueError(f"experts must be one of {', '.join(EXPERTS)}, got '{experts}'")
         check_whole("min_tokens", min_tokens)
-        if refine and not method.keeps_weights:
-            raise ValueError(
-                f"refine is for methods that keep the weights as they are, and '{method.name}' updates them"
-            )
-        if refine_damping is not None and not refine:
-            raise ValueError(f"refine_damping {refine_damping:g} needs refine=True")
-        damping = REFINE_DAMPING if refine_damping is None else float(refine_damping)
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"refine_damping must be at least 0 and finite, got {damping}")
+        for name, given in (("refine", refine), ("update", update)):
+            if given and not method.keeps_weights:
+                raise ValueError(
+                    f"{name} is for methods that keep the weights as they are, and '{method.name}' updates them"
+                )
+        refine_damping = _damping_of("refine", refine, refine_damping, REFINE_DAMPING)
+        update_damping = _damping_of("update", update, update_damping, UPDATE_DAMPING)
+        if update_steps is not None:
+            if not update:
+                raise ValueError(f"update_steps {update_steps} needs update=True")
+            check_whole("update_steps", update_steps)
         if experts == "all" and min_tokens != 1:
             raise ValueError(f"min_tokens is for experts 'routed', got {min_tokens}: with 'all' each gets every token")
         values = (
             method, share, parsed, owl, propagate, batch_size, bool(exact_error), bool(fuse_statistics), experts,
-            min_tokens, bool(require_all), bool(refine), damping,
+            min_tokens, bool(require_all), bool(refine), refine_damping, bool(update), update_damping,
+            UPDATE_STEPS if update_steps is None else update_steps,
         )  # fmt: skip
         for one, value in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, one.name, value)
@@ -192,9 +220,14 @@ class PruneSpec:
     @property
     def needs(self) -> Needs:
         """What has to be known of the inputs."""
-        if self.refine:
+        if self.improves:
             return Needs.GRAM
         return max(self.method.needs, Needs.NORM) if self.owl else self.method.needs
+
+    @property
+    def improves(self) -> bool:
+        """Whether anything follows the method's mask."""
+        return self.refine or self.update
 
     def options(self) -> dict[str, Any]:
         """Of the method and ``owl``, those that are not the default, as plain data."""
@@ -214,6 +247,8 @@ class PruneSpec:
             "experts": self.experts,
             "min_tokens": self.min_tokens,
             "refine": self.refine_damping if self.refine else None,
+            "update": self.update_damping if self.update else None,
+            "update_steps": self.update_steps if self.update else None,
         }
 
     def check_experts(self, has_experts: bool) -> None:

@@ -11,6 +11,7 @@ from .. import _backend, reference
 from ..methods import LayerInputs
 from ..ops import add_sqnorm_
 from .fusion import Plan
+from .grams import Grams
 from .matrices import Block, Rows, Watching
 from .recording import Call, run_block
 from .stopwatch import Stopwatch
@@ -37,7 +38,7 @@ class BlockStatistics:
         block: the block to watch.
         samples: the number of calibration sequences, over all batches.
         plan: what a run of a block of this kind has shown.
-        grams: also accumulate the Hessian of each distinct input, in the same pass.
+        grams: also of each distinct input its Gram matrix, in the same pass.
         every: experts count every token, and not only those that the router sends them.
         min_tokens: experts that got fewer take the mean over their layer's experts, unless they count every token.
     """
@@ -48,7 +49,7 @@ class BlockStatistics:
         samples: int,
         plan: Plan,
         stopwatch: Stopwatch,
-        grams: bool = False,
+        grams: Grams | None = None,
         every: bool = False,
         min_tokens: int = 1,
     ) -> None:
@@ -64,8 +65,7 @@ class BlockStatistics:
         self._rows = slice(0, 0)
         self._sqnorm: dict[str, Tensor] = {}  # [samples, C_in], or [samples, E, C_in]
         self._tokens: dict[str, Tensor] = {}  # [samples, E], of experts
-        self._hessians: dict[str, Tensor] | None = {} if grams else None
-        self._names: list[str] = []  # of the distinct inputs, where processes share them
+        self._grams = grams
         self.source: dict[str, str] = {}  # layer -> the layer whose input it shares
 
     def path(self, layer: str) -> str:
@@ -98,16 +98,10 @@ class BlockStatistics:
 
     def _hold(self, source: str, x: Tensor) -> None:
         self._held.append((source, x, _version(x)))
-        if self._hessians is not None:
-            with self._stopwatch.measure("statistics"):
-                # Running mean over sequences of 2 x^T x, one at a time: the batch size does not change a bit.
-                first, cols = self._rows.start, x.shape[-1]
-                if source not in self._hessians:
-                    self._hessians[source] = torch.zeros(cols, cols, dtype=torch.float32, device=x.device)
-                for seen, one in enumerate(x.reshape(self._rows.stop - first, -1, cols), first):
-                    tokens = one.float()
-                    beta, alpha = seen / (seen + 1), 2 / (seen + 1)
-                    self._hessians[source].addmm_(tokens.t(), tokens, beta=beta, alpha=alpha)
+        if self._grams is not None:
+            with self._stopwatch.measure("Gram matrices"):
+                sequences = self._rows.stop - self._rows.start
+                self._grams.add(source, x.reshape(sequences, -1, x.shape[-1]), self._rows.start)
 
     def input(self, name: str, x: Tensor) -> None:
         """As :class:`Watcher`."""
@@ -137,24 +131,14 @@ class BlockStatistics:
             total, device = self._block.matrices[name].weight.shape[0], rows.x.device
             self._sqnorm[name] = torch.zeros(self._samples, total, cols, dtype=torch.float32, device=device)
             self._tokens[name] = torch.zeros(self._samples, total, dtype=torch.int64, device=device)
-            if self._hessians is not None and name not in self._hessians:  # other processes' may be there
-                self._hessians[name] = torch.zeros(total, cols, cols, dtype=torch.float32, device=device)
         with self._stopwatch.measure("statistics"):
             sums = torch.zeros(count * sequences, cols, dtype=torch.float32, device=rows.x.device)
             add_sqnorm_(sums, rows.x, ends=rows.ends)
             self._sqnorm[name][self._rows, experts] = sums.view(count, sequences, cols).transpose(0, 1)
             self._tokens[name][self._rows, experts] = rows.tokens
-            if self._hessians is not None:
-                self._add_grams(self._hessians[name][experts], rows)
-
-    def _add_grams(self, hessians: Tensor, rows: Rows) -> None:
-        """2 / samples * x^T x of each expert, sequence after sequence."""
-        begin, sequences = 0, self._rows.stop - self._rows.start
-        for segment, end in enumerate(rows.ends.tolist()):
-            if end > begin:
-                x = rows.x[begin:end].float()
-                hessians[segment // sequences].addmm_(x.t(), x, alpha=2 / self._samples)
-            begin = end
+        if self._grams is not None:
+            with self._stopwatch.measure("Gram matrices"):
+                self._grams.add_rows(name, rows.x, rows.ends.tolist(), rows.experts, sequences)
 
     def all_rows(self, name: str) -> None:
         """As :class:`Watcher`."""
@@ -183,21 +167,8 @@ class BlockStatistics:
         with self._stopwatch.measure("exchange"):
             for tensor in (*self._sqnorm.values(), *self._tokens.values()):
                 processes.exchange_rows_(tensor, samples)
-
-    def hand_on_grams(self, processes: Processes, source: int) -> None:
-        """All take the Hessians of process ``source``, which has added its sequences to those of the ones before."""
-        assert self._hessians is not None
-        if source == 0:
-            self._names = processes.agree_on(list(self._hessians))
-        with self._stopwatch.measure("exchange"):
-            for name in self._names:
-                *experts, _, cols = self._block.matrices[name].weight.shape
-                if name not in self._hessians:
-                    shape = (*experts, cols, cols)
-                    self._hessians[name] = torch.zeros(shape, dtype=torch.float32, device=processes.device)
-                count = len(self._hessians[name])
-                rows = [range(count) if rank == source else range(0) for rank in range(processes.size)]
-                processes.exchange_rows_(self._hessians[name], rows)
+            if self._grams is not None:
+                self._grams.exchange()
 
     def inputs(self) -> dict[str, LayerInputs]:
         """Layer -> what is known of its inputs, one object for all that share them.
@@ -208,6 +179,8 @@ class BlockStatistics:
             ValueError: where an input held NaN or inf, or no token came to any expert of a layer.
         """
         by_source = {}
+        with self._stopwatch.measure("Gram matrices"):
+            hessians = dict(self._grams.whole()) if self._grams is not None else {}
         with self._stopwatch.measure("statistics"):
             for name, sqnorm in self._sqnorm.items():
                 norm = norm_of_sequences(sqnorm.flatten(1)).view(sqnorm.shape[1:])
@@ -215,7 +188,7 @@ class BlockStatistics:
                     raise ValueError(
                         f"the input of {self._block.name}.{name} holds NaN or inf, or its squares overflow float32"
                     )
-                inputs = LayerInputs(norm, self._hessians[name] if self._hessians is not None else None)
+                inputs = LayerInputs(norm, hessians.get(name))
                 if name in self._tokens:
                     inputs.tokens = self._tokens[name].sum(dim=0)
                     if not self._every:  # else the norms of idle ones are their own, of all tokens

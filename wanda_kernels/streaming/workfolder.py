@@ -224,7 +224,7 @@ def _layer(data: dict[str, Any]) -> LayerReport:
     errors = data["gram_errors"]
     if errors is not None:
         errors = [float(error) if error in NOT_FINITE else error for error in errors]
-        if len(errors) != 2 or any(type(error) not in (int, float) for error in errors):
+        if len(errors) not in (2, 3) or any(type(error) not in (int, float) for error in errors):
             raise ValueError(f"its report on {data['name']} has the gram_errors {str(errors)[:100]}")
     if type(data["swaps"]) not in (int, type(None)):
         raise ValueError(f"its report on {data['name']} has the swaps {str(data['swaps'])[:100]}")

@@ -6,12 +6,14 @@ import io
 import itertools
 import math
 import re
+import statistics
 from collections.abc import Callable
 from html import escape
 from typing import Any
 
 from .._words import need
 from ..methods import METHODS
+from ..pruning.spec import REFINE_DAMPING, UPDATE_DAMPING
 from . import tables
 
 Row = dict[str, Any]
@@ -28,7 +30,8 @@ def check_library() -> None:
     need("matplotlib", "plot", "the pictures of a study need matplotlib")
 
 
-def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: float = HEIGHT) -> str:
+def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: float = HEIGHT, panels: int = 1) -> str:
+    """``paint`` is given the figure and its axes: of several ``panels`` side by side, an array."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -45,9 +48,12 @@ def _draw(name: str, title: str, paint: Callable[[Any, Any], None], height: floa
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         figure.patch.set_alpha(0)
-        axes = figure.subplots()
-        axes.patch.set_alpha(0)
-        paint(figure, axes)
+        if panels == 1:
+            paint(figure, figure.subplots())
+        else:
+            paint(figure, figure.subplots(1, panels))
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -98,8 +104,8 @@ def _can_be_drawn(perplexity: float) -> bool:
     return 1e-99 < perplexity < 1e99
 
 
-def _perplexity_axis(axes: Any, data: Row) -> None:
-    """Logarithmic, labelled by plain numbers, with the dense model as a line."""
+def _perplexity_axis(axes: Any, data: Row, text: int = 0) -> None:
+    """Logarithmic, labelled by plain numbers, with the dense model as a line. ``text``: which of the study's."""
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
@@ -107,8 +113,9 @@ def _perplexity_axis(axes: Any, data: Row) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 10 * low else NullFormatter())
-    if data["dense"] and _can_be_drawn(data["dense"]["perplexity"]):
-        axes.axhline(data["dense"]["perplexity"], color=_INK, linewidth=1, linestyle="--", label="dense")
+    dense = tables.perplexities(data["dense"])[text] if data["dense"] else None
+    if dense is not None and _can_be_drawn(dense):
+        axes.axhline(dense, color=_INK, linewidth=1, linestyle="--", label="dense")
 
 
 def _curves(data: Row, runs: list[Row], along: str, label: str, name: str, title: str, log_x: bool) -> str | None:
@@ -149,6 +156,106 @@ def calibration_curves(data: Row) -> str | None:
     return _curves(data, runs, "samples", "calibration samples (log)", "calibration", title, True)
 
 
+def _means(runs: list[Row]) -> list[float]:
+    """Of the perplexity on each text, over the runs."""
+    return [statistics.mean(values) for values in zip(*map(tables.perplexities, runs), strict=True)]
+
+
+def _shown_label(label: str) -> str:
+    """A file's name may hold what no picture can."""
+    label = "".join(letter if letter.isprintable() else " " for letter in label)
+    return label if len(label) <= 40 else f"{label[:40]} .."
+
+
+def _strength(run: Row) -> float:
+    """Of a method's colour: the paler, the more is done after its mask."""
+    return (1.0, 0.65, 0.35)[run["refine"] + run["update"]]
+
+
+def text_bars(data: Row) -> str | None:
+    """Perplexity by method and pattern, means over the seeds, on each text in a panel of its own."""
+    texts = tables.texts(data)
+    samples = tables.base_samples(data["runs"])
+    shown = [
+        run
+        for run in data["runs"]
+        if run["method"] in styles()
+        and tables.is_by_itself(run)
+        and run["samples"] in (0, samples)
+        and run["refine_damping"] in (None, REFINE_DAMPING)
+        and run["update_damping"] in (None, UPDATE_DAMPING)
+        and all(map(_can_be_drawn, tables.perplexities(run)))
+    ]
+    found = {key: _means(runs) for key, runs in tables.by_label(shown).items()}
+    labels = list(dict.fromkeys(label for label, _ in found))
+    targets = list(dict.fromkeys(target for _, target in found))
+    if len(texts) == 1 or not found:
+        return None
+    looks = {run["label"]: {"color": styles()[run["method"]][0], "alpha": _strength(run)} for run in shown}
+
+    def paint(figure: Any, panels: Any) -> None:
+        width = 0.8 / len(labels)
+        for number, (axes, text) in enumerate(zip(panels, texts, strict=True)):
+            for place, label in enumerate(labels):
+                have = [
+                    (i, found[label, target][number]) for i, target in enumerate(targets) if (label, target) in found
+                ]
+                places = [i + (place - (len(labels) - 1) / 2) * width for i, _ in have]
+                axes.bar(places, [value for _, value in have], width * 0.92, label=label, **looks[label])
+            _perplexity_axis(axes, data, number)
+            axes.set_xticks(range(len(targets)), targets)
+            axes.set_title(_shown_label(text), fontsize=10)
+        handles, named = panels[0].get_legend_handles_labels()
+        figure.legend(handles, named, loc="outside lower center", ncols=2)
+
+    return _draw("texts", "Perplexity on each text", paint, panels=len(texts))
+
+
+def damping_curves(data: Row, target: str) -> str | None:
+    """Perplexity of refined masks against the damping, means over the seeds, on each text in a panel of its own; the
+    method without refinement is a line."""
+    texts = tables.texts(data)
+    samples = tables.base_samples(data["runs"])
+    runs = [
+        run
+        for run in data["runs"]
+        if tables.is_by_itself(run) and run["target"] == target and run["method"] in styles()
+        and run["samples"] in (0, samples) and all(map(_can_be_drawn, tables.perplexities(run)))
+    ]  # fmt: skip
+    lines: dict[tuple[str, bool, float | None], dict[float, list[Row]]] = {}
+    for run in runs:
+        if run["refine"]:
+            line = lines.setdefault((run["method"], run["update"], run["update_damping"]), {})
+            line.setdefault(run["refine_damping"], []).append(run)
+    lines = {key: points for key, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    dampings = sorted({damping for points in lines.values() for damping in points})
+
+    def paint(figure: Any, panels: Any) -> None:
+        for number, axes in enumerate([panels] if len(texts) == 1 else panels):
+            for (method, update, update_damping), points in lines.items():
+                colour, marker = styles()[method]
+                label = f"{method}, refined" + (" and updated" if update else "")
+                label += "" if update_damping in (None, UPDATE_DAMPING) else f" (damping {update_damping!r})"
+                values = [(dampings.index(d), _means(found)[number]) for d, found in sorted(points.items())]
+                axes.plot(*zip(*values, strict=True), color=colour, marker=marker, label=label,
+                          linestyle="-" if update else ":")  # fmt: skip
+                plain = [run for run in runs if run["method"] == method and tables.is_plain(run)]
+                if plain and not update:
+                    axes.axhline(_means(plain)[number], color=colour, linewidth=1, alpha=0.6, label=method)
+            _perplexity_axis(axes, data, number)
+            axes.set_xticks(range(len(dampings)), [f"{damping:g}" for damping in dampings])
+            axes.set_xlabel("damping")
+            axes.set_title(_shown_label(texts[number]), fontsize=10)
+        handles, named = figure.axes[0].get_legend_handles_labels()
+        by_name = dict(zip(named, handles, strict=True))
+        figure.legend(by_name.values(), by_name, loc="outside lower center", ncols=2)
+
+    return _draw(f"damping-{target}", f"Perplexity against the damping of refined masks, {target}", paint,
+                 panels=len(texts))  # fmt: skip
+
+
 def heat_map(run: Row, what: str) -> str | None:
     """``what`` of each layer: blocks along, kinds of layer up."""
     places = []
@@ -185,7 +292,8 @@ def cost_bars(data: Row) -> str | None:
     runs = [run for run in tables.at_base(data["runs"]) if run["target"] == "50%" and not run["group"]]
     if not runs:
         return None
-    parts = {"forward": "#3d85d8", "statistics": "#d9822b", "selection": "#2f9e6e"}
+    colours = ("#3d85d8", "#d9822b", "#2f9e6e", "#9b6dc6", "#c0504d")
+    parts = dict(zip(tables.parts_of(runs), colours, strict=False))
 
     def paint(_figure: Any, axes: Any) -> None:
         left = [0.0] * len(runs)
@@ -196,7 +304,7 @@ def cost_bars(data: Row) -> str | None:
         axes.set_yticks(range(len(runs)), [run["label"] for run in runs])
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
 
     return _draw("cost", "Seconds of pruning by part", paint, height=1.2 + 0.3 * len(runs))
 
@@ -206,6 +314,14 @@ def all_pictures(data: Row) -> dict[str, list[tuple[str, str]]]:
     detailed = [run for run in data["runs"] if run.get("layers")]
     found: dict[str, list[tuple[str, str | None]]] = {
         "perplexity": [("Perplexity by method and pattern.", bars(data))],
+        "texts": [("Perplexity on each text, means over the seeds.", text_bars(data))],
+        "damping": [
+            (
+                f"Refined masks at {target}: damping against perplexity, means over the seeds.",
+                damping_curves(data, target),
+            )
+            for target in dict.fromkeys(run["target"] for run in data["runs"] if run["refine"])
+        ],
         "sparsity": [("Sparsity against perplexity.", sparsity_curves(data))],
         "calibration": [("Robustness to the number of calibration samples, at 50 %.", calibration_curves(data))],
         "cost": [("Seconds of pruning at 50 %, by part.", cost_bars(data))],

@@ -10,7 +10,7 @@ from .paper import SOURCE
 from .pictures import all_pictures
 from .results import replace_file
 from .stored import checked
-from .tables import Table, all_tables
+from .tables import Table, all_tables, texts
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --page: #ffffff; --line: #d0d7de; --soft: #57606a; }
@@ -28,7 +28,7 @@ p.caption, figcaption, footer { color: var(--soft); font-size: 0.9rem; }
 figure { margin: 1rem 0; } svg { width: 100%; height: auto; }
 """
 
-_TITLES = {"layers": "Layer by layer"}
+_TITLES = {"layers": "Layer by layer", "damping": "Damping"}
 
 
 def write_report(path: Path, data: dict[str, Any], published: dict[str, dict[str, float]] | None = None) -> None:
@@ -67,7 +67,11 @@ def write_report(path: Path, data: dict[str, Any], published: dict[str, dict[str
 def _facts(data: dict[str, Any]) -> str:
     settings, sessions = data["settings"], data["circumstances"]
     calibrated = f"{settings['calibration']}, {settings['length']} tokens a sample"
-    evaluated = f"{settings['text']}, {settings['windows']} windows of {settings['length']} tokens"
+    counts = (settings["windows"], *settings["further_windows"])
+    evaluated = " and ".join(
+        f"{text}, {count} windows of {settings['length']} tokens"
+        for text, count in zip(texts(data), counts, strict=True)
+    )
     facts = [f"Calibration: {calibrated}. Perplexity: {evaluated}. Weights: {settings['dtype']}."]
     facts += ["Run on: " + ", ".join(f"{name} {value}" for name, value in session.items()) for session in sessions]
     facts.append(f"{len(data['runs'])} pruned models.")

@@ -13,11 +13,11 @@ from typing import Any
 from .._words import to_json
 from ..models.save import check_writable
 from .plan import Run
-from .stored import read_results
+from .stored import ONE_TEXT, read_results
 
 COLUMNS = (
-    "method", "sparsity", "pattern", "group", "variant", "weight_update", "owl", "samples", "seed",
-    "perplexity", "achieved_sparsity", "seconds", "peak_memory_bytes",
+    "method", "sparsity", "pattern", "group", "variant", "weight_update", "owl", "refine", "refine_damping", "update",
+    "update_damping", "samples", "seed", "perplexity", "achieved_sparsity", "seconds", "peak_memory_bytes",
 )  # fmt: skip
 FILES = ("results.json", "results.csv", "report.html")
 
@@ -54,7 +54,8 @@ def refuse_other_study(folder: Path, settings: dict[str, Any]) -> dict[str, Any]
         if there != value:
             said = str(there) if str(there).isprintable() and len(str(there)) < 200 else repr(str(there)[:200])
             raise ValueError(
-                f"{path} is of a study with {name} {said}, this one has {value}: choose another folder, or overwrite it"
+                f"{path} is of a study with {name.replace('_', ' ')} {said}, this one has {value}: "
+                "choose another folder, or overwrite it"
             )
     return found
 
@@ -64,7 +65,8 @@ class Results:
 
     Args:
         folder: of the study. What it holds is gone on with.
-        settings: model, calibration, text, length, windows, dtype: what makes figures comparable.
+        settings: model, calibration, text, length, windows, dtype, and further_texts with further_windows where there
+            are more: what makes figures comparable.
         circumstances: device and versions of this session.
 
     Raises:
@@ -74,7 +76,7 @@ class Results:
     def __init__(self, folder: Path, settings: dict[str, Any], circumstances: dict[str, Any]) -> None:
         self._path = folder / "results.json"
         new: dict[str, Any] = {"settings": settings, "circumstances": [], "dense": None, "runs": {}}
-        self.data = (refuse_other_study(folder, settings) or new) | {"settings": settings}
+        self.data = (refuse_other_study(folder, settings) or new) | {"settings": ONE_TEXT | settings}
         if circumstances not in self.data["circumstances"][-1:]:
             self.data["circumstances"].append(circumstances)
 
@@ -87,20 +89,21 @@ class Results:
         return list(self.data["runs"].values())
 
     def set_dense(self, dense: dict[str, Any]) -> None:
-        self.data["dense"] = dense
+        self.data["dense"] = {"further": []} | dense
         self._write()
 
     def add(self, run: Run, outcome: dict[str, Any]) -> None:
-        self.data["runs"][run.key] = asdict(run) | {"label": run.label, "target": run.target} | outcome
+        self.data["runs"][run.key] = asdict(run) | {"label": run.label, "target": run.target, "further": []} | outcome
         self._write()
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self._path, to_json(self.data, indent=1) + "\n")
         table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        names = [f"perplexity on {text}" for text in self.data["settings"]["further_texts"]]
+        writer = csv.DictWriter(table, [*COLUMNS, *names], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.runs)
+        writer.writerows(run | dict(zip(names, run["further"], strict=True)) for run in self.runs)
         replace_file(self._path.with_suffix(".csv"), table.getvalue())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,38 +25,49 @@ class Runner:
     """A model, its dense weights, and what it is calibrated and evaluated on.
 
     Args:
-        windows: of the evaluation, [windows, length].
-        on_window: told how many windows are done.
+        texts: windows of each text to evaluate on, [windows, length]; the first text's figure is ``perplexity``.
+        on_window: told how many windows of all texts are done.
     """
 
     def __init__(
         self,
         model: nn.Module,
         calibration: Calibration,
-        windows: Tensor,
+        texts: Sequence[Tensor],
         on_window: Callable[[int], None] | None = None,
     ) -> None:
         self._model = model
         self._calibration = calibration
-        self._windows = windows
+        self._texts = texts
         self._on_window = on_window
         self._device = next(model.parameters()).device
         weights = [matrix.weight for matrix in matrices_of(find_blocks(model)).values()]
         self._dense = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights]
 
-    def evaluate(self) -> float:
-        return perplexity(self._model, self._windows, self._windows.shape[1], on_window=self._on_window)
-
     def dense(self) -> dict[str, Any]:
-        return {"perplexity": self.evaluate()}
+        """perplexity, and further: those on the other texts."""
+        return self._evaluate()
+
+    def _evaluate(self) -> dict[str, Any]:
+        found: list[float] = []
+        before = 0
+        for windows in self._texts:
+
+            def tell(done: int, before: int = before) -> None:
+                if self._on_window is not None:
+                    self._on_window(before + done)
+
+            found.append(perplexity(self._model, windows, windows.shape[1], on_window=tell))
+            before += len(windows)
+        return {"perplexity": found[0], "further": found[1:]}
 
     def run(self, run: Run, progress: Progress | None = None) -> dict[str, Any]:
         """Prune, evaluate, and put the dense weights back, whatever happens.
 
         Returns:
-            perplexity, achieved_sparsity, seconds (of the pruning), parts (seconds by part), peak_memory_bytes
-            (beyond the model; None where it cannot be told), damped (layers whose Hessian needed more damping);
-            with details also layers: name, exact_error, estimated_error, threshold, sparsity.
+            perplexity, further (on the other texts), achieved_sparsity, seconds (of the pruning), parts (seconds by
+            part), peak_memory_bytes (beyond the model; None where it cannot be told), damped (layers whose Hessian
+            needed more damping); with details also layers: name, exact_error, estimated_error, threshold, sparsity.
         """
         ids = self._calibration(run.samples, run.seed) if run.samples else None
         reports: list[PruningReport] = []
@@ -71,7 +82,7 @@ class Runner:
             seconds = time.perf_counter() - start
             report = reports[0]
             outcome = {
-                "perplexity": self.evaluate(),
+                **self._evaluate(),
                 "achieved_sparsity": report.achieved_sparsity,
                 "seconds": seconds,
                 "parts": report.seconds,

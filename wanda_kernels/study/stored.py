@@ -7,14 +7,13 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from .plan import Run
 
 _LARGEST = 2**53  # whole numbers up to there are floats, too
-_SETTINGS = ("model", "calibration", "text", "length", "windows", "dtype")
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
@@ -45,17 +44,29 @@ def checked(data: dict[str, Any]) -> dict[str, Any]:
 
 def _results(data: dict[str, Any], where: str, runs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     """``runs``: their names, for errors, and their records."""
-    found_runs = [_checked_run(run, f"{where}, run {name}") for name, run in runs]
+    found_runs = [(f"{where}, run {name}", _checked_run(run, f"{where}, run {name}")) for name, run in runs]
     sessions = _checked(data.get("circumstances"), _list, where, "circumstances")
     for session in sessions:
         for name, value in _checked(session, _object, where, "circumstances").items():
             _checked(value, _or_none(_scalar), where, f"circumstances, {name}")
+    settings = _record(data.get("settings"), where, _SETTINGS, "settings", ONE_TEXT)
+    if len(settings["further_windows"]) != len(settings["further_texts"]):
+        count = len(settings["further_texts"])
+        raise _wrong(where, "settings, further_windows", f"{count} numbers, one a text", settings["further_windows"])
     dense = data.get("dense")
+    if dense is not None:
+        dense = _record(
+            dense, where, {"perplexity": _perplexity, "further": _each(_perplexity)}, "dense", {"further": []}
+        )
+    for name, record in [*found_runs, *([] if dense is None else [(f"{where}, dense", dense)])]:
+        if len(record["further"]) != len(settings["further_texts"]):
+            required = f"{len(settings['further_texts'])} perplexities, one for each further text of the settings"
+            raise _wrong(name, "further", required, record["further"])
     return {
-        "settings": _record(data.get("settings"), where, dict.fromkeys(_SETTINGS, _scalar), "settings"),
+        "settings": settings,
         "circumstances": [dict(session) for session in sessions],
-        "dense": None if dense is None else _record(dense, where, {"perplexity": _perplexity}, "dense"),
-        "runs": found_runs,
+        "dense": dense,
+        "runs": [run for _, run in found_runs],
     }
 
 
@@ -65,7 +76,7 @@ def run_of(record: dict[str, Any]) -> Run:
 
 def _checked_run(record: Any, where: str) -> dict[str, Any]:
     """A run's record with its numbers as numbers, and its label and target as its options say."""
-    found = _record(record, where, _FIELDS)
+    found = _record(record, where, _FIELDS, later=_LATER_FIELDS)
     parts = found["parts"].items()
     found["parts"] = {str(name): _checked(value, _seconds, where, f"parts, {name}") for name, value in parts}
     if "layers" in found:
@@ -78,12 +89,15 @@ def _checked_run(record: Any, where: str) -> dict[str, Any]:
         run.spec()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return found | {"label": run.label, "target": run.target}
+    return found | asdict(run) | {"label": run.label, "target": run.target}
 
 
-def _record(record: Any, where: str, kinds: dict[str, Kind], name: str | None = None) -> dict[str, Any]:
-    """An object with its fields of ``kinds`` as what they stand for. ``name``: its own, in errors."""
-    found = dict(_checked(record, _object, where, name or "it"))
+def _record(
+    record: Any, where: str, kinds: dict[str, Kind], name: str | None = None, later: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """An object with its fields of ``kinds`` as what they stand for. ``name``: its own, in errors; ``later``: values of
+    fields that files of earlier versions have not."""
+    found = (later or {}) | dict(_checked(record, _object, where, name or "it"))
     inside = f"{where}, {name}" if name else where
     for field, kind in kinds.items():
         if field not in found:
@@ -124,6 +138,20 @@ def _or_none(kind: Kind) -> Kind:
     return lambda value: None if value is None else kind(value)
 
 
+def _each(kind: Kind) -> Kind:
+    """A list, each of its values a ``kind``."""
+
+    def kinds(value: Any) -> Any:
+        if not isinstance(value, list):
+            raise ValueError("a list")
+        try:
+            return [kind(one) for one in value]
+        except ValueError as error:
+            raise ValueError(f"a list, each of it {error}") from None
+
+    return kinds
+
+
 def _is_a(value: Any, *types: type) -> bool:
     """JSON's true and false are no numbers."""
     return isinstance(value, types) and not isinstance(value, bool)
@@ -150,14 +178,24 @@ _number = _kind(
 )
 _perplexity = _kind("a number above 0", lambda value: not value <= 0, _number)
 _seconds = _kind("a number, 0 or more", lambda value: 0 <= value < math.inf, _number)
+_damping = _kind("a finite number, 0 or more", lambda value: 0 <= value < math.inf, _number)
 _share = _kind("a number from 0 to 1", lambda value: 0 <= value <= 1, _number)
 
 _FIELDS: dict[str, Kind] = {
     "method": _text, "sparsity": _or_none(_share), "pattern": _or_none(_text), "samples": _count, "seed": _whole,
     "group": _or_none(_text), "variant": _bool, "weight_update": _or_none(_bool), "owl": _bool, "detail": _bool,
     "perplexity": _perplexity, "achieved_sparsity": _share, "seconds": _seconds, "parts": _object,
-    "peak_memory_bytes": _or_none(_whole), "damped": _count,
+    "peak_memory_bytes": _or_none(_whole), "damped": _count, "further": _each(_perplexity),
+    "refine": _bool, "refine_damping": _or_none(_damping), "update": _bool, "update_damping": _or_none(_damping),
 }  # fmt: skip
+_LATER_FIELDS: dict[str, Any] = {
+    "further": [], "refine": False, "refine_damping": None, "update": False, "update_damping": None,
+}  # fmt: skip
+_SETTINGS: dict[str, Kind] = {
+    "model": _scalar, "calibration": _scalar, "text": _scalar, "length": _scalar, "windows": _scalar, "dtype": _scalar,
+    "further_texts": _each(_scalar), "further_windows": _each(_count),
+}  # fmt: skip
+ONE_TEXT: dict[str, Any] = {"further_texts": [], "further_windows": []}
 _LAYER_FIELDS: dict[str, Kind] = {
     "name": _text, "exact_error": _or_none(_number), "estimated_error": _or_none(_number),
     "threshold": _or_none(_number), "sparsity": _or_none(_share),

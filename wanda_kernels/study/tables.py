@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from .plan import COMPARED, GROUPS
 
 Row = dict[str, Any]
 PATTERNS = ("50%", "4:8", "2:4")
+STEPS = ("refinement", "update")  # parts of a run's seconds after the selection
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,32 @@ def figure(value: float | None) -> str:
 
 
 def is_plain(run: Row) -> bool:
-    """A method without options."""
+    """A method without options, and without what may come after it."""
+    return is_by_itself(run) and not (run["refine"] or run["update"])
+
+
+def is_by_itself(run: Row) -> bool:
+    """A method without options; its mask may be refined, its weights updated."""
     return not (run["group"] or run["variant"] or run["owl"] or run["weight_update"] is False)
+
+
+def texts(data: Row) -> list[str]:
+    """What was evaluated on; the first is the one of the tables that have one."""
+    return [str(text) for text in (data["settings"]["text"], *data["settings"]["further_texts"])]
+
+
+def perplexities(record: Row) -> list[float]:
+    """Of a run or the dense model, on each of the texts."""
+    return [record["perplexity"], *record["further"]]
+
+
+def by_label(runs: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """(label, target) -> the runs, of all seeds: target by target, the methods in their order."""
+    targets = _targets(runs)
+    found: dict[tuple[str, str], list[Row]] = {}
+    for run in sorted(runs, key=lambda run: (targets.index(run["target"]), order().index(run["method"]))):
+        found.setdefault((run["label"], run["target"]), []).append(run)
+    return found
 
 
 def base_samples(runs: list[Row]) -> int:
@@ -140,7 +164,7 @@ def other_table(data: Row) -> Table:
     for run in runs:
         method = METHODS[run["method"]]
         beside = None if method.update else method.baseline
-        if not run["group"] and (run["variant"] or run["owl"] or beside):
+        if not run["group"] and (run["variant"] or run["owl"] or (beside and is_plain(run))):
             without = lookup(
                 plain, method=run["method"] if run["owl"] else beside or run["method"], target=run["target"]
             )
@@ -149,34 +173,64 @@ def other_table(data: Row) -> Table:
     return Table("Other methods", caption, ["method", "target", "perplexity", "without"], rows)
 
 
-def seed_table(data: Row) -> Table:
-    runs = [r for r in data["runs"] if is_plain(r) and r["samples"] == base_samples(data["runs"])]
+def text_table(data: Row) -> Table:
+    """Where there is a second text, or a refined mask: all methods by themselves on all texts."""
+    samples = base_samples(data["runs"])
+    runs = [run for run in data["runs"] if is_by_itself(run) and run["samples"] in (0, samples)]
+    if len(texts(data)) == 1 and all(is_plain(run) for run in runs):
+        runs = []
     rows = []
-    for method, target in itertools.product(order(), _targets(runs)):
-        values = [run["perplexity"] for run in runs if run["method"] == method and run["target"] == target]
-        if len(values) > 1:
-            spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-            rows.append([method, target, str(len(values)), figure(statistics.mean(values)), f"{spread:.3f}"])
+    if runs and data["dense"]:
+        rows.append(["dense", "", "", *map(figure, perplexities(data["dense"])), ""])
+    for (label, target), found in by_label(runs).items():
+        means = [figure(statistics.mean(values)) for values in zip(*map(perplexities, found), strict=True)]
+        seconds = statistics.mean(run["seconds"] for run in found)
+        rows.append([label, target, str(len(found)), *means, f"{seconds:.1f}"])
+    caption = (
+        "Perplexity on each text, and seconds of pruning: means over the seeds. Refined: as many weights pruned, "
+        "others where that is better; updated: what is kept changes."
+    )
+    heading = ["method", "target", "seeds", *(f"on {text}" for text in texts(data)), "seconds"]
+    return Table("Texts, refined masks, updated weights", caption, heading, rows)
+
+
+def seed_table(data: Row) -> Table:
+    runs = [r for r in data["runs"] if is_by_itself(r) and r["samples"] == base_samples(data["runs"])]
+    rows = []
+    for (label, target), found in by_label(runs).items():
+        if len(found) > 1:
+            cells = []
+            for values in zip(*map(perplexities, found), strict=True):
+                spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+                cells += [figure(statistics.mean(values)), f"{spread:.3f}"]
+            rows.append([label, target, str(len(found)), *cells])
     heading = ["method", "target", "seeds", "mean perplexity", "standard deviation"]
+    for text in texts(data)[1:]:
+        heading += [f"mean on {text}", "standard deviation"]
     return Table("Seeds", "Robustness to which calibration samples are drawn.", heading, rows)
+
+
+def parts_of(runs: list[Row]) -> list[str]:
+    """Of the seconds of pruning, those that are shown: selection is everywhere, what comes after it where it was."""
+    return ["forward", "statistics", "selection", *(p for p in STEPS if any(p in run["parts"] for run in runs))]
 
 
 def cost_table(data: Row) -> Table:
     runs = [run for run in at_base(data["runs"]) if not run["group"] and run["target"] in PATTERNS]
     rows = []
     for run in runs:
-        parts = [f"{run['parts'].get(part, 0.0):.1f}" for part in ("forward", "statistics", "selection")]
+        parts = [f"{run['parts'].get(part, 0.0):.1f}" for part in parts_of(runs)]
         peak = run["peak_memory_bytes"]
         memory = "not measured" if peak is None else f"{peak / 2**20:.0f}"
         rows.append([run["label"], run["target"], f"{run['seconds']:.1f}", *parts, memory])
-    heading = ["method", "target", "seconds", "forward", "statistics", "selection", "peak MiB beyond the model"]
+    heading = ["method", "target", "seconds", *parts_of(runs), "peak MiB beyond the model"]
     return Table("Time and memory", "Of pruning, without loading and evaluation.", heading, rows)
 
 
 def all_tables(data: Row, published: dict[str, dict[str, float]] | None) -> dict[str, Table]:
     """``data``: as :class:`Results` has it, with ``runs`` a list. Those with rows, in the report's order."""
     tables = {
-        "perplexity": perplexity_table(data, published), "sparsity": sparsity_table(data),
+        "perplexity": perplexity_table(data, published), "texts": text_table(data), "sparsity": sparsity_table(data),
         "calibration": calibration_table(data), "groups": group_table(data), "update": update_table(data),
         "others": other_table(data), "seeds": seed_table(data), "cost": cost_table(data),
     }  # fmt: skip

@@ -1,9 +1,11 @@
-"""Calibration sequences: c4 or wikitext2 as the paper draws them, documents, a text file, or ready token ids."""
+"""Calibration sequences: c4 or wikitext2 as the paper draws them, documents, a text file, or ready token ids; or a
+mixture of them."""
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from . import hub
 from .files import check_regular, read_jsonl, read_text, text_of
-from .windows import draw_windows, sample_windows, tokenize
+from .sources import parse_sources, split_samples
+from .windows import TextWithBos, draw_windows, sample_windows, tokenize
 
 SAMPLES = 128
 LENGTH = 2048
@@ -23,7 +26,7 @@ HUB_ID = r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?"  # owner/name, and a configura
 
 
 def load_calibration(
-    source: str,
+    source: str | Sequence[str],
     tokenizer: Any,
     samples: int | None = None,
     length: int | None = None,
@@ -32,24 +35,76 @@ def load_calibration(
     pack: bool = False,
     column: str = "text",
     split: str = "train",
+    bos: bool = False,
 ) -> Tensor:
     """Calibration sequences, [samples, length], int64.
 
     Args:
         source: ``c4``, ``wikitext2``, ``owner/name`` or ``owner/name:configuration`` of a data set on the hub, a
-            ``.jsonl`` file, a text file, or a ``.safetensors`` file with ``input_ids`` [samples, length], int64.
+            ``.jsonl`` file, a text file, or a ``.safetensors`` file with ``input_ids`` [samples, length], int64. Or
+            several of them, with their shares of the samples where these are not equal:
+            ``["notes.txt=0.75", "c4=0.25"]`` (:func:`wanda_kernels.text.sources.parse_sources`). Each is drawn from
+            with ``seed``; their sequences follow one another in the order given.
         tokenizer: of the model; not used for ``.safetensors``.
-        samples: 128 if None (of a ``.safetensors`` file: all).
-        length: tokens per sequence, 2048 if None (of a ``.safetensors`` file: as they are).
+        samples: of all sources together, 128 if None (of a ``.safetensors`` file alone: all).
+        length: tokens per sequence, 2048 if None (where a ``.safetensors`` file is among them: as its are).
         seed: of the drawing.
         pack: (c4, hub, ``.jsonl``) put documents together; otherwise those that are too short are skipped.
         column: (hub, ``.jsonl``) which holds the text.
         split: (hub) of the data set.
+        bos: begin every sequence with the tokenizer's BOS token, which is one of its ``length``; Gemma needs it
+            (:func:`wanda_kernels.text.windows.needs_bos`). ``.safetensors`` are left as they are.
 
     Raises:
-        ValueError: ``pack`` for what has no documents; a text that is too short; token ids of the wrong shape or dtype.
+        ValueError: ``pack`` for what has no documents; a text that is too short; token ids of the wrong shape or dtype;
+            shares that are none, or leave a source without a sample; lengths that differ.
         FileNotFoundError, OSError, ImportError: a source that cannot be had.
     """
+    sources = parse_sources(source)
+    how = (seed, pack, column, split, bos)
+    if len(sources) == 1:
+        return _load(sources[0].name, tokenizer, samples, length, *how)
+    counts = split_samples(SAMPLES if samples is None else samples, sources)
+    parts: dict[str, Tensor] = {}
+    found = length
+    # files of ids first: without a length they say how long the others' sequences are
+    for one, count in sorted(zip(sources, counts, strict=True), key=lambda pair: not pair[0].is_file_of_ids):
+        ids = _load(one.name, tokenizer, count, length if one.is_file_of_ids else found, *how)
+        if found is not None and ids.shape[1] != found:
+            raise ValueError(
+                f"calibration must have sequences of one length, got {found} in {next(iter(parts))} and "
+                f"{ids.shape[1]} in {one.name}: give a length that both have"
+            )
+        parts[one.name], found = ids, ids.shape[1]
+    return torch.cat([parts[one.name] for one in sources])
+
+
+def check_sources(source: str | Sequence[str], samples: int | None) -> None:
+    """Raises ValueError for sources, shares and samples that do not go together; reads none of them."""
+    sources = parse_sources(source)
+    if len(sources) > 1:
+        split_samples(SAMPLES if samples is None else samples, sources)
+
+
+def expected_length(source: str | Sequence[str], length: int | None) -> int | None:
+    """Tokens per sequence that :func:`load_calibration` will give; None where a ``.safetensors`` file will tell."""
+    if length is None and any(one.is_file_of_ids for one in parse_sources(source)):
+        return None
+    return LENGTH if length is None else length
+
+
+def _load(
+    source: str,
+    tokenizer: Any,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    pack: bool,
+    column: str,
+    split: str,
+    bos: bool,
+) -> Tensor:
+    """Of one source."""
     path = Path(source).expanduser()
     named = re.fullmatch(HUB_ID, source) if not path.exists() and path.suffix not in FILES else None
     if pack and not (source == "c4" or path.suffix == ".jsonl" or named):
@@ -58,6 +113,24 @@ def load_calibration(
         return _load_ids(path, samples, length)
     samples = SAMPLES if samples is None else samples
     length = LENGTH if length is None else length
+    if bos:
+        text = TextWithBos(tokenizer)
+        return text.windows(_draw(source, path, named, text, samples, text.room(length), seed, pack, column, split))
+    return _draw(source, path, named, tokenizer, samples, length, seed, pack, column, split)
+
+
+def _draw(
+    source: str,
+    path: Path,
+    named: re.Match[str] | None,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    pack: bool,
+    column: str,
+    split: str,
+) -> Tensor:
     if source == "c4":
         return _draw_c4(tokenizer, samples, length, seed, pack)
     if source == "wikitext2":

