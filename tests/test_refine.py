@@ -110,7 +110,7 @@ def check(backend, operator, mask, weight, gram, *args):
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_rows_equal_the_reference_and_are_no_worse(backend, data):
-    layer = data.draw(layers(most=200 if backend == "cuda-simt" else 600))  # of wide ones tests/test_simt.py has a few
+    layer = data.draw(layers(most=200 if backend == "cuda-simt" else 600))  # test_simt_refine.py has wide ones
     mask = row_masks(layer, data.draw(st.sampled_from(["wanda", "wanda", "random", "nothing", "everything"])))
     most = data.draw(st.sampled_from([None, None, 0, 1, 5, 1000]))
     _, swaps = check(backend, "refine_rows_", mask, *layer[:2], data.draw(st.sampled_from(DAMPINGS)), most)

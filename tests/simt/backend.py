@@ -74,10 +74,8 @@ def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
 
 
 def _refine(mask: Tensor, weight: Tensor, gram: Tensor, damping: float, sums: Tensor | None, **limits: int) -> Tensor:
-    if weight.numel() == 0:
-        if sums is not None:
-            sums.zero_()
-        return torch.zeros(len(weight), dtype=torch.int32)
+    if len(weight) == 0:
+        return torch.zeros(0, dtype=torch.int32)
     pruned, swaps, errors = operators.refine(
         _next_machine(), mask, weight.contiguous(), gram.contiguous(), damping, has_sums=sums is not None, **limits
     )
