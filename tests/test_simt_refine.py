@@ -26,7 +26,7 @@ def draw_layer(draw: random.Random, rows: int, cols: int) -> tuple[Tensor, Tenso
     if kind == "outliers":
         x[:, some] *= 1000
     elif kind == "equal columns":
-        x[:, some] = x[:, :1]
+        x[:, some] = x[:, :1].clone()
     elif kind == "zero channels":
         x[:, some] = 0
     elif kind == "few inputs":
