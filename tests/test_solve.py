@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, WIDTHS
-from test_refine import GRAMS, errors, gram_of, layers, row_masks
+from test_refine import errors, gram_of, layers, row_masks
 
 from wanda_kernels import ops, reference
 
@@ -66,7 +66,7 @@ def check(target, mask, gram, damping, steps):
     return weight
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_errors_are_never_larger(data):
     weight, gram, _ = layer = data.draw(layers(widths=WIDTHS))
@@ -241,7 +241,3 @@ def test_nothing_to_do(shape):
     weight, sums = solved(target, torch.zeros(shape).bool(), torch.zeros(shape[1], shape[1]))
     assert weight.shape == shape
     assert not sums.any()
-
-
-def test_every_kind_of_gram_matrix_is_tried():
-    assert {"zero channels", "equal columns", "few inputs", "zeros"} <= set(GRAMS)

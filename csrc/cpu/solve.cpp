@@ -1,8 +1,8 @@
 // solve_rows_ on CPU tensors: the steps of wanda_kernels/reference.py on tiles of rows, with torch's own
 // products. A thread has a tile at a time, and its BLAS and everything else, called inside of a parallel
-// region, take no threads of their own: the same bits for any number of them, and a tile's six states (64
-// rows of 1,536 columns: 2.3 MB) stay in the caches of one core. Against the reference on two cores, whose
-// every operation waits for both: ...
+// region, take no threads of their own: the same bits for any number of them, and a tile's states stay near
+// one core. Ten steps on 576 x 576, one thread: 58 ms, the reference 70 ms. It waits for all threads at each
+// of a step's operations, which on two cores with other work took 4 x the time of this.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

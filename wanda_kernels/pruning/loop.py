@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -292,6 +293,7 @@ class Loop:
         statistics: BlockStatistics | None = None,
     ) -> None:
         reports = []
+        to_come = Counter(map(id, (inputs or {}).values()))
         for name, matrix in block.matrices.items():
             if inputs is not None and name not in inputs:  # silent
                 continue
@@ -304,6 +306,9 @@ class Loop:
                 pruned, total = outcome.sums.double().sum(dim=0).tolist()
             if dense is not None and known is not None:
                 swaps, errors = self._improve(matrix, dense, known)
+            to_come[id(known)] -= 1
+            if known is not None and not to_come[id(known)]:
+                known.let_go()
             weight = matrix.weight.detach()
             zeros = count_zeros(weight)
             tokens = None if known is None or known.tokens is None else known.tokens.tolist()

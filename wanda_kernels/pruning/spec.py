@@ -18,8 +18,10 @@ from ..methods.select import Group
 PROPAGATE = ("pruned", "dense")
 EXPERTS = ("routed", "all")
 REFINE_DAMPING = 0.3
+# SmolLM2, 50 % and 2:4: from 0 to 3, 0.1 and 0.3 leave the least error of a layer on held-out windows of the
+# calibration text, 0.3 on another text.
 UPDATE_DAMPING = 0.3
-UPDATE_STEPS = 10
+UPDATE_STEPS = 10  # after 8 the error is within 0.3 % of that, after 6 within 1 %
 
 
 class SpecArguments(TypedDict, total=False):
