@@ -22,7 +22,7 @@ WARP = 32
 @dataclass(frozen=True)
 class Card:
     """``copy``: bytes read and written a second, by a copy. ``shared``: bytes of a processor, and that a block may
-    have."""
+    have. ``doubles``: lanes of a processor's float64 units."""
 
     name: str
     arch: int
@@ -31,6 +31,7 @@ class Card:
     copy: float
     shared: int
     block_shared: int
+    doubles: int
 
     @property
     def cycle(self) -> float:
@@ -38,9 +39,9 @@ class Card:
 
 
 CARDS = {
-    "A100": Card("A100", 80, 108, 1.41, 1.70e12, 164 << 10, 163 << 10),
-    "H100": Card("H100", 90, 132, 1.73, 3.00e12, 228 << 10, 227 << 10),
-    "H200": Card("H200", 90, 132, 1.73, 4.20e12, 228 << 10, 227 << 10),
+    "A100": Card("A100", 80, 108, 1.41, 1.70e12, 164 << 10, 163 << 10, 32),
+    "H100": Card("H100", 90, 132, 1.73, 3.00e12, 228 << 10, 227 << 10, 64),
+    "H200": Card("H200", 90, 132, 1.73, 4.20e12, 228 << 10, 227 << 10, 64),
 }
 RAMP = 2.5e-6  # seconds of a launch that copying does not pay either
 LATENCY = 0.45e-6  # of memory

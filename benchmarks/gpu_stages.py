@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import operators, products
+from benchmarks import operators, products, refine
 from benchmarks.circumstances import circumstances
 from benchmarks.harness import Case, Settings, clone, seconds_of
 from wanda_kernels import _backend, ops
@@ -35,8 +35,8 @@ def few_shapes(settings: Settings) -> operators.Shapes:
 
 
 def cases(settings: Settings, shapes: operators.Shapes) -> Iterator[Case]:
-    """Every operator: prune_rows_, row_mask, prune_nm_, nm_mask, packing, statistics, products."""
-    for suite in (operators.select, operators.nm, operators.stats, products.sparse):
+    """Every operator: prune_rows_, row_mask, prune_nm_, nm_mask, refinement, packing, statistics, products."""
+    for suite in (operators.select, operators.nm, refine.refine, operators.stats, products.sparse):
         yield from suite(settings, shapes)
 
 

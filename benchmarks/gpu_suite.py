@@ -39,8 +39,8 @@ DRY_SLOWER = 10  # a CPU may be, and be busy
 MINUTES, SHORT_MINUTES = 9.0, 200 / 60
 MODELS = "7B,3-8B,65B"
 SHORT = {  # seconds
-    "build": 83, "kernels": 15, "environment": 10, "smoke": 22, "ceilings": 12, "bench select": 23, "bench sparse": 23,
-    "predictions": 6,
+    "build": 82, "kernels": 15, "environment": 10, "smoke": 20, "ceilings": 10, "bench select": 19, "bench sparse": 19,
+    "bench refine": 13, "predictions": 6,
 }  # fmt: skip
 METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
@@ -107,7 +107,7 @@ def plan(parts: Path) -> list[Stage]:
     tests += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *_test_files()]
     # A card's clocks are not ours to set.
     profile = ["ncu", "--clock-control", "none", "--csv", "--log-file", str(parts / PROFILE), "--metrics", METRICS]
-    profile += ["--kernel-name", "regex:rows|nm_|pack|sqnorm|bitmap|sparse24"]
+    profile += ["--kernel-name", "regex:rows|nm_|refine|pack|sqnorm|bitmap|sparse24"]
     return [
         Stage("build", 100, [python, "-m", "benchmarks.gpu_build"], tool="nvcc", required=True),
         Stage("kernels", 15, own("kernels"), tiny("kernels"), required=True),
@@ -115,10 +115,11 @@ def plan(parts: Path) -> list[Stage]:
         Stage("smoke", 35, own("smoke"), tiny("smoke")),
         Stage("ceilings", 15, own("ceilings"), tiny("ceilings")),
         bench("select", 35),
-        bench("sparse", 40),
-        Stage("llama-7b", 45, llama, tiny_llama),
-        Stage("decode-7b", 45, decode, tiny_decode),
-        bench("end-to-end", 25),
+        bench("sparse", 37),
+        bench("refine", 18),
+        Stage("llama-7b", 40, llama, tiny_llama),
+        Stage("decode-7b", 41, decode, tiny_decode),
+        bench("end-to-end", 23),
         Stage("repeats", 20, own("repeats"), tiny("repeats")),
         Stage("tests", 45, tests, [*tests, "--collect-only"]),
         bench("nm", 20),

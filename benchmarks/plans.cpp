@@ -53,6 +53,37 @@ void plan_of_nm(int64_t rows, int64_t cols, int64_t dtype, int64_t sums, int64_t
   out[1] = plan.grid;
 }
 
+// place (0: staged), columns at once, threads, shared bytes.
+void plan_of_refine(int64_t rows, int64_t cols, int64_t dtype, int64_t processors, int64_t shared,
+                    int64_t* out) {
+  const RefineParams params{somewhere<bool>(),
+                            somewhere<void>(),
+                            somewhere<float>(),
+                            nullptr,
+                            nullptr,
+                            0.3,
+                            rows,
+                            cols,
+                            cols / 16,
+                            0,
+                            0,
+                            static_cast<Dtype>(dtype)};
+  const RefinePlan plan = plan_refine(params, device_of(processors, shared));
+  out[0] = static_cast<int64_t>(plan.place);
+  out[1] = plan.width;
+  out[2] = plan.threads;
+  out[3] = refine_shared_bytes(plan.place, params);
+}
+
+// threads, shared bytes; rows, columns and depth of a tile.
+void plan_of_refine_sums(int64_t* out) {
+  out[0] = kProductThreads;
+  out[1] = kProductSharedBytes;
+  out[2] = kProductRows;
+  out[3] = kProductCols;
+  out[4] = kProductDepth;
+}
+
 // threads, grid.
 void plan_of_pack_24(int64_t rows, int64_t cols, int64_t* out) {
   out[0] = kPackThreads;

@@ -25,9 +25,22 @@ from benchmarks.harness import OURS
 from benchmarks.operators import SUMS
 from benchmarks.places import RESULTS
 from benchmarks.records import Row, key_of, number, read
-from benchmarks.works import bitmap, nm_24, pack_24, rms_norm, rows, silu_mul, sparse24, sqnorm
+from benchmarks.works import (
+    bitmap,
+    nm_24,
+    pack_24,
+    refine_24,
+    refine_sums,
+    refine_swaps,
+    rms_norm,
+    rows,
+    silu_mul,
+    sparse24,
+    sqnorm,
+)
 
 PREDICTIONS = RESULTS / "predictions.csv"
+LLAMA_7B = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}  # weights of its linear layers, how many
 
 
 def suite(card: Card) -> Iterator[Work]:
@@ -49,6 +62,18 @@ def suite(card: Card) -> Iterator[Work]:
         for height, cols in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)):
             yield product(card, height, cols)
     yield sparse24(card, 4096, 4096, 16)
+    for work in (refine_sums, refine_swaps, refine_24):
+        for height, cols in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)):
+            yield work(card, height, cols)
+
+
+def refinement(card: Card) -> tuple[float, ...]:
+    """Seconds of what swaps begin with, of swaps at 50 % and of those at 2:4, for LLaMA-7B's linear layers in
+    bfloat16."""
+    return tuple(
+        sum(number * predict(work(card, *shape), card).seconds for shape, number in LLAMA_7B.items())
+        for work in (refine_sums, refine_swaps, refine_24)
+    )
 
 
 COLUMNS = ("card", "kernel", "shape", "dtype", "registers", "blocks", "kb_in_flight", "slots", "us", "share", "of")
@@ -139,6 +164,9 @@ def main() -> int:
         writer.writeheader()
         writer.writerows(lines)
     show(lines)
+    for card in CARDS.values():
+        first, *swaps = (f"{seconds:.1f} s" for seconds in refinement(card))
+        print(f"LLaMA-7B refined on {card.name}, predicted: first sums {first}, swaps {swaps[0]}, of 2:4 {swaps[1]}")
     return 0
 
 

@@ -10,8 +10,9 @@ Columns: `compiler` and its version; `registers`, `shared_bytes` (static), `loca
 not in registers); `global_128`/`global_all`: the global memory instructions that move 16 bytes a lane (LDG, STG,
 LDGSTS) among all of them on the common path, but for FEW; `common`/`rare` split the SASS instructions by source line,
 see RARE; `elements` a thread handles in one pass of the kernel's code, and `per_element` = common / elements; `loop`:
-of the common ones, those of the longest innermost loop with global memory in it. Unrolled code counts as often as it
-stands there, a loop that was not unrolled once. Triton's kernels are loops: no `rare`, no `per_element`.
+of the common ones, those of the longest innermost loop with global memory in it; `float64`: of those, what the float64
+units do. Unrolled code counts as often as it stands there, a loop that was not unrolled once. Triton's kernels are
+loops: no `rare`, no `per_element`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ RESULT = ROOT / "benchmarks" / "results" / "sass.csv"
 ARCHITECTURES = (80, 90)
 COLUMNS = (
     "kernel", "arch", "compiler", "registers", "shared_bytes", "local_bytes", "global_128", "global_all", "common",
-    "rare", "elements", "per_element", "loop",
+    "rare", "elements", "per_element", "loop", "float64",
 )  # fmt: skip
 
 # Functions whose instructions run for few rows or few elements only (norms with a sign bit, brackets that miss,
@@ -71,6 +72,10 @@ class Instruction:
     few: bool
 
     @property
+    def is_float64(self) -> bool:
+        return re.match(r"(@!?U?P\d+ )?(DFMA|DMUL|DADD|DSETP|F2F\.F\d+\.F\d+)\b", self.text) is not None
+
+    @property
     def is_bulk(self) -> bool:
         """Whether it accesses global memory for many elements."""
         return not self.few and re.match(r"(@!?U?P\d+ )?(LDG|LDGSTS|STG)\.", self.text) is not None
@@ -83,18 +88,18 @@ class Code:
     lines: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
-    def loop(self) -> int:
-        """The common instructions of the longest innermost loop with bulk accesses; 0: there is none."""
+    def loop(self) -> list[Instruction]:
+        """The common instructions of the longest innermost loop with bulk accesses, if there is one."""
         spans = []
         for end, line in enumerate(self.lines):
             if (match := re.search(r"\bBRA\b.* `\((\.L_\w+)\)", line.text)) and self.labels[match[1]] <= end:
                 spans.append((self.labels[match[1]], end))
-        found = 0
+        found: list[Instruction] = []
         for first, last in spans:
             inside = [line for line in self.lines[first : last + 1] if not line.rare]
             is_innermost = not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
-            if is_innermost and any(line.is_bulk for line in inside):
-                found = max(found, len(inside))
+            if is_innermost and len(inside) > len(found) and any(line.is_bulk for line in inside):
+                found = inside
         return found
 
 
@@ -175,6 +180,9 @@ def _short(mangled: str) -> str:
         return re.sub(r", (\d+), (\d+)>", lambda m: f", {16 * int(m[1])} rows, {m[2]} tokens>", name)
     if name.startswith("bitmap_linear"):
         return re.sub(r", (\d+), (\d+)>", r", \1 rows, \2 tokens>", name)
+    if name.startswith("refine_kernel"):
+        name = name.replace(", true, ", ", staged, ").replace(", false, ", ", wide, ")
+        return name.replace(", true>", ", groups>").replace(", false>", ", rows>")
     true, false = ("staged", "direct") if name.startswith("rows_kernel") else ("select", "pack only")
     return name.replace("true", true).replace("false", false)
 
@@ -226,13 +234,14 @@ def _row(name: str, arch: int, compiler: str, resources: tuple[int, int, int], c
     lines = [line for line in code.lines if not re.match(r"(@!?U?P\d+ )?(NOP|BRA `\(\.L_x_\d+\)$)", line.text)]
     common = [line for line in lines if not line.rare or name.startswith(GENERAL_PATHS)]
     bulk = [line.text for line in common if line.is_bulk]
-    elements = _elements(name)
+    elements, loop = _elements(name), code.loop()
     return {
         "kernel": name, "arch": arch, "compiler": compiler,
         "registers": resources[0], "shared_bytes": resources[1], "local_bytes": resources[2],
         "global_128": sum(".128" in text for text in bulk), "global_all": len(bulk),
         "common": len(common), "rare": len(lines) - len(common), "elements": elements or "",
-        "per_element": round(len(common) / elements, 1) if elements else "", "loop": code.loop() or "",
+        "per_element": round(len(common) / elements, 1) if elements else "", "loop": len(loop) or "",
+        "float64": sum(line.is_float64 for line in loop) or "",
     }  # fmt: skip
 
 

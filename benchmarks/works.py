@@ -46,13 +46,18 @@ class Sass:
     registers: int
     common: int
     loop: int
+    float64: int
+
+    def issued(self, card: Card) -> float:
+        """Of the loop: what the schedulers have to do, or the float64 units, at fewer lanes a cycle."""
+        return max(self.loop, self.float64 * 4 * WARP / card.doubles)
 
 
 @functools.cache
 def _table() -> dict[tuple[str, int], Sass]:
     with RESULT.open(newline="") as file:
         return {
-            (row["kernel"], int(row["arch"])): Sass(*(int(row[name] or 0) for name in ("registers", "common", "loop")))
+            (row["kernel"], int(row["arch"])): Sass(*(int(row[name] or 0) for name in Sass.__dataclass_fields__))
             for row in csv.DictReader(file)
         }
 
@@ -100,6 +105,58 @@ def nm_24(card: Card, height: int, cols: int, dtype: str = "bfloat16", sums: boo
         _named("prune_nm_ 2:4", sums), (height, cols), dtype, sass.registers, threads, grid, items=passes, load=item,
         store=item, slots=serial * threads / WARP, serial=serial, waits=LATENCY + (3 + 8 * sums) * BARRIER / passes,
         in_flight=item,
+    )  # fmt: skip
+
+
+SWAPS = 1 / 30  # of a row, for each column: half of it pruned, correlated inputs
+LEAST = 60  # instructions of a warp between two passes: the block's least cost, the next row of G
+
+
+def refine_sums(card: Card, height: int, cols: int, dtype: str = "bfloat16") -> Work:
+    """What swaps begin with. Blocks of 64 rows by 64 columns; an item is a tile of 16 rows of G, and the next one is on
+    its way. Sums do not wait for each other."""
+    threads, shared, down, across, depth, *_ = _plan("refine_sums")
+    sass = _sass(f"refine_products_kernel<{dtype}>", card)
+    load, tiles = depth * (across * 4 + down * (BYTES[dtype] + 1)), -(-cols // depth)
+    grid = -(-height // down) * -(-cols // across)
+    return Work(
+        "refine_rows_ first sums", (height, cols), dtype, sass.registers, threads, grid, shared=shared, items=tiles,
+        load=load, store=down * across * 8 / tiles, slots=sass.issued(card) * threads / WARP,
+        serial=sass.loop - sass.float64, waits=BARRIER, in_flight=load, ahead=1,
+    )  # fmt: skip
+
+
+def refine_swaps(card: Card, height: int, cols: int, dtype: str = "bfloat16") -> Work:
+    """A block a row; its warps take what their loads reach at once, an item, and wait for each other after each of two
+    passes a swap. G comes from memory, but for what half a swap ago did; the state is in shared memory."""
+    place, width, threads, shared, *_ = _plan("refine", height, cols, DTYPES[dtype], card.processors, card.block_shared)
+    sass = _sass(f"refine_kernel<{dtype}, {width}, {'wide' if place else 'staged'}, rows>", card)
+    warps, turn = threads // WARP, width * WARP * (2 if place else 4)
+    turns = -(-cols // (turn * warps))
+    read = 4 + 2 + 1 + (8 + 8 / 2 if place != 2 else 0) + (6 if place else 8 + BYTES[dtype])  # G, flags, c, the rest
+    return Work(
+        "refine_rows_ swaps", (height, cols), dtype, sass.registers, threads, height, shared=shared,
+        items=(2 * cols * SWAPS + 4) * turns, load=turn * 4 * cols / (turns * turn * warps),
+        slots=sass.issued(card) + LEAST / turns, serial=sass.loop + LEAST / turns, waits=LATENCY + BARRIER / turns,
+        in_flight=turn * 6, customers=warps, cache=turn * read / 128 * LINE,
+    )  # fmt: skip
+
+
+SWAPS_24 = 1 / 6.7  # the same, of four sweeps over 2:4
+LOOKS = 1.6  # for each swap: a warp of them goes over eight groups, of which every 6.7th has one
+MOVE = 9  # instructions of moving a column of c, of the table's loops not the longest
+
+
+def refine_24(card: Card, height: int, cols: int, dtype: str = "bfloat16") -> Work:
+    """A block a row; an item is a swap: looks for it, of few warps, and a pass that moves c by two rows of G. These are
+    taken to come from memory, though rows go over their groups in the same order."""
+    place, width, threads, shared, *_ = _plan("refine", height, cols, DTYPES[dtype], card.processors, card.block_shared)
+    sass = _sass(f"refine_kernel<{dtype}, {width}, {'wide' if place else 'staged'}, groups>", card)
+    look = LOOKS * (sass.loop + LEAST)
+    return Work(
+        "refine_nm_ 2:4 swaps", (height, cols), dtype, sass.registers, threads, height, shared=shared,
+        items=cols * SWAPS_24, load=8 * cols, slots=cols / WARP * MOVE + 2 * look, serial=look + cols / threads * MOVE,
+        waits=LATENCY + (2 * LOOKS) * (CACHED + BARRIER), in_flight=8 * cols, cache=(8 + 16) * cols / 128 * LINE,
     )  # fmt: skip
 
 

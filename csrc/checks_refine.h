@@ -62,23 +62,21 @@ inline Refinement check_refine_rows(const char* op, const at::Tensor& mask, cons
   return made;
 }
 
+// But for the groups: check_groups.
 inline Refinement check_refine_nm(const char* op, const at::Tensor& mask, const at::Tensor& weight,
                                   const at::Tensor& gram, int64_t n, int64_t m, double damping,
                                   int64_t sweeps, const OptionalTensor& sums) {
   Refinement made = check_refine(op, mask, weight, gram, damping, sums);
   check_pattern(op, weight, n, m);
   WANDA_CHECK_VALUE(sweeps >= 0, "sweeps must be >= 0, got ", sweeps);
-  int64_t uneven = 0;
-  for (int64_t group = 0; group < made.params.rows * made.params.cols / m; ++group) {
-    int64_t pruned = 0;
-    for (int64_t i = 0; i < m; ++i) pruned += made.params.mask[group * m + i];
-    uneven += pruned != m - n;
-  }
-  WANDA_CHECK_VALUE(uneven == 0, "mask must keep ", n, " of every ", m, " columns, ", uneven,
-                    " of its groups do not");
   made.params.m = m;
   made.params.sweeps = sweeps;
   return made;
+}
+
+inline void check_groups(const char* op, int64_t uneven, int64_t n, int64_t m) {
+  WANDA_CHECK_VALUE(uneven == 0, "mask must keep ", n, " of every ", m, " columns, ", uneven,
+                    " of its groups do not");
 }
 
 constexpr int64_t kGramStep = 384;  // GRAM_STEP of wanda_kernels/_checks.py

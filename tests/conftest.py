@@ -23,6 +23,14 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+@pytest.fixture
+def machine():
+    """CUDA kernels on the CPU."""
+    from simt.machine import Machine, load
+
+    return Machine(load())
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Tensors of tiny models gain nothing from two, and lose much where the machine has other work."""

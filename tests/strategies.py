@@ -125,7 +125,7 @@ def sparsities() -> st.SearchStrategy[float]:
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equality that tells -0.0 from +0.0 and sees equal NaN payloads as equal."""
-    integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}[left.element_size()]
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[left.element_size()]
     return left.dtype == right.dtype and torch.equal(
         left.contiguous().view(integers), right.contiguous().view(integers)
     )

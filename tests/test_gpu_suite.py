@@ -331,10 +331,10 @@ def test_the_plan():
     stages = gpu_suite.plan(Path("parts"))
     names = [stage.name for stage in stages]
     assert names[7:] == [
-        "llama-7b", "decode-7b", "bench end-to-end", "repeats", "tests", "bench nm", "bench stats", "predictions",
-        "bench scaling", "memcheck", "racecheck", "ncu",
+        "bench refine", "llama-7b", "decode-7b", "bench end-to-end", "repeats", "tests", "bench nm", "bench stats",
+        "predictions", "bench scaling", "memcheck", "racecheck", "ncu",
     ]  # fmt: skip
-    assert len(gpu_suite.short_plan(Path("parts"))) == len(gpu_suite.SHORT) == 8
+    assert len(gpu_suite.short_plan(Path("parts"))) == len(gpu_suite.SHORT) == 9
     assert len(names) + 2 <= 25  # the summary fits one screen
     assert gpu_results.LOG_BYTES * len(names) < gpu_results.FILE_BYTES
     tests = stages[names.index("tests")].command

@@ -71,6 +71,25 @@ def test_plans_of_products_fit_the_device_and_fill_it(product, processors, share
                 assert grid >= 2 * processors
 
 
+@pytest.mark.parametrize(
+    ("processors", "shared"), [(132, 227 << 10), (108, 163 << 10), (84, 99 << 10), (20, 64 << 10), (1, 48 << 10)]
+)
+def test_plans_of_refinement_fit_the_device(processors, shared):
+    for dtype, size in ((0, 4), (1, 2)):
+        for cols in range(1, 60_000, 97):
+            place, width, threads, needed, *_ = works._plan("refine", 9, cols, dtype, processors, shared)
+            assert needed <= shared, (cols, dtype)
+            assert place == (0 if 1792 + cols * (16 + size) <= shared else 1 if 1792 + cols * 8 <= shared else 2)
+            assert width == (1 if cols % 2 else 2)
+            assert threads % 32 == 0
+            assert 32 <= threads <= 896  # as __launch_bounds__ has it
+
+
+def test_swaps_of_a_7b_model_are_predicted_to_take_less_than_ten_seconds():
+    first, swaps, _ = predict.refinement(H100)
+    assert first + swaps < 10
+
+
 def test_the_file_is_what_the_command_writes():
     with predict.PREDICTIONS.open(newline="") as file:
         written = list(csv.DictReader(file))

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 from simt import operators as simt
-from simt.machine import ORDERS, Machine, SimtError, compiler, load
+from simt.machine import ORDERS, Machine, SimtError, compiler
 from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
+from test_simt_refine import draw_refine
 from torch import Tensor
 
 from wanda_kernels import reference
@@ -28,11 +29,6 @@ from wanda_kernels.packed import pack_bitmap, pack_sparse24
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the kernels with")
 
 CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
-
-
-@pytest.fixture
-def machine() -> Machine:
-    return Machine(load())
 
 
 def draw_matrix(draw: random.Random, rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -355,7 +351,7 @@ def test_packed_experts(machine: Machine) -> None:
 # The tests of the tests: what a kernel needs is taken away, and something must notice.
 
 SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (
-    draw_rows, draw_nm, draw_pack_24, draw_sqnorm, draw_segments, draw_packed,
+    draw_rows, draw_nm, draw_refine, draw_pack_24, draw_sqnorm, draw_segments, draw_packed,
     draw_packed_experts,
 )  # fmt: skip
 SITES = {"barrier": r"__sync(threads|warp)\(\)", "mask": r"\bkFullMask,", "copy wait": r"copy_async_wait<[^>]+>\(\);"}

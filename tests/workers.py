@@ -19,7 +19,7 @@ FIRST = ("smollm2", "test_sass", "simt", "ranks", "test_gpu_suite")
 def group_of(test: str) -> str:
     """``simt``: of all modules, what compiles the CUDA kernels for the CPU, which takes half a minute a process."""
     module = PurePath(test.split("::")[0]).stem
-    if module == "test_simt" or "cuda-simt" in test:
+    if module.startswith("test_simt") or "cuda-simt" in test:
         return "simt"
     return TOGETHER.get(module, module)
 

@@ -68,9 +68,8 @@ _NOT_IN_CUDA = (
     "pack_sparse24",
 )  # fmt: skip
 _REFERENCE_ON_CUDA = (
-    "add_gram_", "refine_rows_", "refine_nm_", "solve_rows_", "quantized_linear", "quantized_experts",
-    "unpack_quantized",
-)  # fmt: skip  # Gram matrices and updates are cuBLAS's products
+    "add_gram_", "solve_rows_", "quantized_linear", "quantized_experts", "unpack_quantized",
+)  # fmt: skip  # the first two are cuBLAS's products
 
 
 def cuda_kernels(name: str) -> str:
@@ -89,8 +88,8 @@ def _describe_cuda() -> str:
     triton = "Triton" if _has_triton else "the PyTorch reference (no Triton)"
     if _built_cuda:
         status = (
-            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; refinement of masks, and "
-            "packed values of 8 or 4 bits, by the PyTorch reference"
+            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices, updates of "
+            "weights and packed values of 8 or 4 bits by PyTorch's products"
         )
     else:
         status = (

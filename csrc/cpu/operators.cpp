@@ -149,7 +149,15 @@ at::Tensor refine_rows_(at::Tensor mask, const at::Tensor& weight, const at::Ten
 
 at::Tensor refine_nm_(at::Tensor mask, const at::Tensor& weight, const at::Tensor& gram, int64_t n, int64_t m,
                       double damping, int64_t sweeps, const OptionalTensor& sums) {
-  return refine(check_refine_nm("refine_nm_", mask, weight, gram, n, m, damping, sweeps, sums));
+  const Refinement refinement =
+      check_refine_nm("refine_nm_", mask, weight, gram, n, m, damping, sweeps, sums);
+  int64_t uneven = 0;
+  const bool* group = refinement.params.mask;
+  for (const bool* const end = group + mask.numel(); group < end; group += m) {
+    uneven += std::count(group, group + m, true) != m - n;
+  }
+  check_groups("refine_nm_", uneven, n, m);
+  return refine(refinement);
 }
 
 // ---- Column sums of squares.

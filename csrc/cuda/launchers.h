@@ -10,6 +10,9 @@ namespace wanda::cuda {
 
 int launch_rows(const RowsParams& params, const RowsPlan& plan, CUstream_st* stream);
 int launch_nm(const NmParams& params, const NmPlan& plan, CUstream_st* stream);
+// `c`: [min(plan.band, rows), cols]; `errors`: as many rows; `diagonal`: [cols], of the Gram matrix.
+int launch_refine(const RefineParams& params, const RefinePlan& plan, double* c, double* errors,
+                  const float* diagonal, CUstream_st* stream);
 int launch_pack_24(const Pack24Params& params, CUstream_st* stream);
 int launch_unpack_24(const Unpack24Params& params, CUstream_st* stream);
 int launch_sqnorm(const SqnormParams& params, int vector, CUstream_st* stream);

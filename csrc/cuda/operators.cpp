@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../checks_refine.h"
 #include "launchers.h"
 
 namespace wanda::cuda {
@@ -102,6 +103,42 @@ at::Tensor nm_mask(const at::Tensor& weight, const at::Tensor& norm, int64_t n, 
   return run_nm("nm_mask", check_nm("nm_mask", weight, norm, n, m, true));
 }
 
+// ---- Swaps.
+
+at::Tensor refine(const char* op, const Refinement& refinement) {
+  const RefineParams& params = refinement.params;
+  if (params.rows == 0) return refinement.swaps;
+  on_device(op, refinement.weight, [&](const Device& device, CUstream_st* stream) {
+    const RefinePlan plan = plan_refine(params, device);
+    const int64_t rows = std::min(plan.band, params.rows);
+    const auto sums = refinement.weight.options().dtype(at::kDouble);
+    const at::Tensor c = at::empty({rows, params.cols}, sums), errors = at::empty({rows}, sums);
+    const at::Tensor diagonal = refinement.gram.diagonal().contiguous();
+    return launch_refine(params, plan, c.mutable_data_ptr<double>(), errors.mutable_data_ptr<double>(),
+                         diagonal.const_data_ptr<float>(), stream);
+  });
+  return refinement.swaps;
+}
+
+at::Tensor refine_rows_(at::Tensor mask, const at::Tensor& weight, const at::Tensor& gram, double damping,
+                        std::optional<int64_t> most_swaps, const OptionalTensor& sums) {
+  return refine("refine_rows_",
+                check_refine_rows("refine_rows_", mask, weight, gram, damping, most_swaps, sums));
+}
+
+// As pack_24, it reads a count back, and without the check where a graph is captured.
+at::Tensor refine_nm_(at::Tensor mask, const at::Tensor& weight, const at::Tensor& gram, int64_t n, int64_t m,
+                      double damping, int64_t sweeps, const OptionalTensor& sums) {
+  const Refinement refinement =
+      check_refine_nm("refine_nm_", mask, weight, gram, n, m, damping, sweeps, sums);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
+    const at::Tensor pruned = mask.view({-1, m}).sum(1);
+    check_groups("refine_nm_", pruned.ne(m - n).sum().item<int64_t>(), n, m);
+  }
+  return refine("refine_nm_", refinement);
+}
+
 // ---- Column sums of squares.
 
 void add_sqnorm_(at::Tensor sqnorm, const at::Tensor& x, const OptionalTensor& token_mask,
@@ -128,8 +165,8 @@ std::tuple<at::Tensor, at::Tensor> pack(const char* op, const at::Tensor& weight
   return {values, metadata};
 }
 
-// Reads the count of groups that do not fit back to the host, the only synchronisation of these operators; a
-// graph that is being captured cannot, and packs without the check.
+// Reads the count of groups that do not fit back to the host, which of these operators only refine_nm_ does
+// too; a graph that is being captured cannot, and packs without the check.
 std::tuple<at::Tensor, at::Tensor> pack_24(const at::Tensor& weight) {
   check_pack_24("pack_24", weight, nullptr);
   const c10::cuda::CUDAGuard guard(weight.device());
@@ -298,6 +335,8 @@ TORCH_LIBRARY_IMPL(wanda, CUDA, m) {
   m.impl("row_mask", &wanda::cuda::row_mask);
   m.impl("prune_nm_", &wanda::cuda::prune_nm_);
   m.impl("nm_mask", &wanda::cuda::nm_mask);
+  m.impl("refine_rows_", &wanda::cuda::refine_rows_);
+  m.impl("refine_nm_", &wanda::cuda::refine_nm_);
   m.impl("add_sqnorm_", &wanda::cuda::add_sqnorm_);
   m.impl("pack_24", &wanda::cuda::pack_24);
   m.impl("prune_pack_24", &wanda::cuda::prune_pack_24);

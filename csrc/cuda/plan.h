@@ -213,6 +213,63 @@ inline NmPlan plan_nm(const NmParams& params, const Device& device) {
   return {NmPath::kSegments, 0, whole_warps(m, 512), grid};
 }
 
+// ---- refine.cuh, refine_products.cuh.
+
+constexpr int kRefineThreads = 896;            // at most: leaves 72 registers a thread
+constexpr int64_t kRefineSharedBytes = 1792;   // sizeof(RefineShared)
+constexpr int64_t kRefineBytes = 256LL << 20;  // of c, at a time
+
+constexpr int kProductRows = 64, kProductCols = 64, kProductDepth = 16, kProductThreads = 128;
+constexpr int64_t kProductSharedBytes = 2 * kProductDepth * (kProductRows + 2 + kProductCols) * 8;
+constexpr int kErrorRows = 32, kErrorCols = 64, kErrorThreads = 256;
+constexpr int64_t kErrorSharedBytes = 2 * kErrorRows * (kErrorCols + 1) * 8;
+
+// Where a row's state is: all of it in shared memory, c alone, or none.
+enum class RefinePlace : int { kStaged, kShared, kGlobal };
+
+struct RefinePlan {
+  RefinePlace place;
+  int width;     // columns that a thread takes at once: 1 or 2
+  int threads;   // of a row
+  int lanes;     // of a group
+  int64_t band;  // rows at a time
+};
+
+// What is made of the rows of a band before they are refined.
+struct RefineBand {
+  double* c;              // [rows, cols]
+  const float* diagonal;  // [cols], of the Gram matrix
+  double* errors;         // of row r: errors[r * error_stride]
+  int64_t error_stride;
+  int64_t first;  // its first row
+  int64_t rows;
+};
+
+inline int64_t refine_shared_bytes(RefinePlace place, const RefineParams& params) {
+  const int64_t of_column = place == RefinePlace::kStaged   ? 16 + bytes_of(params.dtype)
+                            : place == RefinePlace::kShared ? 8
+                                                            : 0;
+  return kRefineSharedBytes + params.cols * of_column;
+}
+
+// 16 columns a thread: fewer cost more in what the threads of a block tell each other.
+inline RefinePlan refine_plan(const RefineParams& params, RefinePlace place, bool pairs) {
+  int lanes = 1;
+  while (2 * lanes <= std::min<int64_t>(params.m, kWarp)) lanes *= 2;
+  return {place, pairs ? 2 : 1, whole_warps(divide_up(params.cols, 16), kRefineThreads), lanes,
+          std::max<int64_t>(1, kRefineBytes / 8 / std::max<int64_t>(1, params.cols))};
+}
+
+inline RefinePlan plan_refine(const RefineParams& params, const Device& device) {
+  RefinePlace place = RefinePlace::kGlobal;
+  for (const RefinePlace better : {RefinePlace::kShared, RefinePlace::kStaged}) {
+    if (refine_shared_bytes(better, params) <= device.shared_bytes) place = better;
+  }
+  return refine_plan(params, place,
+                     params.cols % 2 == 0 && is_aligned(params.weight) && is_aligned(params.gram) &&
+                         is_aligned(params.mask));
+}
+
 // ---- pack_24.cuh: a thread takes 4 rows by 32 columns, a warp 32 by 128.
 
 constexpr int kPackThreads = 128;

@@ -69,6 +69,11 @@ WANDA_DEVICE uint32_t opaque(uint32_t value) {
   return value;
 }
 
+WANDA_DEVICE int64_t opaque_64(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 template <class T>
 WANDA_DEVICE const T* opaque(const T* pointer) {
   asm volatile("" : "+l"(pointer));

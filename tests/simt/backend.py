@@ -73,6 +73,33 @@ def nm_mask(weight: Tensor, norm: Tensor, n: int, m: int) -> Tensor:
     return _select_nm(weight, norm, n, m, "mask")[1].bool()
 
 
+def _refine(mask: Tensor, weight: Tensor, gram: Tensor, damping: float, sums: Tensor | None, **limits: int) -> Tensor:
+    if len(weight) == 0:
+        return torch.zeros(0, dtype=torch.int32)
+    pruned, swaps, errors = operators.refine(
+        _next_machine(), mask, weight.contiguous(), gram.contiguous(), damping, has_sums=sums is not None, **limits
+    )
+    mask.copy_(pruned)
+    if sums is not None:
+        sums.copy_(errors)
+    return swaps
+
+
+def refine_rows_(
+    mask: Tensor, weight: Tensor, gram: Tensor, damping: float = 0.3, most_swaps: int | None = None,
+    sums: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    most = max(1, weight.shape[1] // 16) if most_swaps is None else most_swaps
+    return _refine(mask, weight, gram, damping, sums, most_swaps=most)
+
+
+def refine_nm_(
+    mask: Tensor, weight: Tensor, gram: Tensor, n: int, m: int, damping: float = 0.3, sweeps: int = 4,
+    sums: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return _refine(mask, weight, gram, damping, sums, m=m, sweeps=sweeps)
+
+
 def pack_24(weight: Tensor) -> tuple[Tensor, Tensor]:
     values, metadata, overfull = operators.pack_24(_next_machine(), weight, None)
     assert overfull == 0

@@ -3,6 +3,7 @@
 #include "../../csrc/cuda/nm.cu"
 #include "../../csrc/cuda/pack_24.cu"
 #include "../../csrc/cuda/packed.cu"
+#include "../../csrc/cuda/refine.cu"
 #include "../../csrc/cuda/rows.cu"
 #include "../../csrc/cuda/sqnorm.cu"
 
@@ -20,6 +21,12 @@ void simt_rows_plan(const RowsParams* params, int path, int quads, int halves, R
 }
 void simt_plan_nm(const NmParams* params, const Device* device, NmPlan* plan) {
   *plan = plan_nm(*params, *device);
+}
+void simt_plan_refine(const RefineParams* params, const Device* device, RefinePlan* plan) {
+  *plan = plan_refine(*params, *device);
+}
+void simt_refine_plan(const RefineParams* params, int place, int pairs, RefinePlan* plan) {
+  *plan = refine_plan(*params, static_cast<RefinePlace>(place), pairs != 0);
 }
 void simt_plan_linear(const PackedLinearParams* params, const Device* device, LinearPlan* plan) {
   *plan = params->weight.starts != nullptr ? plan_bitmap_linear(params->weight, params->tokens, *device)
@@ -45,6 +52,10 @@ int simt_sqnorm_vector(const SqnormParams* params) { return sqnorm_vector(*param
 
 void simt_rows(const RowsParams* params, const RowsPlan* plan) { launch_rows(*params, *plan, nullptr); }
 void simt_nm(const NmParams* params, const NmPlan* plan) { launch_nm(*params, *plan, nullptr); }
+void simt_refine(const RefineParams* params, const RefinePlan* plan, double* c, double* errors,
+                 const float* diagonal) {
+  launch_refine(*params, *plan, c, errors, diagonal, nullptr);
+}
 void simt_pack_24(const Pack24Params* params) { launch_pack_24(*params, nullptr); }
 void simt_unpack_24(const Unpack24Params* params) { launch_unpack_24(*params, nullptr); }
 void simt_sqnorm(const SqnormParams* params, int vector) { launch_sqnorm(*params, vector, nullptr); }

@@ -25,6 +25,10 @@ def _struct(pointers: str, integers: str, *rest: tuple[str, type]) -> type[ctype
 _DTYPE = ("dtype", ctypes.c_int)
 RowsParams = _struct("weight norm mask score_sums", "rows cols row_stride norm_rows k", _DTYPE)
 NmParams = _struct("weight norm mask score_sums", "rows cols row_stride norm_rows n m", _DTYPE)
+RefineParams = _struct(
+    "mask weight gram swaps sums", "", ("damping", ctypes.c_double),
+    *((name, ctypes.c_int64) for name in ("rows", "cols", "most_swaps", "m", "sweeps")), _DTYPE,
+)  # fmt: skip
 Pack24Params = _struct("weight norm values metadata overfull", "rows cols row_stride", _DTYPE)
 Unpack24Params = _struct("values metadata weight", "rows cols")
 PackedWeight = _struct("values codes starts", "rows cols", _DTYPE)
@@ -66,11 +70,13 @@ _FLOATS = ("distance", "half_width", "first_half_width", "inverse_cols")
 RowsTuning = _struct("", "", *((name, ctypes.c_float) for name in _FLOATS), ("halves", ctypes.c_int))
 RowsPlan = _plan("path quads threads", ("grid", ctypes.c_int64), ("tuning", RowsTuning))
 NmPlan = _plan("path kept threads", ("grid", ctypes.c_int64))
+RefinePlan = _plan("place width threads lanes", ("band", ctypes.c_int64))
 LinearPlan = _plan("rows room slices stages threads")
 Device = _plan("processors shared_bytes")
 DEVICE = Device(4, 227 * 1024)
 ROWS_PATHS = ("staged", "direct", "any")
 NM_PATHS = ("vector", "any", "segments")
+REFINE_PLACES = ("staged", "shared", "global")
 
 
 def _planned(machine: Machine, function: str, params: ctypes.Structure, plan: ctypes.Structure) -> Any:
@@ -139,6 +145,41 @@ def nm(
         plan = NmPlan(NM_PATHS.index(path), 0, threads, grid)
     machine.run("simt_nm", selection.buffers, ctypes.byref(params), ctypes.byref(plan))
     return selection.result()
+
+
+def refine(
+    machine: Machine, mask: Tensor, weight: Tensor, gram: Tensor, damping: float, *, most_swaps: int = 0, m: int = 0,
+    sweeps: int = 0, has_sums: bool = True, place: str | None = None, pairs: bool = True, threads: int = 64,
+    band: int = 1 << 20, offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(mask, swaps, sums). `m` > 0: swaps in groups of so many columns. `place` of a row's state; `pairs` of columns,
+    `threads` and rows of a `band` are of a launch that names one."""
+    rows, cols = weight.shape
+    pruned = Buffer(mask, "mask", offset=offset)
+    dense, products = Buffer(weight, "weight", False, offset * weight.itemsize), Buffer(gram, "gram", writable=False)
+    swaps = Buffer(torch.full((rows,), -1, dtype=torch.int32), "swaps")
+    sums = Buffer(torch.full((rows, 2), math.nan, dtype=torch.float64), "sums")
+    params = RefineParams(
+        pruned.pointer, dense.pointer, products.pointer, swaps.pointer, sums.pointer if has_sums else None, damping,
+        rows, cols, most_swaps, m, sweeps, DTYPES[weight.dtype],
+    )  # fmt: skip
+    plan = _planned(machine, "simt_plan_refine", params, RefinePlan())
+    if place is not None:
+        number = REFINE_PLACES.index(place)
+        machine.library.simt_refine_plan(ctypes.byref(params), number, int(pairs), ctypes.byref(plan))
+        plan.threads, plan.band, plan.lanes = threads, band, min(plan.lanes, threads)
+    count = min(plan.band, rows)
+    work = [
+        Buffer(torch.full((count, cols), math.nan, dtype=torch.float64), "c"),
+        Buffer(torch.full((count,), math.nan, dtype=torch.float64), "errors"),
+        Buffer(gram.diagonal().clone(memory_format=torch.contiguous_format), "diagonal", writable=False),
+    ]
+    pointers = [ctypes.c_void_p(buffer.pointer) for buffer in work]
+    buffers = [pruned, dense, products, swaps, sums, *work]
+    machine.run("simt_refine", buffers, ctypes.byref(params), ctypes.byref(plan), *pointers)
+    for buffer in work:
+        buffer.tensor()  # nothing around it was written
+    return pruned.tensor(), swaps.tensor(), sums.tensor()
 
 
 def pack_24(machine: Machine, weight: Tensor, norm: Tensor | None, gap: int = 0) -> tuple[Tensor, Tensor, int]:

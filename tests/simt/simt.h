@@ -101,6 +101,15 @@ inline uint32_t reduce_add(int site, uint32_t mask, uint32_t value) {
   for (int i = 0; i < 32; ++i) total += mask >> i & 1 ? static_cast<uint32_t>(lanes[i]) : 0;
   return total;
 }
+inline uint32_t reduce_min(int site, uint32_t mask, uint32_t value) {
+  uint64_t lanes[32];
+  exchange(site, mask, value, lanes);
+  uint32_t least = UINT32_MAX;
+  for (int i = 0; i < 32; ++i) {
+    if (mask >> i & 1) least = std::min(least, static_cast<uint32_t>(lanes[i]));
+  }
+  return least;
+}
 inline float canonical(float value) {  // the device's only NaN
   return value == value ? value : unpack<float>(0x7fffffffu);
 }
@@ -139,12 +148,16 @@ inline float canonical(float value) {  // the device's only NaN
 #define __shfl_up_sync(mask, value, step) SIMT_MASKED(shuffle, mask, value, ::simt::lane() - (step))
 #define __ballot_sync(mask, predicate) SIMT_MASKED(ballot, mask, predicate)
 #define __reduce_add_sync(mask, value) SIMT_MASKED(reduce_add, mask, value)
+#define __reduce_min_sync(mask, value) SIMT_MASKED(reduce_min, mask, value)
 
 struct uint2 {
   uint32_t x, y;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -161,6 +174,11 @@ inline float __uint_as_float(uint32_t bits) { return simt::unpack<float>(bits); 
 inline float __fmul_rn(float a, float b) { return simt::canonical(a * b); }
 inline float __fadd_rn(float a, float b) { return simt::canonical(a + b); }
 inline float __fmaf_rn(float a, float b, float c) { return simt::canonical(std::fma(a, b, c)); }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline long long __double_as_longlong(double value) { return simt::unpack<long long>(simt::pack(value)); }
+inline double __longlong_as_double(long long bits) { return simt::unpack<double>(simt::pack(bits)); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline uint32_t __dp2a_lo(uint32_t halves, uint32_t bytes, uint32_t sum) {
   return sum + (halves & 0xffff) * (bytes & 255) + (halves >> 16) * (bytes >> 8 & 255);
@@ -228,6 +246,7 @@ template <class T>
 T opaque(T value) {
   return value;
 }
+inline int64_t opaque_64(int64_t value) { return value; }
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;
