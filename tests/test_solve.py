@@ -241,3 +241,10 @@ def test_nothing_to_do(shape):
     weight, sums = solved(target, torch.zeros(shape).bool(), torch.zeros(shape[1], shape[1]))
     assert weight.shape == shape
     assert not sums.any()
+
+
+def test_what_is_pruned_is_plus_zero():
+    """Of -0.0 a bitmap keeps the bits."""
+    target, mask, gram = layer_of(50, 96)
+    weight = solved(target, mask, gram)[0]
+    assert not weight[mask].view(torch.int32).any()

@@ -54,7 +54,7 @@ at::Tensor solve_tile(const at::Tensor& weight, const at::Tensor& mask, const at
     left = squares(r);
     p.mul_(at::where(goes_on, left / was, 0).unsqueeze(1)).add_(r);
   }
-  const at::Tensor solved = u.mul_(inverse).add_(dense).mul_(kept).to(weight.scalar_type());
+  const at::Tensor solved = u.mul_(inverse).add_(dense).masked_fill_(mask, 0).to(weight.scalar_type());
   at::sub_out(p, solved, dense).mul_(root);
   at::mm_out(q, p, h);
   const at::Tensor after = q.mul_(p).sum(1, false, at::kDouble);

@@ -223,7 +223,7 @@ def _solve_tile_(
         was, left = left, torch.linalg.vector_norm(r, dim=1).square_()
         p.mul_(torch.where(goes_on, left / was, 0)[:, None]).add_(r)
     # What is written is rounded, and rounding may cost more than was gained: where it does, the row is as it began.
-    solved = u.mul_(inverse).add_(dense).mul_(kept).to(weight.dtype)
+    solved = u.mul_(inverse).add_(dense).masked_fill_(mask, 0).to(weight.dtype)
     torch.mm(torch.sub(solved, dense, out=p).mul_(root), h, out=q)
     after = q.mul_(p).sum(dim=1, dtype=torch.float64)
     better = after < before
