@@ -15,7 +15,7 @@ namespace {
 // Entry i: for each of eight columns the place of its byte among those that mask i keeps; 8, the byte for
 // gaps, where not kept.
 struct alignas(64) SpreadBytes {
-  uint8_t entry[256][16];
+  uint8_t entry[256][8];
   constexpr SpreadBytes() : entry() {
     for (uint32_t mask = 0; mask < 256; ++mask) {
       uint8_t place = 0;
@@ -29,22 +29,25 @@ template <PackedFormat format>
 WANDA_PASS void spread_row(const uint8_t* next, const uint8_t* codes, int64_t bytes, uint8_t gap,
                            uint8_t* out) {
   const __m128i gaps = _mm_set1_epi8(static_cast<char>(gap));
-  for (int64_t byte = 0; byte < bytes; ++byte) {
-    if (byte % 16 == 0) prefetch_l2(next + 2048);
-    const uint32_t mask = packed_mask(format, codes[byte]);
-    __m128i values;
-    if constexpr (format == PackedFormat::kBitmap) {
-      values = _mm_castps_si128(_mm_loadl_pi(_mm_castsi128_ps(gaps), reinterpret_cast<const __m64*>(next)));
-      next += __builtin_popcount(mask);
-    } else {  // nothing may be read past its last value
-      int32_t four;
-      std::memcpy(&four, next, sizeof(four));
-      values = _mm_unpacklo_epi64(_mm_cvtsi32_si128(four), gaps);
-      next += 4;
+  for (int64_t block = 0; block < bytes; block += 8) {
+    prefetch_l2(next + 2048);
+    prefetch_l2(codes + block + 512);
+#pragma GCC unroll 8
+    for (int64_t byte = block; byte < block + 8; ++byte) {
+      const uint32_t mask = packed_mask(format, codes[byte]);
+      __m128i values;
+      if constexpr (format == PackedFormat::kBitmap) {
+        values = _mm_castps_si128(_mm_loadl_pi(_mm_castsi128_ps(gaps), reinterpret_cast<const __m64*>(next)));
+        next += __builtin_popcount(mask);
+      } else {  // nothing may be read past its last value
+        int32_t four;
+        std::memcpy(&four, next, sizeof(four));
+        values = _mm_unpacklo_epi64(_mm_cvtsi32_si128(four), gaps);
+        next += 4;
+      }
+      const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpreadBytes.entry[mask]));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + byte * 8), _mm_shuffle_epi8(values, order));
     }
-    const auto* order = reinterpret_cast<const __m128i*>(kSpreadBytes.entry[mask]);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + byte * 8),
-                     _mm_shuffle_epi8(values, _mm_load_si128(order)));
   }
 }
 
@@ -63,14 +66,14 @@ inline float tree_of(Lanes lanes) {
 inline __m256i loaded_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 // Sums of a part: blocks [block, end), at most kMost.
-template <int bits>
+template <int bits, bool is_high>
 struct PartSums;
 
 template <>
-struct PartSums<8> {
+struct PartSums<8, false> {
   static constexpr int64_t kMost = 128;  // 128 * 4 * 128 * 32639 is below 2^31
   __m256i low, high;                     // lanes 0-7, 8-15
-  WANDA_STEP PartSums(const uint8_t* stored, const int8_t* whole, int64_t step, int64_t blocks, bool) {
+  WANDA_STEP PartSums(const uint8_t* stored, const int8_t* whole, int64_t step, int64_t blocks) {
     const __m256i offset = _mm256_set1_epi16(128);
     __m256i pairs[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
                         _mm256_setzero_si256()};
@@ -89,19 +92,18 @@ struct PartSums<8> {
   }
 };
 
-template <>
-struct PartSums<4> {
+template <bool is_high>
+struct PartSums<4, is_high> {
   static constexpr int64_t kMost = 8;
   __m256i low, high;
-  WANDA_STEP PartSums(const uint8_t* stored, const int8_t* whole, int64_t step, int64_t blocks,
-                      bool is_high) {
+  WANDA_STEP PartSums(const uint8_t* stored, const int8_t* whole, int64_t step, int64_t blocks) {
     const __m256i half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    const __m128i shift = _mm_cvtsi32_si128(is_high ? 4 : 0);
     __m256i pairs[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int64_t block = 0; block < blocks; ++block) {
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        const __m256i bytes = _mm256_srl_epi16(loaded_256(stored + 32 * i), shift);
+        __m256i bytes = loaded_256(stored + 32 * i);
+        if (is_high) bytes = _mm256_srli_epi16(bytes, 4);
         const __m256i products =
             _mm256_maddubs_epi16(_mm256_and_si256(bytes, half), loaded_256(whole + 32 * i));
         pairs[i] = _mm256_add_epi16(pairs[i], products);
@@ -118,17 +120,16 @@ inline __m256d wide(__m256i sums, int half) {
   return _mm256_cvtepi32_pd(half == 0 ? _mm256_castsi256_si128(sums) : _mm256_extracti128_si256(sums, 1));
 }
 
-template <int bits>
+template <int bits, bool is_high>
 WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, const uint8_t* stored,
                          const QuantizedColumns& x, int64_t t) {
-  using Sums = PartSums<bits>;
-  const bool is_high = is_high_half(w, row);
+  using Sums = PartSums<bits, is_high>;
   const int64_t blocks = w.cols / kQuantizedBlock, together = blocks_of_part(w);
   const int64_t size = planes_of(w) * kQuantizedBlock, step = x.slab * size;
   const int8_t* whole = x.whole + t * size;
   const int32_t* starts = x.starts + t * kQuantizedLanes;  // of 4 bits
   const float* x_scales = x.scales + t * w.groups;
-  const __m128i shift = _mm_cvtsi32_si128(is_high ? 4 : 0);
+  constexpr int shift = is_high ? 4 : 0;
   const auto starting = [&](int64_t part, int half) WANDA_STEP {
     return loaded_256(starts + part * x.slab * kQuantizedLanes + 8 * half);
   };
@@ -139,7 +140,7 @@ WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, const uint8_t* s
     for (int i = 0; i < 4; ++i) sums[i] = bits == 4 ? wide(starting(0, i / 2), i % 2) : _mm256_setzero_pd();
     for (int64_t block = 0; block < blocks; block += Sums::kMost) {
       const int64_t count = blocks - block < Sums::kMost ? blocks - block : Sums::kMost;
-      const Sums part(stored + block * kQuantizedBlock, whole + block * step, step, count, is_high);
+      const Sums part(stored + block * kQuantizedBlock, whole + block * step, step, count);
       for (int i = 0; i < 4; ++i) sums[i] = _mm256_add_pd(sums[i], wide(i < 2 ? part.low : part.high, i % 2));
     }
     const __m256 factor = _mm256_set1_ps(factor_of(w, row, 0, x_scales[0]));
@@ -150,17 +151,22 @@ WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, const uint8_t* s
     lanes.high = _mm256_add_ps(lanes.high, _mm256_mul_ps(_mm256_set_m128(quarters[3], quarters[2]), factor));
     return tree_of(lanes);
   }
-  int64_t part = 0;
-  for (int64_t block = 0; block < blocks; block += together, ++part) {
-    const int64_t count = blocks - block < together ? blocks - block : together;
-    Sums sums(stored + block * kQuantizedBlock, whole + block * step, step, count, is_high);
-    if (bits == 4) {
-      sums.low = _mm256_sll_epi32(_mm256_add_epi32(sums.low, starting(part, 0)), shift);
-      sums.high = _mm256_sll_epi32(_mm256_add_epi32(sums.high, starting(part, 1)), shift);
+  constexpr int64_t kFactors = 64;  // made at once
+  float factors[kFactors];
+  const int64_t halves = w.group < kQuantizedBlock ? 2 : 1;  // groups of a part
+  for (int64_t part = 0, block = 0; block < blocks; block += together, ++part) {
+    const int64_t group = part * halves, at = group % kFactors;
+    if (at == 0) {
+      const int64_t made = w.groups - group < kFactors ? w.groups - group : kFactors;
+      for (int64_t g = 0; g < made; ++g) factors[g] = factor_of(w, row, group + g, x_scales[group + g]);
     }
-    const int64_t group = w.group < kQuantizedBlock ? 2 * part : part, other = w.group < kQuantizedBlock;
-    const __m256 low = _mm256_set1_ps(factor_of(w, row, group, x_scales[group]));
-    const __m256 high = _mm256_set1_ps(factor_of(w, row, group + other, x_scales[group + other]));
+    const int64_t count = blocks - block < together ? blocks - block : together;
+    Sums sums(stored + block * kQuantizedBlock, whole + block * step, step, count);
+    if (bits == 4) {
+      sums.low = _mm256_slli_epi32(_mm256_add_epi32(sums.low, starting(part, 0)), shift);
+      sums.high = _mm256_slli_epi32(_mm256_add_epi32(sums.high, starting(part, 1)), shift);
+    }
+    const __m256 low = _mm256_set1_ps(factors[at]), high = _mm256_set1_ps(factors[at + halves - 1]);
     lanes.low = _mm256_add_ps(lanes.low, _mm256_mul_ps(_mm256_cvtepi32_ps(sums.low), low));
     lanes.high = _mm256_add_ps(lanes.high, _mm256_mul_ps(_mm256_cvtepi32_ps(sums.high), high));
   }
@@ -181,7 +187,8 @@ struct QuantizedSteps<Avx2> {
 
   static float dot(const QuantizedWeight& w, int64_t row, const uint8_t* stored, const QuantizedColumns& x,
                    int64_t t) {
-    return w.bits == 8 ? dot_256<8>(w, row, stored, x, t) : dot_256<4>(w, row, stored, x, t);
+    if (w.bits == 8) return dot_256<8, false>(w, row, stored, x, t);
+    return row % 2 == 0 ? dot_256<4, false>(w, row, stored, x, t) : dot_256<4, true>(w, row, stored, x, t);
   }
 };
 
