@@ -33,8 +33,8 @@ WANDA_PASS void spread_row(const uint8_t* next, const uint8_t* codes, int64_t by
     prefetch_l2(next + 2048);
     prefetch_l2(codes + block + 512);
 #pragma GCC unroll 8
-    for (int64_t byte = block; byte < block + 8; ++byte) {
-      const uint32_t mask = packed_mask(format, codes[byte]);
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t mask = packed_mask(format, codes[block + i]);
       __m128i values;
       if constexpr (format == PackedFormat::kBitmap) {
         values = _mm_castps_si128(_mm_loadl_pi(_mm_castsi128_ps(gaps), reinterpret_cast<const __m64*>(next)));
@@ -46,7 +46,7 @@ WANDA_PASS void spread_row(const uint8_t* next, const uint8_t* codes, int64_t by
         next += 4;
       }
       const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpreadBytes.entry[mask]));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + byte * 8), _mm_shuffle_epi8(values, order));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + (block + i) * 8), _mm_shuffle_epi8(values, order));
     }
   }
 }
