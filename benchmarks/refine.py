@@ -1,5 +1,5 @@
-"""Gram matrices, and refinement of masks by them: rows of a weight to convergence, against the reference's vectorised
-PyTorch on the same rows."""
+"""Gram matrices, refinement of masks by them, rows of a weight to convergence, against the reference's vectorised
+PyTorch on the same rows; and the update of kept weights, against conjugate gradients as one writes them in PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wanda_kernels import ops, reference
 
 ROWS = 192  # rows do not depend on one another, and the peer takes seconds for these
 CHECKED_ROWS = 8  # the reference adds one column after the other
-DAMPING, SWEEPS = 0.3, 4
+DAMPING, SWEEPS, STEPS = 0.3, 4, 10
 TOKENS = 512  # of a sequence
 
 
@@ -41,18 +41,18 @@ def vectorised_rows(inputs: Inputs) -> Tensor:
     """The reference, but that a product of matrices makes its first sums, in float32."""
     mask, weight, gram = inputs
     c = (weight.float() * mask @ gram).double()
-    return reference.refine_rows_from(c, mask, weight, gram, DAMPING, max(1, mask.shape[1] // 16), None)
+    return reference.gram.refine_rows_from(c, mask, weight, gram, DAMPING, max(1, mask.shape[1] // 16), None)
 
 
 def vectorised_groups(inputs: Inputs) -> Tensor:
     mask, weight, gram = inputs
     c = (weight.float() * mask @ gram).double()
-    return reference.refine_nm_from(c, mask, weight, gram, 4, DAMPING, SWEEPS, None)
+    return reference.gram.refine_nm_from(c, mask, weight, gram, 4, DAMPING, SWEEPS, None)
 
 
 def refine(settings: Settings, shapes: Shapes) -> Iterator[Case]:
-    """On the width of the first shape: a sequence's Gram matrix, half of each row to convergence, and four sweeps over
-    2:4."""
+    """On the width of the first shape: a sequence's Gram matrix, half of each row to convergence, four sweeps over
+    2:4, and ten steps of the update."""
     rows, cols = min(ROWS, shapes[0][0]), shapes[0][1]
     yield _gram(settings, cols)
     kinds: tuple[tuple[str, str, Callable[..., Tensor], Callable[[Inputs], Tensor]], ...] = (
@@ -61,6 +61,7 @@ def refine(settings: Settings, shapes: Shapes) -> Iterator[Case]:
     )
     for operator, pattern, call, peer in kinds:
         yield _case(settings, rows, cols, operator, pattern, call, peer)
+    yield _solve(settings, rows, cols)
 
 
 def _gram(settings: Settings, cols: int) -> Case:
@@ -117,5 +118,52 @@ def _case(
     return Case(
         "refine", operator + pattern, f"{rows} x {cols}", torch.float32, backend_of(operator, settings.device), make,
         run, check, 4 * cols * cols, {"vectorised reference": peer},
+        threads=1 if settings.device.type == "cpu" else "", in_place=True,
+    )  # fmt: skip
+
+
+def conjugate_gradients(inputs: Inputs) -> Tensor:
+    """The same steps on all rows at once, every state a new tensor."""
+    _, mask, gram, target = inputs
+    damped = gram + DAMPING * gram.diagonal().diag()
+    kept, scale = (~mask).float(), damped.diagonal()
+    d = -target * mask
+    r = -(d @ damped) * kept
+    p = z = r / scale
+    rz = (r * z).sum(1, keepdim=True)
+    for _ in range(STEPS):
+        q = (p @ damped) * kept
+        alpha = rz / (p * q).sum(1, keepdim=True)
+        d, r = d + alpha * p, r - alpha * q
+        z, was = r / scale, rz
+        rz = (r * z).sum(1, keepdim=True)
+        p = z + rz / was * p
+    return target + d
+
+
+def _solve(settings: Settings, rows: int, cols: int) -> Case:
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = correlated(2 * cols, cols, settings.device)
+        target, gram = torch.randn(rows, cols, device=settings.device), x.T @ x
+        return torch.empty_like(target), reference.row_mask(target, gram.diagonal().sqrt(), 0.5), gram, target
+
+    def run(inputs: Inputs) -> None:
+        weight, mask, gram, target = inputs
+        ops.solve_rows_(weight, mask, gram, target, DAMPING, STEPS)
+
+    def check(inputs: Inputs) -> str:
+        weight, mask, gram, target = inputs
+        run(inputs)
+        damped = gram.double() + DAMPING * gram.double().diagonal().diag()
+        dense = target.double()
+        differences = (target.masked_fill(mask, 0), weight, conjugate_gradients(inputs))
+        before, ours, theirs = (float((d @ damped * d).sum()) for d in (w.double() - dense for w in differences))
+        if weight[mask].any() or not ours < 1.001 * theirs:
+            raise WrongResultError(f"errors {before:.4g} before, {ours:.4g} after, {theirs:.4g} by plain PyTorch")
+        return f"{ours / before:.3f} of the error is left"
+
+    return Case(
+        "refine", "solve_rows_", f"{rows} x {cols}", torch.float32, backend_of("solve_rows_", settings.device), make,
+        run, check, 4 * cols * cols, {"PyTorch": conjugate_gradients},
         threads=1 if settings.device.type == "cpu" else "", in_place=True,
     )  # fmt: skip

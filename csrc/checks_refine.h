@@ -1,4 +1,4 @@
-// As checks.h, for add_gram_, refine_rows_ and refine_nm_.
+// As checks.h, for add_gram_, refine_rows_, refine_nm_ and solve_rows_.
 #pragma once
 
 #include <cmath>
@@ -13,8 +13,8 @@ struct Refinement {
   at::Tensor weight, gram, swaps;
 };
 
-inline Refinement check_refine(const char* op, const at::Tensor& mask, const at::Tensor& weight,
-                               const at::Tensor& gram, double damping, const OptionalTensor& sums) {
+inline void check_mask_and_gram(const char* op, const at::Tensor& mask, const at::Tensor& weight,
+                                const at::Tensor& gram, double damping, const OptionalTensor& sums) {
   check_weight(op, weight);
   const int64_t rows = weight.size(0), cols = weight.size(1);
   check_type(op, "mask", mask, at::kBool, "bool");
@@ -33,6 +33,12 @@ inline Refinement check_refine(const char* op, const at::Tensor& mask, const at:
         sums->dim() == 2 && sums->size(0) == rows && sums->size(1) == 2 && sums->is_contiguous(),
         "sums must be contiguous [", rows, ", 2], got ", sums->sizes());
   }
+}
+
+inline Refinement check_refine(const char* op, const at::Tensor& mask, const at::Tensor& weight,
+                               const at::Tensor& gram, double damping, const OptionalTensor& sums) {
+  check_mask_and_gram(op, mask, weight, gram, damping, sums);
+  const int64_t rows = weight.size(0), cols = weight.size(1);
   Refinement made{
       {}, weight.contiguous(), gram.contiguous(), at::empty({rows}, weight.options().dtype(at::kInt))};
   made.params.mask = mask.mutable_data_ptr<bool>();
@@ -88,6 +94,16 @@ inline void check_gram(const char* op, const at::Tensor& gram, const at::Tensor&
   WANDA_CHECK_VALUE(gram.dim() == 2 && gram.size(1) == cols && first + gram.size(0) <= cols,
                     "gram must be [rows, ", cols, "] with at most ", cols - first, " rows, got ",
                     gram.sizes());
+}
+
+inline void check_solve(const char* op, const at::Tensor& weight, const at::Tensor& mask,
+                        const at::Tensor& gram, const at::Tensor& target, double damping, int64_t steps,
+                        const OptionalTensor& sums) {
+  check_mask_and_gram(op, mask, weight, gram, damping, sums);
+  check_like(op, "target", target, "weight is", weight);
+  WANDA_CHECK_VALUE(target.sizes() == weight.sizes(), "target must be ", weight.sizes(), ", got ",
+                    target.sizes());
+  WANDA_CHECK_VALUE(steps >= 0, "steps must be >= 0, got ", steps);
 }
 
 }  // namespace wanda

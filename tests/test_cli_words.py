@@ -81,7 +81,7 @@ def test_names_are_never_markup(name, work, tmp_path, capsys):
 BEFORE_LOADING = [
     (["eval", "MODEL", "--text", "TEXT", "--json", "FOLDER"], "is a folder: name a file"),
     (["eval", "MODEL", "--text", "TEXT", "--json", "FOLDER/no/x.json"], "its folder does not exist"),
-    (["eval", "MODEL", "--text", "TEXT", "--text", "no.txt"], "no.txt does not exist"),
+    (["eval", "MODEL", "--text", "TEXT", "--text", "no.txt", "--length", "64"], "no.txt does not exist"),
     (["eval", "MODEL", "--text", "TEXT", "--length", "3000"], "--length 3000 is longer than the model's context"),
     (["speed", "MODEL", "--json", "FOLDER"], "is a folder: name a file"),
     (["prune", "MODEL", "--out", f"FOLDER/{'n' * 250}", "--method", "magnitude"], "the name is too long"),
@@ -111,16 +111,6 @@ def test_what_cannot_end_well_is_found_before_a_model_is_loaded(words, message, 
     assert code == 1
     assert message in stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_packing_that_cannot_be_is_known_before_the_run(work, tmp_path, capsys):
-    saved.save_model(tmp_path / "narrow", hidden_size=96, intermediate_size=160, head_dim=24)
-    for command in (["prune", tmp_path / "narrow", "--compress", *calibrated(work)], ["compress", tmp_path / "narrow"]):
-        code, _, stderr = call(capsys, *command, "--out", tmp_path / "out")
-        assert code == 1
-        assert "it has 96 inputs, not a multiple of 64" in stderr.splitlines()[-1]
-        assert "pruning" not in stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_stays_dense_is_listed_and_the_report_is_kept(work, tmp_path, capsys):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib
 import itertools
 import re
+import weakref
 from pathlib import Path
 
 import backends
@@ -172,6 +174,23 @@ def test_hessian_once_per_distinct_input_and_for_any_batch_size(monkeypatch):
     assert len(made) == 3 * 3 * 4  # runs, blocks, distinct inputs
     for other in models[1:]:
         assert all(torch.equal(a, b) for _, a, b in pairs(models[0], other))
+
+
+@pytest.mark.parametrize("how", [{"method": "sparsegpt"}, {"refine": True, "update": True}], ids=str)
+def test_gram_matrices_are_let_go_after_their_last_layer(how, monkeypatch):
+    seen, held = [], []
+    original = LayerInputs.let_go
+
+    def let_go(inputs):
+        seen.append(weakref.ref(inputs.hessian))
+        original(inputs)
+        gc.collect()
+        held.append(sum(one() is not None for one in seen))
+
+    monkeypatch.setattr(LayerInputs, "let_go", let_go)
+    prune(tiny.model(), tiny.ids(), **how)
+    assert len(seen) == 3 * 4  # blocks, distinct inputs
+    assert not any(held)
 
 
 def test_a_hessian_that_cannot_be_factorised_gets_more_damping_and_says_so():

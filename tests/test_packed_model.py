@@ -251,14 +251,26 @@ def test_what_is_not_a_plain_linear_layer_stays_dense_and_computes_what_it_did()
     torch.testing.assert_close(after, before)
 
 
-def test_a_width_that_cannot_be_packed_is_named_as_the_cause():
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
+@pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=str)
+def test_any_width_is_packed(target, values, tmp_path):
     model = tiny.model(hidden_size=96, intermediate_size=160, head_dim=24)
-    prune(model, tiny.ids())
-    with pytest.raises(ValueError, match=r"gate_proj.*: it has 96 inputs, not a multiple of 64; down_proj.*160 inputs"):
-        compress(model)
-    model = tiny.model(**WIDE | {"intermediate_size": 160})
-    prune(model, tiny.ids())
-    assert "dense: down_proj (3 layers" in str(compress(model))
+    prune(model, tiny.ids(), **target)
+    dense = copy.deepcopy(model)
+    report = compress(model, values=values)
+    assert not report.dense
+    layer = model.model.layers[0].mlp.gate_proj
+    assert (layer.in_features, layer.columns) == (96, 128)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tiny.ids()).logits, model(tiny.ids()).logits, rtol=0, atol=0)
+    x = torch.randn(2, 96, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.unpacked().sum(dim=0).expand(2, -1))
+    if values == "float":
+        torch.testing.assert_close(model(tiny.ids()).logits, dense(tiny.ids()).logits)
+        decompress(model)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 
 def test_a_compiled_model_is_packed_under_its_own_names(tmp_path):

@@ -65,7 +65,7 @@ def test_gram_matrices_are_counted():
     assert shape.input_squares == 6 * 8192**2 + 28672**2
     assert shape.widest == 28672
     plain, refined = predict(shape, H100), predict(shape, H100, grams=True)
-    solved, eight = predict(shape, H100, grams=True, factors=True), predict(shape, H100, devices=8, grams=True)
+    solved, eight = predict(shape, H100, grams=True, copies=3), predict(shape, H100, devices=8, grams=True)
     assert refined.bytes_streamed - plain.bytes_streamed == 4 * shape.input_squares
     assert solved.bytes_streamed - refined.bytes_streamed == 3 * 4 * 28672**2
     held = 128 * 2048 // 8 * (6 * 8192 + 28672) * 2
@@ -88,7 +88,7 @@ def test_command(tmp_path, capsys):
     assert not ended.value.code
     assert "138 GB in 80 blocks of 1.71 GB" in shown
     assert "estimated, not measured" in shown
-    for way in (["--refine"], ["--method", "sparsegpt"]):
+    for way in (["--refine"], ["--update"], ["--method", "sparsegpt"]):
         with pytest.raises(SystemExit):
             main(["plan", str(tmp_path), *way])
         assert "Gram matrices of a block's inputs: at most 4.9 GB" in capsys.readouterr().out

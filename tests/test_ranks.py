@@ -71,6 +71,7 @@ MISMATCHES = {
     "length": {"length": 24}, "sparsity": {"sparsity": 0.7}, "pattern": {"pattern": "2:4"}, "method": {"method": "ria"},
     "propagate": {"propagate": "dense"}, "batch_size": {"batch_size": 2}, "fuse_statistics": ("--no-fuse",),
     "stream": ("--stream",), "dtype": {"dtype": "bfloat16"}, "compress": ("--compress",), "group": {"group": "row"},
+    "update": ("--update",),
 }  # fmt: skip
 
 

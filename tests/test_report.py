@@ -88,6 +88,7 @@ def test_the_masks(results):
     rows = [
         row | {"label": label, "target": target} for target in ("50%", "2:4") for label in ("wanda", "wanda, refined")
     ]
+    rows.append(row | {"label": "wanda, refined (damping 1.0)", "target": "50%"})
     settings = {"text": "help.txt", "further_texts": ["source.txt"]}
     models = [
         {"model": "A", "settings": settings, "dense": [5.0, 6.0], "rows": rows},
@@ -101,7 +102,9 @@ def test_the_masks(results):
         "| Wanda, refined | 20.0 / 1.01e+03 | 20.0 / 1.01e+03 | 2 | 20.0 / 1.01e+03 | 2 |",
     ):
         assert line in page
+    assert "(damping" not in page.partition("<!-- masks -->")[2].partition("<!-- /masks -->")[0]
     page = report.render(report.MEASURED, results)
+    assert "| A | Wanda, refined (damping 1.0) | 50% | 2 |" in page
     assert "| model | method | target | seeds | on help.txt | on source.txt | seconds | forward |" in page
     assert "| B | dense |  |  | 7.00 | 8.00 |  |" in page
     assert "| A | Wanda | 2:4 | 2 | 20.00 (10.00-30.00) | 1010.00 (20.00-2000.00) | 1.5 | 1.0 |  |  | 2.0 |  |" in page

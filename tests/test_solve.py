@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, WIDTHS
-from test_refine import GRAMS, errors, gram_of, layers, row_masks
+from test_refine import errors, gram_of, layers, row_masks
 
 from wanda_kernels import ops, reference
 
+ROWS = reference.gram.SOLVED_ROWS["cpu"]
 DAMPINGS = (0.0, 0.03, 0.3, 1.0, 7.5)
 
 
@@ -65,7 +66,7 @@ def check(target, mask, gram, damping, steps):
     return weight
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_errors_are_never_larger(data):
     weight, gram, _ = layer = data.draw(layers(widths=WIDTHS))
@@ -187,22 +188,38 @@ def test_a_large_damping_leaves_the_weights():
     assert torch.equal(weight, target.masked_fill(mask, 0))
 
 
-@pytest.mark.parametrize("rows", [1, reference.SOLVED_ROWS, 2 * reference.SOLVED_ROWS + 37])
+@pytest.mark.parametrize("rows", [1, ROWS, 3 * ROWS + 37])
 @pytest.mark.parametrize("cols", [33, 300])
 def test_tiles_of_rows_and_threads_give_the_same_bits(rows, cols):
     target, mask, gram = layer_of(rows, cols)
     whole, sums = solved(target, mask, gram)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            for begin in range(0, rows, reference.SOLVED_ROWS):
-                tile = slice(begin, begin + reference.SOLVED_ROWS)
+            for begin in range(0, rows, ROWS):
+                tile = slice(begin, begin + ROWS)
                 got = solved(target[tile], mask[tile], gram)
                 assert torch.equal(got[0], whole[tile])
                 assert torch.equal(got[1], sums[tile])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(150, 576), (64, 67), (5, 1536)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_the_reference_on_one_thread(shape, dtype):
+    target, mask, gram = layer_of(*shape, "zero channels", dtype)
+    weight, sums = solved(target, mask, gram)
+    want, wanted_sums = torch.empty_like(weight), torch.empty_like(sums)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        reference.solve_rows_(want, mask, gram, target, sums=wanted_sums)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(weight, want)
+    assert torch.equal(sums, wanted_sums)
 
 
 def test_strides_change_nothing():
@@ -224,7 +241,3 @@ def test_nothing_to_do(shape):
     weight, sums = solved(target, torch.zeros(shape).bool(), torch.zeros(shape[1], shape[1]))
     assert weight.shape == shape
     assert not sums.any()
-
-
-def test_every_kind_of_gram_matrix_is_tried():
-    assert {"zero channels", "equal columns", "few inputs", "zeros"} <= set(GRAMS)

@@ -33,19 +33,25 @@ HOSTILE = [
 def test_no_name_is_markup(tmp_path, name):
     """Of a model, a file, a machine or a layer."""
     text = dict.fromkeys(("model", "calibration", "text", "dtype"), name)
-    results = Results(tmp_path, {**text, "length": 9, "windows": 2, "pack": False}, {name: name})
+    texts = {"further_texts": [name], "further_windows": [2]}
+    results = Results(tmp_path, {**text, **texts, "length": 9, "windows": 2, "pack": False}, {name: name})
     run = Run("wanda", 0.5, samples=4, detail=True)
     layers = outcome(run, 9.0)["layers"]
     if name.isprintable() and len(name) < 1000:  # a layer's is refused otherwise, below
         layers += [layer | {"name": f"model.layers.1.{name}"} for layer in layers]
-    results.set_dense({"perplexity": 5.0})
-    results.add(run, outcome(run, 9.0) | {"layers": layers})
-    results.add(Run("magnitude", 0.5), outcome(run, 11.0) | {"layers": layers})
+    further = {"further": [6.0]}
+    results.set_dense({"perplexity": 5.0} | further)
+    results.add(run, outcome(run, 9.0) | {"layers": layers} | further)
+    results.add(Run("magnitude", 0.5), outcome(run, 11.0) | {"layers": layers} | further)
+    for damping in (0.1, 1):
+        results.add(Run("wanda", 0.5, samples=4, refine=True, refine_damping=damping), outcome(run, 8.0) | further)
     again = Results(tmp_path, results.data["settings"], {name: name})
     assert again.data["circumstances"] == [{name: name}]
     write_report(tmp_path / "report.html", again.data | {"runs": again.runs})
     page = (tmp_path / "report.html").read_text()
-    for drawn in all_pictures(again.data | {"runs": again.runs}).values():
+    pictures = all_pictures(again.data | {"runs": again.runs})
+    assert len(pictures["texts"]) == len(pictures["damping"]) == 1
+    for drawn in pictures.values():
         for _, svg in drawn:
             xml.dom.minidom.parseString(svg)
     found = Tags()

@@ -68,14 +68,14 @@ _NOT_IN_CUDA = (
     "pack_sparse24",
 )  # fmt: skip
 _REFERENCE_ON_CUDA = (
-    "add_gram_", "refine_rows_", "refine_nm_", "quantized_linear", "quantized_experts", "unpack_quantized",
-)  # fmt: skip  # the first is cuBLAS's products
-_IN_PYTORCH = ("solve_rows_",)  # on every device: products of matrices, which are torch's own
+    "add_gram_", "refine_rows_", "refine_nm_", "solve_rows_", "quantized_linear", "quantized_experts",
+    "unpack_quantized",
+)  # fmt: skip  # Gram matrices and updates are cuBLAS's products
 
 
 def cuda_kernels(name: str) -> str:
     """What runs an operator, or a step of the driver, on CUDA tensors: ``cuda``, ``triton`` or ``reference``."""
-    if _built_cuda and name not in (*_NOT_IN_CUDA, *_REFERENCE_ON_CUDA, *_IN_PYTORCH):
+    if _built_cuda and name not in (*_NOT_IN_CUDA, *_REFERENCE_ON_CUDA):
         return "cuda"
     return "triton" if _has_triton and name in (*_NOT_IN_CUDA, "add_sqnorm_") else "reference"
 
@@ -119,7 +119,6 @@ _library = torch.library.Library(NAMESPACE, "IMPL" if extension else "DEF")
 for _name, _schema in schemas().items():
     if serves_reference("cpu"):
         _library.define(_schema)
-    if serves_reference("cpu") or _name in _IN_PYTORCH:
         _library.impl(_name, getattr(reference, _name), "CPU")
     if cuda_kernels(_name) != "cuda":
         _library.impl(_name, in_triton(_name) if cuda_kernels(_name) == "triton" else getattr(reference, _name), "CUDA")

@@ -140,14 +140,15 @@ class Prediction:
 
 def predict(
     shape: Shape, rates: Rates, devices: int = 1, samples: int = 128, length: int = 2048, passes: int = 2,
-    batch_tokens: int = BATCH_TOKENS["cuda"], grams: bool = False, factors: bool = False,
+    batch_tokens: int = BATCH_TOKENS["cuda"], grams: bool = False, copies: int = 0,
 ) -> Prediction:  # fmt: skip
     """One run on ``devices`` devices, a process each. ``passes``: 2, or 1 for ``propagate="dense"``.
 
     Forward: 2 operations for each token and weight that it is multiplied with, and the products of causal attention.
     They divide by the processes, as the rows of the selection do; reading and writing the files, and exchanging rows
-    and sums, do not. ``grams``: with Gram matrices (``refine``, ``update``), ``factors``: which are inverted, too
-    (``sparsegpt``). Of several processes each keeps its inputs of a block until it has added them.
+    and sums, do not. ``grams``: with Gram matrices (``refine``); ``copies`` of the widest are needed, too (3 to
+    invert it, ``sparsegpt``; 1 for ``update``). Of several processes each keeps its inputs of a block until it has
+    added them.
     """
     tokens = samples * length
     shares = min(devices, max(1, tokens // max(batch_tokens, length)))  # batches stay whole
@@ -166,7 +167,7 @@ def predict(
     workspace = batch_tokens * (6 * shape.width + 3 * shape.inner) * shape.itemsize + samples * shape.inputs * 4
     if grams:
         seconds["Gram matrices"] = shape.blocks * tokens * shape.token_squares / rates.flops_float32 / shares
-        workspace += 4 * shape.input_squares + (3 * 4 * shape.widest**2 if factors else 0)
+        workspace += 4 * shape.input_squares + 4 * copies * shape.widest**2
         workspace += tokens * shape.token_inputs * shape.itemsize // shares if devices > 1 else 0
     return Prediction(
         seconds=seconds,

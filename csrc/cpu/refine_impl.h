@@ -1,6 +1,6 @@
 // Refinement of masks by swaps. Included by isa_<set>.cpp; one thread, some rows.
 //
-// The reference (wanda_kernels/reference.py) gives every float64 operation, rounded on its own, and this file
+// The reference (wanda_kernels/reference) gives every float64 operation, rounded on its own, and this file
 // does the same ones: products of two float32 are exact in float64, so that a fused multiply-add changes no
 // bit of c = G p, and what the lanes of a register do separately is separate in the reference. The least cost
 // is that of the lowest column among equals, whatever the width of a register.

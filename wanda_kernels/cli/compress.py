@@ -12,6 +12,17 @@ from .options import Debug, usage
 
 Source = Annotated[str, typer.Argument(metavar="DIR", help="A folder as `prune` or save_pretrained writes it.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR2", help="Folder to write to.")]
+Values = Annotated[
+    str,
+    typer.Option("--values", metavar="float|int8|int4", help="float: as they are; else the nearest of 8 or 4 bits."),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size", metavar="32|64|128|0", help="Columns for a scale; 0: a row. \\[default: 0, int4: 128]"
+    ),
+]
+Head = Annotated[str, typer.Option("--head", metavar="float|int8", help="The output layer, too, as int8.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DIR2 if it holds a model.")]
 
 
@@ -21,23 +32,26 @@ def compress_command(
     format: Annotated[
         str, typer.Option("--format", metavar="auto|bitmap|2:4", help="auto: 2:4 where a weight is, else a bitmap.")
     ] = "auto",
+    values: Values = "float",
+    group_size: GroupSize = None,
+    head: Head = "float",
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Pack a pruned model's weights: 9/16 of their size in 16-bit types at 50 % and 2:4."""
-    from ..models.load import empty_model, load_config
+    """Pack a pruned model's weights: 9/16 of their size in 16-bit types at 50 % and 2:4, less of 8 or 4 bits."""
     from ..packed import compress
     from ..packed.format import check_format
-    from ..packed.model import refuse_unpackable
-    from ..pruning.blocks import find_blocks
-    from .display import say, working
+    from ..packed.model import check_head
+    from ..packed.values import ValueType
+    from .display import say
 
     with usage():
         check_format(format)
+        ValueType.parse(values, group_size)
+        check_head(head)
+    how: dict[str, Any] = {"format": format, "values": values, "group_size": group_size, "head": head}
     _begin(model, out, overwrite)
-    with working(f"checking {model}"):
-        refuse_unpackable(find_blocks(empty_model(load_config(model)), meta=True))
-    report = _convert(model, out, overwrite, "packing", lambda loaded: compress(loaded, format))
+    report = _convert(model, out, overwrite, "packing", lambda loaded: compress(loaded, **how))
     say(f"{report}\nsaved to {out}; load it after `import wanda_kernels`")
 
 

@@ -30,7 +30,7 @@ _NAMES = (
     "propagate", "batch_size", "exact_error", "fuse_statistics", "device", "dtype", "device_map", "offload",
     "experts", "min_tokens", "require_all", "refine", "refine_damping", "update", "update_damping",
     "update_steps", "share", "drop_experts", "activation_memory", "samples", "length", "pack", "column", "split",
-    "seed", "calibration", "text",
+    "seed", "calibration", "text", "values", "group_size", "head", "format",
 )  # fmt: skip
 _WORD = r"(?<![\w./-])({})(?![\w./:-])"  # no part of a path, nor a name of compared values
 

@@ -21,6 +21,7 @@ def plan_command(
     ] = "pruned",
     method: Annotated[str, typer.Option("--method", help="As for prune.")] = "wanda",
     refine: Annotated[bool, typer.Option("--refine", help="As for prune: Gram matrices are gathered.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="As for prune: the same.")] = False,
     debug: Debug = False,
 ) -> None:
     """Predict memory and time without loading MODEL. Memory is counted; time on a GPU is estimated, not measured."""
@@ -32,14 +33,15 @@ def plan_command(
     from .display import screen as screen_of
 
     with usage():
-        spec = PruneSpec(method=method, propagate=propagate, refine=refine)
+        spec = PruneSpec(method=method, propagate=propagate, refine=refine, update=update)
     quiet_libraries()
     config = load_config(model)
     with working("building the model without weights"):
         shape = shape_of(config)
     passes = 2 if spec.propagate == "pruned" else 1
-    grams, factors = (needs is Needs.GRAM for needs in (spec.needs, spec.method.needs))
-    found = predict(shape, H100, gpus, samples, length, passes, grams=grams, factors=factors)
+    grams = spec.needs is Needs.GRAM
+    copies = 3 if spec.method.needs is Needs.GRAM else 1 if spec.update else 0
+    found = predict(shape, H100, gpus, samples, length, passes, grams=grams, copies=copies)
     screen = screen_of(110)
     screen.print(
         f"{shape.model_bytes / 1e9:.4g} GB in {shape.blocks} blocks of {shape.block_bytes / 1e9:.3g} GB; "

@@ -9,6 +9,7 @@ import typer
 
 from . import method_options as methods
 from . import ranks
+from .compress import GroupSize, Head, Values
 from .options import (
     CALIBRATION,
     BatchSize,
@@ -127,6 +128,9 @@ def prune_command(
     compress: Annotated[
         bool, typer.Option("--compress", help="Pack the pruned weights (see `wanda-kernels compress`).")
     ] = False,
+    values: Values = "float",
+    group_size: GroupSize = None,
+    head: Head = "float",
     stream: Annotated[
         bool,
         typer.Option(
@@ -150,6 +154,8 @@ def prune_command(
 ) -> None:
     """Prune MODEL and save it as a Hugging Face folder."""
     from ..models.save import check_output, check_space
+    from ..packed.model import check_head
+    from ..packed.values import ValueType
     from ..pruning import PruneSpec
     from ..pruning.stopwatch import Stopwatch
     from ..reap import check_share
@@ -167,6 +173,11 @@ def prune_command(
             update_damping=update_damping, update_steps=update_steps,
             owl=methods.owl_of(owl, owl_limit, owl_outlier), **method_options,
         )  # fmt: skip
+        ValueType.parse(values, group_size)
+        check_head(head)
+        packing_options = {"values": values, "group_size": group_size, "head": head}
+        if not compress and packing_options != {"values": "float", "group_size": None, "head": "float"}:
+            raise ValueError("--values, --group-size and --head need --compress")
         session = Session(model, dtype, device, device_map)
         _check_streaming(model, stream, resume, offload, compress, device_map)
         if drop_experts is not None:
@@ -210,7 +221,7 @@ def prune_command(
         report = session.prune(input_ids, spec, processes)
     if processes is not None and not processes.is_first:
         return  # the first one saves
-    packing = session.compress() if compress else None
+    packing = session.compress(**packing_options) if compress else None
     if not stream:
         with outer.measure("saving"):
             session.save(out, overwrite, report, dropped)

@@ -15,7 +15,6 @@ from ..models import load_model, load_tokenizer, save_pretrained
 from ..models.load import check_choices, empty_model, load_config, processor_files, weight_bytes
 from ..models.save import DROP_REPORT, REPORT, check_bytes
 from ..packed import compress
-from ..packed.model import refuse_unpackable
 from ..pruning import PruneSpec, PruningReport, prune
 from ..pruning.blocks import find_blocks
 from ..pruning.driver import check_blocks
@@ -76,8 +75,6 @@ class Session:
             check_blocks(blocks, spec)
             if drop is not None:
                 check_drop(empty, drop, meta=True, named=drop_named)
-            if packed:
-                refuse_unpackable(blocks)
             needed = weight_bytes(self.name, self._dtype)
         if needed is not None and out is not None and not packed:
             check_bytes(out, needed)
@@ -146,6 +143,6 @@ class Session:
         with working(f"saving to {out}"):
             save_pretrained(out, self.model, self.tokenizer, extra=extra, overwrite=overwrite)
 
-    def compress(self) -> Any:
+    def compress(self, **how: Any) -> Any:
         with working("packing"):
-            return compress(self.model)
+            return compress(self.model, **how)

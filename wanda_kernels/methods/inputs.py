@@ -82,6 +82,11 @@ class LayerInputs:
     def of_expert(self, expert: int) -> LayerInputs:
         return LayerInputs(self.norm[expert], None if self.hessian is None else self.hessian[expert])
 
+    def let_go(self) -> None:
+        """Of the Hessian and what was made of it, which the last layer has used: gigabytes, of wide layers."""
+        self.hessian = None
+        self._factors.clear()
+
     def factor(self, damping: float) -> Factor:
         """Made once for all layers that share the input."""
         if self.hessian is None:

@@ -9,8 +9,6 @@ from .. import reference
 from .._backend import fake
 from .._checks import check_solve
 
-TILE = reference.SOLVED_ROWS  # rows: who solves whole tiles of a matrix gets the bits of the whole matrix
-
 
 def solve_rows_(
     weight: Tensor,
@@ -47,6 +45,11 @@ def solve_rows_(
     Source: ALPS (arXiv 2406.07831), its last step.
     """
     torch.ops.wanda.solve_rows_(weight, mask, gram, target, damping, steps, sums)
+
+
+def rows_of_tile(device: torch.device) -> int:
+    """Whoever solves rows of a matrix, from a multiple of it to another or to the end, gets the bits of the whole."""
+    return reference.gram.SOLVED_ROWS[device.type]
 
 
 fake("solve_rows_", check_solve)

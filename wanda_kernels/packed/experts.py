@@ -12,18 +12,21 @@ from torch.nn.functional import grouped_mm
 
 from ..models.experts import ExpertsLayout, layout_of
 from ..pruning.blocks import what_it_computes
-from .format import join_bitmaps
+from .format import PADDING, join_bitmaps, padded
+from .values import PADDING as BYTES
+from .values import ValueType
 from .weight import PackedWeight, pack
 
 _PRODUCTS = {"bitmap": torch.ops.wanda.bitmap_experts.default, "2:4": torch.ops.wanda.sparse24_experts.default}
+_QUANTISED = torch.ops.wanda.quantized_experts.default
 
 
 class PackedStack(PackedWeight):
     """The weights [E, C_out, C_in] of a module's experts, as one packed matrix [E * C_out, C_in].
 
     Args:
-        experts, in_features, out_features: E, C_in, C_out; C_in is a multiple of 64.
-        form, kept: as of :class:`PackedWeight`.
+        experts, in_features, out_features: E, C_in, C_out.
+        form, kept, dtype, kind: as of :class:`PackedWeight`; of 4 bits C_out is even.
     """
 
     def __init__(
@@ -35,18 +38,23 @@ class PackedStack(PackedWeight):
         kept: int,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        kind: ValueType | None = None,
     ) -> None:
-        super().__init__(in_features, experts * out_features, form, kept, dtype, device)
+        super().__init__(in_features, experts * out_features, form, kept, dtype, device, kind)
         self.experts = experts
 
     @classmethod
-    def from_weight(cls, weight: Tensor, form: str) -> PackedStack:
+    def from_weight(cls, weight: Tensor, form: str, kind: ValueType | None = None) -> PackedStack:
         """Packs a weight [E, C_out, C_in], as :func:`choose_format` chose for it as one matrix: expert by expert, for
         packing takes several times the memory of what is packed."""
-        parts, counts = zip(*(pack(one, form) for one in weight), strict=True)
-        codes = join_bitmaps(parts) if form == "bitmap" else tuple(torch.cat(held) for held in zip(*parts, strict=True))
+        parts, counts = zip(*(pack(one, form, kind) for one in weight), strict=True)
+        columns = list(zip(*parts, strict=True))
+        codes = tuple(torch.cat(held) for held in columns)
+        if form == "bitmap":
+            bitmaps = list(zip(*columns[:3], strict=True))
+            codes = (*join_bitmaps(bitmaps, PADDING if kind is None else BYTES), *codes[3:])
         experts, rows, cols = weight.shape
-        return cls(experts, cols, rows, form, sum(counts), weight.dtype, "meta").fill(codes)
+        return cls(experts, cols, rows, form, sum(counts), weight.dtype, "meta", kind).fill(codes)
 
     def dense(self) -> Tensor:
         """[E, C_out, C_in], bit for bit what was packed."""
@@ -62,11 +70,15 @@ class PackedStack(PackedWeight):
         if len(ends) < self.experts:  # what lies behind the last one that computes
             ends = torch.cat([ends, ends[-1:].expand(self.experts - len(ends))])
         kind = rows.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
         rows = rows.to(dtype)  # as torch's own product of experts
         if rows.requires_grad and torch.is_grad_enabled():  # the operators have no gradient
             return grouped_mm(rows, self.dense().to(dtype).transpose(-1, -2), offs=ends)
         values, *codes = self.packed()
+        rows = padded(rows)
+        if self.kind is not None:
+            scales, bitmap, starts = codes
+            return _QUANTISED(rows, values, scales, ends, bitmap, starts, self.kind.bits)
         return _PRODUCTS[self.form](rows, values.to(dtype), *codes, ends)
 
     def extra_repr(self) -> str:

@@ -8,20 +8,28 @@ bitmap    one bit per weight, and the weights that are not +0      9/16 of bfloa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import _backend
 from .._checks import FLOATS
 
 FORMATS = ("bitmap", "2:4")
-COLUMNS = 64  # C_in is a multiple
+COLUMNS = 64  # what is packed has a multiple of them: see padded()
 MOST_VALUES = 2**31 - 1  # of a bitmap, whose row starts are int32
 PADDING = 32  # values that kernels may read past the last one of a bitmap
 _PART = 2**26  # elements
 _INTEGERS = {4: torch.int32, 2: torch.int16}
+
+
+def padded(weight: Tensor) -> Tensor:
+    """[.., C_in] with zeros up to a multiple of 64 columns: of a weight, which keeps none of them, and of what it is
+    multiplied with."""
+    more = -weight.shape[-1] % COLUMNS
+    return pad(weight, (0, more)) if more else weight
 
 
 def bits_of(weight: Tensor) -> Tensor:
@@ -51,21 +59,24 @@ def pack_bitmap(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values = weight.new_zeros(int(starts[-1]) + PADDING)
         return values, _backend.in_triton("pack_bitmap")(bits_of(weight), starts, bits_of(values)), starts
     values = torch.cat([weight.contiguous()[mask], weight.new_zeros(PADDING)])
-    bits = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=weight.device)
-    bitmap = (mask.view(weight.shape[0], -1, 8) * bits).sum(dim=2, dtype=torch.uint8)
-    return values, bitmap, starts
+    return values, bitmap_of(mask), starts
 
 
-def join_bitmaps(bitmaps: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+def bitmap_of(mask: Tensor) -> Tensor:
+    """[C_out, C_in] bool -> [C_out, C_in / 8] uint8."""
+    bits = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=mask.device)
+    return (mask.view(mask.shape[0], -1, 8) * bits).sum(dim=2, dtype=torch.uint8)
+
+
+def join_bitmaps(bitmaps: Sequence[tuple[Tensor, ...]], padding: int = PADDING) -> tuple[Tensor, Tensor, Tensor]:
     """The bitmap of matrices of one width that lie one below the other."""
     values, codes, starts = zip(*bitmaps, strict=True)
     begins = torch.cat([torch.diff(one) for one in starts]).cumsum(0, dtype=torch.int32)
-    padding = values[0].new_zeros(PADDING)
-    joined = torch.cat([*(one[:-PADDING] for one in values), padding])
+    joined = torch.cat([*(one[:-padding] for one in values), values[0].new_zeros(padding)])
     return joined, torch.cat(codes), torch.cat([begins.new_zeros(1), begins])
 
 
-def _parts(weight: Tensor) -> Iterator[Tensor]:
+def parts(weight: Tensor) -> Iterator[Tensor]:
     """A weight in parts of some rows, for what takes more memory than the weight."""
     yield from weight.split(max(1, _PART // weight.shape[1]))
 
@@ -74,7 +85,7 @@ def is_24(weight: Tensor) -> bool:
     """Whether no four columns keep more than two weights."""
     if weight.shape[1] % 4:
         return False
-    return all(bool((kept(part).view(part.shape[0], -1, 4).sum(dim=2) <= 2).all()) for part in _parts(weight))
+    return all(bool((kept(part).view(part.shape[0], -1, 4).sum(dim=2) <= 2).all()) for part in parts(weight))
 
 
 def pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,13 +100,18 @@ def pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pack_sparse24(weight: Tensor) -> tuple[Tensor, Tensor, int]:
     """(values, indices, how many columns of a group are kept at most) of integers."""
+    columns, indices = indices_of(weight)
     groups = weight.view(weight.shape[0], -1, 4)
-    mask = groups != 0
-    # What is kept first, then as many zeros as make two; both in the order of their columns.
+    return groups.gather(2, columns).flatten(1), indices, int((groups != 0).sum(dim=2).max())
+
+
+def indices_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[C_out, C_in] -> (two columns of each four [C_out, C_in / 4, 2], the same as codes [C_out, C_in / 8] uint8): what
+    is kept first, then as many zeros as make two; both in the order of their columns."""
+    mask = (weight if not weight.is_floating_point() else bits_of(weight)).view(weight.shape[0], -1, 4) != 0
     columns = torch.sort(mask.int(), dim=2, descending=True, stable=True).indices[..., :2].sort(dim=2).values
     codes = (columns[..., 0] | columns[..., 1] << 2).view(weight.shape[0], -1, 2)
-    indices = (codes[..., 0] | codes[..., 1] << 4).to(torch.uint8)
-    return groups.gather(2, columns).flatten(1), indices, int(mask.sum(dim=2).max())
+    return columns, (codes[..., 0] | codes[..., 1] << 4).to(torch.uint8)
 
 
 def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
@@ -103,7 +119,7 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
     _check_types(values, "bitmap", bitmap)
     if starts.dtype != torch.int32:
         raise ValueError(f"its row starts must be int32, they are {starts.dtype}")
-    counts = _population(bitmap)
+    counts = population(bitmap)
     expected = torch.zeros(bitmap.shape[0] + 1, dtype=torch.int64, device=bitmap.device)
     expected[1:] = counts.cumsum(0)
     if starts.shape != expected.shape or not torch.equal(starts.long(), expected):
@@ -115,13 +131,18 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> None:
 def validate_sparse24(values: Tensor, indices: Tensor) -> None:
     """Raises ValueError unless each group's indices ascend."""
     _check_types(values, "indices", indices)
-    codes = torch.stack([indices & 15, indices >> 4], dim=-1)
-    if bool(((codes & 3) >= (codes >> 2)).any()):
-        raise ValueError("a group's two indices do not ascend")
+    check_indices(indices)
     if values.shape != (indices.shape[0], indices.shape[1] * 4):
         raise ValueError(
             f"its indices want {indices.shape[0]} x {indices.shape[1] * 4} values, got {list(values.shape)}"
         )
+
+
+def check_indices(indices: Tensor) -> None:
+    """Raises ValueError unless each group's two ascend."""
+    codes = torch.stack([indices & 15, indices >> 4], dim=-1)
+    if bool(((codes & 3) >= (codes >> 2)).any()):
+        raise ValueError("a group's two indices do not ascend")
 
 
 def packed_bytes(weight: Tensor, form: str) -> int:
@@ -138,26 +159,33 @@ def check_format(wanted: str) -> None:
         raise ValueError(f"format must be auto, {' or '.join(FORMATS)}, got '{wanted}'")
 
 
-def choose_format(weight: Tensor, wanted: str = "auto") -> str | None:
+def choose_format(
+    weight: Tensor,
+    wanted: str = "auto",
+    size_of: Callable[[Tensor, str], int] = packed_bytes,
+    may_be_dense: bool = False,
+) -> str | None:
     """The smaller format that fits (2:4 before a bitmap of its size), or None where a weight would not shrink.
 
     Args:
         wanted: ``auto``, or one of the formats: None then where that one does not fit or would not shrink.
+        size_of: bytes of a weight in a format.
+        may_be_dense: values of 8 or 4 bits of all columns are one of them, where ``wanted`` is ``auto``.
     """
     check_format(wanted)
-    if weight.shape[1] % COLUMNS:
-        return None
+    dense = weight.numel() * weight.element_size()
+    weight = padded(weight)
     forms = ["2:4"] if wanted != "bitmap" and is_24(weight) else []
     forms += ["bitmap"] if wanted != "2:4" and _values_beyond(weight) == 0 else []
-    sizes = {form: packed_bytes(weight, form) for form in forms}
+    forms += ["dense"] if wanted == "auto" and may_be_dense else []
+    sizes = {form: size_of(weight, form) for form in forms}
     best = min(sizes, key=lambda form: sizes[form], default=None)
-    return best if best is not None and sizes[best] < weight.numel() * weight.element_size() else None
+    return best if best is not None and sizes[best] < dense else None
 
 
 def why_dense(weight: Tensor, wanted: str = "auto") -> str:
     """Why :func:`choose_format` gives None for a weight, in words."""
-    if weight.shape[1] % COLUMNS:
-        return why_not_packable(weight.shape[1])
+    weight = padded(weight)
     if wanted == "2:4" and not is_24(weight):
         return "four of its columns keep more than two weights"
     if wanted != "2:4" and (many := _values_beyond(weight)):
@@ -167,7 +195,7 @@ def why_dense(weight: Tensor, wanted: str = "auto") -> str:
 
 def _count(weight: Tensor) -> int:
     """How many weights are not +0."""
-    return sum(int(kept(part).sum()) for part in _parts(weight))
+    return sum(int(kept(part).sum()) for part in parts(weight))
 
 
 def _values_beyond(weight: Tensor) -> int:
@@ -182,11 +210,7 @@ def _too_many(values: int) -> str:
     return f"keeps {values} values, a bitmap counts up to {MOST_VALUES}"
 
 
-def why_not_packable(columns: int) -> str:
-    return f"it has {columns} inputs, not a multiple of {COLUMNS}"
-
-
-def _population(bitmap: Tensor) -> Tensor:
+def population(bitmap: Tensor) -> Tensor:
     """[C_out, C_in / 8] uint8 -> the bits set in each row."""
     table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=bitmap.device)
     return table[bitmap.int()].sum(dim=1, dtype=torch.int64)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 
-from ..ops import unpack_bitmap, unpack_sparse24
 from . import dispatch
-from .weight import PackedWeight, pack, unpack
+from .format import padded
+from .values import ValueType
+from .weight import PackedWeight, pack, rows_of, unpack
 
 # 11008 x 4096, time as a multiple of the dense product's, by the size of a band. Small bands lose in the product, whose
 # fixed costs come once a band and thread; large ones in page faults, since the allocator gives them back.
@@ -26,6 +27,7 @@ MOST_BYTES = 16 << 20  # of all: the allocator keeps no larger ones
 
 # The operators without their wrappers: finding them is a tenth of a small layer's time.
 _PRODUCTS = {"bitmap": torch.ops.wanda.bitmap_linear.default, "2:4": torch.ops.wanda.sparse24_linear.default}
+_QUANTISED = torch.ops.wanda.quantized_linear.default
 
 
 class PackedLinear(PackedWeight):
@@ -33,8 +35,8 @@ class PackedLinear(PackedWeight):
     a band of rows at a time (:func:`banded_linear`), is freed again.
 
     Args:
-        in_features, out_features, bias: as in ``nn.Linear``; ``in_features`` is a multiple of 64.
-        form, kept: as of :class:`PackedWeight`.
+        in_features, out_features, bias: as in ``nn.Linear``.
+        form, kept, dtype, kind: as of :class:`PackedWeight`.
     """
 
     def __init__(
@@ -46,24 +48,25 @@ class PackedLinear(PackedWeight):
         kept: int,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        kind: ValueType | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, form, kept, dtype, device)
+        super().__init__(in_features, out_features, form, kept, dtype, device, kind)
         added = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if added is None else nn.Parameter(added, requires_grad=False)
         self._prefill: Tensor | None = None
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear, form: str) -> PackedLinear:
+    def from_linear(cls, layer: nn.Linear, form: str, kind: ValueType | None = None) -> PackedLinear:
         """Pack a layer's weight; ``form`` as :func:`choose_format` gives it."""
-        weight = layer.weight.data
-        codes, kept = pack(weight, form)
-        packed = cls(layer.in_features, layer.out_features, layer.bias is not None, form, kept, weight.dtype, "meta")
+        weight, has_bias = layer.weight.data, layer.bias is not None
+        codes, kept = pack(weight, form, kind)
+        packed = cls(layer.in_features, layer.out_features, has_bias, form, kept, weight.dtype, "meta", kind)
         if packed.bias is not None:
             packed.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         return packed.fill(codes)
 
     def to_linear(self) -> nn.Linear:
-        """A dense layer with the same weight, bit for bit."""
+        """A dense layer with the same weight, bit for bit; of 8 or 4 bits with what it stands for."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight = nn.Parameter(self.unpacked())
         if self.bias is not None:
@@ -74,43 +77,48 @@ class PackedLinear(PackedWeight):
         if x.is_meta:  # shapes alone
             return x.new_empty(*x.shape[:-1], self.out_features)
         kind = "cpu" if x.is_cpu else x.device.type  # the latter takes 0.3 us
-        # As packed(), past nn.Module.__getattr__: four names would be a fifth of nn.Linear's time for a small layer.
-        buffers = self._buffers
-        if self.form == "bitmap":
-            codes: Any = (buffers["weight_bitmap"], buffers["weight_starts"])
-        else:
-            codes = (buffers["weight_indices"],)
-        values: Any = self._parameters["weight"]
+        packed = self.packed()
         bias: Tensor | None = self._parameters.get("bias")
         if torch.is_autocast_enabled(kind):  # as nn.Linear: x, weight and bias in autocast's type
             dtype = torch.get_autocast_dtype(kind)
             bias = None if bias is None else bias.to(dtype)
             with torch.autocast(kind, enabled=False):
-                return self._multiply(x.to(dtype), (values.to(dtype), *codes), bias)
-        return self._multiply(x, (values, *codes), bias)
+                values = packed[0] if self.kind is not None else packed[0].to(dtype)
+                return self._multiply(x.to(dtype), (values, *packed[1:]), bias)
+        return self._multiply(x, packed, bias)
 
-    def _multiply(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
         if not self._is_valid:
             self.validate()
         dtype, device, form = packed[0].dtype, x.device, self.form
+        if self.kind is not None:
+            dtype, form = x.dtype, f"{form} {self.kind.name}/{self.kind.group}"
         if x.requires_grad and torch.is_grad_enabled():  # the operators have no gradient
             return linear(x, self.unpacked().to(dtype), bias)
-        tokens = x.numel() // self.in_features
+        if self.columns != self.in_features:
+            x = padded(x)
+        tokens = x.numel() // self.columns
         if tokens == 0 or torch.compiler.is_compiling():
             return self._product(dispatch.unasked(form, device, tokens), x, packed, bias)
-        if self._prefill is not None and dtype == self._prefill.dtype:
+        has_copy = self._prefill is not None and dtype == self._prefill.dtype
+        if has_copy:
             form += " + copy"
         bits = (tokens - 1).bit_length()
         key = (form, dtype, self.out_features, self.in_features, bits, device, torch.get_num_threads())
         way = dispatch.known(key)
         if way == "packed" and tokens <= dispatch.DIRECT_TOKENS:
-            return _PRODUCTS[self.form](x, *packed, bias)
+            return self._call(x, packed, bias)
         if way is None:
-            ways = dispatch.WAYS if form != self.form else dispatch.WAYS[:2]
+            ways = dispatch.WAYS if has_copy else dispatch.WAYS[:2]
             way = dispatch.choose(key, ways, lambda way: self._product(way, x, packed, bias))
         return self._product(way, x, packed, bias)
 
-    def _product(self, way: str, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    def _call(self, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
+        if self.kind is not None:
+            return _QUANTISED(x, *packed, bias, self.kind.bits)
+        return _PRODUCTS[self.form](x, *packed, bias)
+
+    def _product(self, way: str, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
         if way == "packed":
             return self._packed_product(x, packed, bias)
         if way == "unpack":
@@ -126,7 +134,12 @@ class PackedLinear(PackedWeight):
             ValueError: the layer is not 2:4, not on CUDA, not of a 16-bit type, or of a shape that torch does not take.
         """
         where = f"a layer of [{self.out_features}, {self.in_features}], {self.form}, {self.weight.dtype}"
-        if self.form != "2:4" or self.weight.element_size() != 2 or self.weight.device.type != "cuda":
+        if (
+            self.form != "2:4"
+            or self.kind is not None
+            or self.weight.element_size() != 2
+            or self.weight.device.type != "cuda"
+        ):
             raise ValueError(f"a prefill copy needs 2:4 in a 16-bit type on CUDA, got {where} on {self.weight.device}")
         try:
             self._prefill = to_sparse_semi_structured(self.unpacked())
@@ -145,23 +158,22 @@ class PackedLinear(PackedWeight):
         self._prefill = None
         return super()._apply(fn, recurse)
 
-    def _packed_product(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    def _packed_product(self, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
         # As many tokens at a time as the operators multiply without unpacking: for processors whose dense product is
         # slow in 16-bit types. Without AVX-512, 256 tokens of bfloat16 took 0.30 of torch's dense time (Zen 3, 4096 x
         # 4096).
-        product = _PRODUCTS[self.form]
         most = dispatch.direct_tokens(self.form, x.device)
-        if x.numel() <= most * self.in_features:
-            return product(x, *packed, bias)
-        parts = x.reshape(-1, self.in_features).split(most)
-        y = torch.cat([product(part, *packed, bias) for part in parts])
+        if x.numel() <= most * self.columns:
+            return self._call(x, packed, bias)
+        parts = x.reshape(-1, self.columns).split(most)
+        y = torch.cat([self._call(part, packed, bias) for part in parts])
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _dense_product(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    def _dense_product(self, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
         # On CUDA a band would be too small a product; a compiled graph would hold every band.
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return linear(x, unpack(packed), bias)
-        return banded_linear(x, packed, bias)
+            return linear(x, unpack(packed, x.dtype, self.kind), bias)
+        return banded_linear(x, packed, bias, kind=self.kind)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._prefill = None
@@ -177,7 +189,9 @@ def rows_of_band(cols: int, element_size: int) -> int:
     return max(1, size // (cols * element_size))
 
 
-def banded_linear(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, band: int | None = None) -> Tensor:
+def banded_linear(
+    x: Tensor, packed: tuple[Any, ...], bias: Tensor | None, band: int | None = None, kind: ValueType | None = None
+) -> Tensor:
     """``linear(x, unpacked, bias)``, without gradients: a band of output rows at a time, so that the weight is never
     unpacked as a whole.
 
@@ -186,25 +200,21 @@ def banded_linear(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, ba
 
     Args:
         x: [.., C_in], of the dtype of the packed values.
-        packed: (values, bitmap, starts) or (values, indices), as the operators take them.
+        packed: as :meth:`PackedWeight.packed` gives it, of values of ``kind``.
         bias: [C_out] or None.
-        band: output rows at a time [default: what fits 4 MiB a thread].
+        band: output rows at a time, even of 4 bits [default: what fits 4 MiB a thread].
 
     Returns:
         [.., C_out]. To rounding: a BLAS may add in another order for another number of rows.
     """
-    values, codes = packed[:2]
-    rows, cols = codes.shape[0], codes.shape[1] * 8
+    rows, cols = packed[1].shape[0], x.shape[-1]
     tokens = x.reshape(-1, cols)
     y = x.new_empty((tokens.shape[0], rows))
-    band = band or rows_of_band(cols, values.element_size())
+    band = band or -(-rows_of_band(cols, x.element_size()) // 2) * 2
     with torch.no_grad():
         for first in range(0, rows, band):
             last = min(first + band, rows)
-            if len(packed) == 3:
-                weight = unpack_bitmap(values, codes[first:last], packed[2][first : last + 1])
-            else:
-                weight = unpack_sparse24(values[first:last], codes[first:last])
+            weight = unpack(rows_of(packed, first, last, kind), x.dtype, kind)
             if bias is None:
                 torch.mm(tokens, weight.t(), out=y[:, first:last])
             else:

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..pruning.blocks import Block, find_blocks, matrices_of, unwrapped, why_not_plain
+from ..pruning.blocks import find_blocks, matrices_of, unwrapped, why_not_plain
 from ..pruning.matrices import Matrix, adapter_of
 from .experts import PackedExperts, PackedStack, why_not_packable_experts
-from .format import COLUMNS, check_format, choose_format, why_dense, why_not_packable
+from .format import check_format, choose_format, why_dense
 from .linear import PackedLinear
+from .values import ValueType, quantised_bytes
 from .weight import PackedWeight
 
 
@@ -20,21 +21,27 @@ class PackedReport:
     """What :func:`compress` did.
 
     Attributes:
-        formats: layer -> its format, or ``dense`` where it stayed so.
+        formats: layer -> its format, ``bitmap int8`` for instance, or ``dense`` where it stayed so.
         dense: layer that stayed dense -> why.
-        dense_bytes, packed_bytes: of the weights of all those layers, before and after.
+        dense_bytes, packed_bytes: of the weights of all those layers, before and after; ``weights``: how many.
     """
 
     formats: dict[str, str]
     dense: dict[str, str]
     dense_bytes: int
     packed_bytes: int
+    weights: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.packed_bytes / max(self.weights, 1)
 
     def __str__(self) -> str:
-        counts = {form: list(self.formats.values()).count(form) for form in ("2:4", "bitmap", "dense")}
+        counts = {form: list(self.formats.values()).count(form) for form in dict.fromkeys(self.formats.values())}
         layers = ", ".join(f"{count} {form}" for form, count in counts.items() if count)
         share = self.packed_bytes / max(self.dense_bytes, 1)
-        total = f"{layers}: {self.packed_bytes / 2**20:.1f} of {self.dense_bytes / 2**20:.1f} MiB ({share:.3f})"
+        sizes = f"{self.packed_bytes / 2**20:.1f} of {self.dense_bytes / 2**20:.1f} MiB ({share:.3f})"
+        total = f"{layers}: {sizes}, {self.bits_per_weight:.2f} bits a weight"
         return "\n".join([total, *(f"dense: {line}" for line in stayed_dense(self.dense))])
 
 
@@ -51,22 +58,32 @@ def stayed_dense(reasons: dict[str, str]) -> list[str]:
     return lines
 
 
-def compress(model: nn.Module, format: str = "auto") -> PackedReport:
+def compress(
+    model: nn.Module, format: str = "auto", values: str = "float", group_size: int | None = None, head: str = "float"
+) -> PackedReport:
     """Replace the linear layers of a transformers decoder's blocks by :class:`PackedLinear`, and its fused experts by
     :class:`PackedExperts`, in place.
 
     Args:
         model: pruned; float32, bfloat16 or float16.
-        format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap.
+        format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap; with values of 8
+            or 4 bits also all columns, where that is smaller.
+        values: ``float``: as they are, lossless; ``int8``, ``int4``: the nearest whole numbers, with a scale for a row
+            or some columns of it (:mod:`wanda_kernels.packed.values`).
+        group_size: columns for a scale: 32, 64 or 128, or 0: a row's. None: 0 of int8, 128 of int4.
+        head: ``int8``: so also the output layer, which reads as much as some blocks of a small model. One that shares
+            its weight with the embedding gets one of its own.
 
     A layer that would not shrink, or that is not a plain ``nn.Linear`` (a subclass, one with hooks), stays dense, and
     so do experts of a form of their own (JetMoE); the report says why. ``model.save_pretrained`` then writes
     a packed checkpoint, which ``from_pretrained`` loads after ``import wanda_kernels``.
 
     Raises:
-        ValueError: an unknown format, a model that is packed already, or one in which every layer stays dense.
+        ValueError: an unknown format, values, group_size or head, a model that is packed already, NaN or inf where
+            values are rounded, or a model in which every layer stays dense.
     """
     check_format(format)
+    kind, head_kind = ValueType.parse(values, group_size), check_head(head)
     if packed_layers(model):
         raise ValueError("the model is packed already")
     model = unwrapped(model)
@@ -76,19 +93,73 @@ def compress(model: nn.Module, format: str = "auto") -> PackedReport:
         matrix = matrices.pop(name)  # or it would hold the dense weight
         stored = matrix.stored.detach()
         special = _why_special(matrix)
-        form = choose_format(_as_matrix(matrix), format) if special is None else None
-        report.formats[name] = form or "dense"
+        form = None
+        if special is None and kind is not None:
+            special = why_not_pairs(matrix, kind)
+        if special is None:
+            form = _choose(_as_matrix(matrix), format, kind)
+        report.formats[name] = "dense" if form is None else form if kind is None else f"{form} {kind.name}"
         report.dense_bytes += stored.nbytes
+        report.weights += stored.numel()
         if form is None:
             report.dense[name] = special or why_dense(_as_matrix(matrix), format)
             report.packed_bytes += stored.nbytes
         else:
-            packed = _pack(model, name, matrix, form)
-            report.packed_bytes += sum(tensor.nbytes for tensor in packed.packed())
+            packed = _pack(model, name, matrix, form, kind)
+            report.packed_bytes += packed.nbytes()
     if not packed_layers(model):
         raise ValueError(_nothing_packed(report.dense, format))
+    if head_kind is not None:
+        _pack_head(model, head_kind, report)
     _set_config(model, describe(model))
     return report
+
+
+def check_head(head: str) -> ValueType | None:
+    """Raises ValueError for what is neither ``float`` nor ``int8``."""
+    if head not in ("float", "int8"):
+        raise ValueError(f"head must be float or int8, got '{head}'")
+    return None if head == "float" else ValueType.parse(head)
+
+
+def _choose(weight: Tensor, format: str, kind: ValueType | None) -> str | None:
+    if kind is None:
+        return choose_format(weight, format)
+    return choose_format(weight, format, lambda weight, form: quantised_bytes(weight, form, kind), may_be_dense=True)
+
+
+def why_not_pairs(matrix: Matrix, kind: ValueType) -> str | None:
+    """Why experts of 4 bits, of which two rows share bytes, must stay dense; None if they need not."""
+    if matrix.experts is None or kind.bits == 8 or matrix.weight.shape[-2] % 2 == 0:
+        return None
+    return f"its experts have {matrix.weight.shape[-2]} outputs: those of int4 need an even number"
+
+
+def _pack_head(model: nn.Module, kind: ValueType, report: PackedReport) -> None:
+    """The output layer, in place, with a weight of its own."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or not isinstance(head, nn.Linear):
+        raise ValueError(f"head: the output layer of a {type(model).__name__} is no nn.Linear")
+    why = why_not_plain(head)
+    if why is not None:
+        raise ValueError(f"head: {name} cannot be packed: {why}")
+    report.formats[name] = f"dense {kind.name}"
+    report.dense_bytes += head.weight.nbytes
+    report.weights += head.weight.numel()
+    layer = PackedLinear.from_linear(head, "dense", kind).train(head.training)
+    report.packed_bytes += layer.nbytes()
+    model.set_submodule(name, layer)
+    _untie(model)
+
+
+def _untie(model: Any) -> None:
+    """The output layer no longer shares the embedding's weight: neither here nor when the model is loaded."""
+    for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
 
 
 def _why_special(matrix: Matrix) -> str | None:
@@ -107,27 +178,19 @@ def _as_matrix(matrix: Matrix) -> Tensor:
     return stored.reshape(-1, stored.shape[-1])
 
 
-def _pack(model: nn.Module, name: str, matrix: Matrix, form: str) -> PackedWeight:
+def _pack(model: nn.Module, name: str, matrix: Matrix, form: str, kind: ValueType | None) -> PackedWeight:
     """In place."""
     if isinstance(matrix.module, nn.Linear):
-        layer = PackedLinear.from_linear(matrix.module, form).train(matrix.module.training)
+        layer = PackedLinear.from_linear(matrix.module, form, kind).train(matrix.module.training)
         model.set_submodule(name, layer)
         return layer
     place, _, parameter = name.rpartition(".")
     experts = PackedExperts.of(model.get_submodule(place))
     stored = matrix.stored.detach()
-    stack = PackedStack.from_weight(stored.transpose(-1, -2) if matrix.is_transposed else stored, form)
+    stack = PackedStack.from_weight(stored.transpose(-1, -2) if matrix.is_transposed else stored, form, kind)
     experts.put(parameter, stack.train(experts.training))
     model.set_submodule(place, experts)
     return stack
-
-
-def refuse_unpackable(blocks: list[Block]) -> None:
-    """Raises ValueError where no layer of any block could be packed, whatever is pruned: known from the shapes."""
-    widths = {name: matrix.weight.shape[-1] for name, matrix in matrices_of(blocks).items()}
-    if all(width % COLUMNS for width in widths.values()):
-        reasons = {name: why_not_packable(width) for name, width in widths.items()}
-        raise ValueError(_nothing_packed(reasons, "auto"))
 
 
 def _nothing_packed(reasons: dict[str, str], format: str) -> str:
@@ -165,9 +228,9 @@ def keep_prefill_copies(model: nn.Module) -> int:
     Raises:
         ValueError: the model has no 2:4 layer, or one cannot have a copy.
     """
-    layers = [layer for layer in linear_layers(model).values() if layer.form == "2:4"]
+    layers = [layer for layer in linear_layers(model).values() if layer.form == "2:4" and layer.kind is None]
     if not layers:
-        raise ValueError("the model has no linear layer that is packed as 2:4")
+        raise ValueError("the model has no linear layer that is packed as 2:4 with float values")
     for layer in layers:
         layer.keep_prefill_copy()
     return sum(layer.prefill_bytes() for layer in layers)

@@ -16,9 +16,10 @@ from ..models.experts import layout_of
 from ..models.fits import check_fits, listed, unplaced
 from ..pruning.blocks import PACKED
 from .experts import PackedExperts, PackedStack
-from .format import COLUMNS, FORMATS
+from .format import FORMATS
 from .linear import PackedLinear
 from .model import packed_layers, unpack_layers
+from .values import ValueType
 
 VERSION = 1
 
@@ -28,7 +29,8 @@ class WandaPackedConfig(QuantizationConfigMixin):
 
     Args:
         layers: linear layer, or weight of fused experts -> ``{"format": "2:4"}`` or ``{"format": "bitmap", "kept":
-            values}``.
+            values}``; of 8 or 4 bits with ``"values": "int8", "group_size": 0``, ``kept`` in bytes, and ``"format":
+            "dense"`` beside the others.
         version: of the formats.
     """
 
@@ -43,9 +45,21 @@ class WandaPackedConfig(QuantizationConfigMixin):
         if not isinstance(layers, dict) or not layers:
             raise ValueError("quantization_config: its layers must be an object of layers and their formats")
         for name, layer in layers.items():
-            form, kept = (layer.get("format"), layer.get("kept", 0)) if isinstance(layer, dict) else (None, None)
-            if form not in FORMATS or type(kept) is not int or not 0 <= kept < 2**31:
+            if not isinstance(layer, dict) or not _is_sound(layer):
                 raise ValueError(f"quantization_config: {name} is described as {str(layer)[:200]}")
+
+
+def _is_sound(layer: dict[str, Any]) -> bool:
+    kept, values, group = layer.get("kept", 0), layer.get("values", "float"), layer.get("group_size")
+    if type(kept) is not int or not 0 <= kept < 2**31 or not isinstance(values, str):
+        return False
+    if group is not None and type(group) is not int:
+        return False
+    try:
+        kind = ValueType.parse(values, group)
+    except ValueError:
+        return False
+    return layer.get("format") in (*FORMATS, *(["dense"] if kind is not None else []))
 
 
 class WandaPackedQuantizer(HfQuantizer):
@@ -109,16 +123,17 @@ class WandaPackedQuantizer(HfQuantizer):
 def _prepare(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
     """A packed layer without data in the place of a dense one."""
     form, kept = layer["format"], layer.get("kept", 0)
+    kind = ValueType.parse(layer.get("values", "float"), layer.get("group_size"))
 
     def check(*shape: int) -> None:
-        if shape[-1] % COLUMNS or kept > math.prod(shape):
+        if kept > math.prod(shape):
             raise ValueError(f"quantization_config: {name} of {list(shape)} cannot be packed as {layer}")
 
     linear = _submodule(model, name)
     if isinstance(linear, nn.Linear):
         rows, cols, has_bias = linear.out_features, linear.in_features, linear.bias is not None
         check(rows, cols)
-        model.set_submodule(name, PackedLinear(cols, rows, has_bias, form, kept, linear.weight.dtype, "meta"))
+        model.set_submodule(name, PackedLinear(cols, rows, has_bias, form, kept, linear.weight.dtype, "meta", kind))
         return
     place, _, parameter = name.rpartition(".")
     experts = _submodule(model, place)
@@ -131,8 +146,10 @@ def _prepare(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
     weight = experts.get_parameter(parameter)
     count, rows, cols = weight.shape if not layout.is_transposed else weight.transpose(-1, -2).shape
     check(count, rows, cols)
+    if kind is not None and kind.bits == 4 and rows % 2:
+        raise ValueError(f"quantization_config: {name}: experts of int4 need an even number of outputs, got {rows}")
     packed = PackedExperts.of(experts)
-    packed.put(parameter, PackedStack(count, cols, rows, form, kept, weight.dtype, "meta"))
+    packed.put(parameter, PackedStack(count, cols, rows, form, kept, weight.dtype, "meta", kind))
     model.set_submodule(place, packed)
 
 

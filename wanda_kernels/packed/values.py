@@ -15,13 +15,14 @@ error of a layer of SmolLM2 is equal in four digits, with float32 scales, too), 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .._checks_quantized import GROUPS
-from .format import COLUMNS
+from .format import bitmap_of, check_indices, indices_of, kept, parts, population
 
 PADDING = 64  # bytes that kernels may read past the last value of a bitmap
 _PART = 2**24  # elements
@@ -63,6 +64,10 @@ class ValueType:
     def name(self) -> str:
         return f"int{self.bits}"
 
+    def rows(self, rows: int) -> int:
+        """Of bytes, for so many of a weight: two of 4 bits share theirs."""
+        return rows if self.bits == 8 else -(-rows // 2)
+
     def columns(self, cols: int) -> int:
         """Of a group."""
         return min(self.group or cols, cols)
@@ -97,11 +102,13 @@ def _quantize(weight: Tensor, kind: ValueType) -> tuple[Tensor, Tensor]:
     largest = values.abs().amax(dim=2, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise ValueError("weight holds NaN or inf: it cannot be quantised")
+    unit = largest.where(largest > 0, 1.0)
     scale = torch.zeros_like(largest)
     least = torch.full_like(largest, torch.inf)
     for divisor in _DIVISORS[kind.bits]:
         tried = (largest / divisor).bfloat16().float()
-        error = (_levels(values, tried, kind.bits) * tried - values).square_().sum(dim=2, keepdim=True)
+        error = _levels(values, tried, kind.bits).mul_(tried).sub_(values).div_(unit)  # squares may overflow
+        error = error.square_().sum(dim=2, keepdim=True)
         is_less = error < least
         scale, least = torch.where(is_less, tried, scale), torch.where(is_less, error, least)
     levels = _levels(values, scale, kind.bits).to(torch.int8).view(rows, -1)[:, :cols]
@@ -122,10 +129,8 @@ def dequantize(levels: Tensor, scales: Tensor) -> Tensor:
     return levels.float() * scales.float().repeat_interleave(group, dim=1)[:, :cols]
 
 
-def pack_dense(levels: Tensor, bits: int) -> Tensor:
-    """All values: [C_out, C_in] uint8, or [ceil(C_out / 2), C_in] of 4 bits."""
-    if levels.shape[1] % COLUMNS or levels.numel() == 0:
-        raise ValueError(f"levels must be [C_out, C_in] with C_in a multiple of {COLUMNS}, got {list(levels.shape)}")
+def pack_rows(levels: Tensor, bits: int) -> Tensor:
+    """[C_out, n], n levels of each row that are all stored -> [C_out, n] uint8, or [ceil(C_out / 2), n] of 4 bits."""
     stored = (levels.int() + (1 << (bits - 1))).to(torch.uint8)
     if bits == 8:
         return stored
@@ -133,8 +138,8 @@ def pack_dense(levels: Tensor, bits: int) -> Tensor:
     return halves[:, 0] | halves[:, 1] << 4
 
 
-def pack_kept(levels: Tensor, kept: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The values of a bitmap's columns ``kept``, [C_out, C_in] bool: (values [bytes + 64] uint8, starts int32).
+def pack_kept(levels: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The values of a bitmap's columns ``mask``, [C_out, C_in] bool: (values [bytes + 64] uint8, starts int32).
 
     Of 8 bits a row follows the other; of 4 bits a pair takes as many bytes as the longer of its rows.
 
@@ -142,19 +147,84 @@ def pack_kept(levels: Tensor, kept: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         ValueError: more bytes than int32 counts.
     """
     stored = (levels.int() + (1 << (bits - 1))).to(torch.uint8)
-    counts = kept.sum(dim=1)
-    if bits == 4:
-        counts = pad(counts, (0, len(counts) % 2)).unflatten(0, (-1, 2)).amax(dim=1)
+    counts = kind_counts(mask.sum(dim=1), bits)
     total = int(counts.sum())
     if total > 2**31 - 1:
         raise ValueError(f"weight takes {total} bytes, a bitmap counts up to {2**31 - 1}")
     starts = pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     values = torch.zeros(total + PADDING, dtype=torch.uint8, device=levels.device)
     if bits == 8:
-        values[:total] = stored[kept]
+        values[:total] = stored[mask]
         return values, starts
-    place = (kept.cumsum(dim=1) - 1 + starts[:-1].long().repeat_interleave(2)[: len(kept), None])[kept]
-    is_high = (torch.arange(len(kept), device=levels.device) % 2).bool()[:, None].expand_as(kept)[kept]
+    place = (mask.cumsum(dim=1) - 1 + starts[:-1].long().repeat_interleave(2)[: len(mask), None])[mask]
+    is_high = (torch.arange(len(mask), device=levels.device) % 2).bool()[:, None].expand_as(mask)[mask]
     for half, shift in ((~is_high, 0), (is_high, 4)):
-        values[place[half]] |= stored[kept][half] << shift
+        values[place[half]] |= stored[mask][half] << shift
     return values, starts
+
+
+def pack_quantised(weight: Tensor, form: str, kind: ValueType) -> tuple[tuple[Tensor, ...], int]:
+    """(values, then of a bitmap bitmap and starts, of 2:4 indices, and scales as int16), and the bytes of a bitmap's
+    values, 0 of the others.
+
+    Args:
+        weight: [C_out, C_in]; ``form``: ``bitmap``, ``2:4`` or ``dense``.
+    """
+    levels, scales = quantize(weight, kind)
+    last = scales.view(torch.int16)
+    if form == "dense":
+        return (pack_rows(levels, kind.bits), last), 0
+    mask = kept(weight)
+    if form == "2:4":
+        columns, indices = indices_of(weight)
+        chosen = levels.unflatten(1, (-1, 4)).gather(2, columns).flatten(1)
+        return (pack_rows(chosen, kind.bits), indices, last), 0
+    values, starts = pack_kept(levels, mask, kind.bits)
+    return (values, bitmap_of(mask), starts, last), values.numel() - PADDING
+
+
+def validate_quantised(packed: tuple[Any, ...], kind: ValueType, rows: int, cols: int) -> None:
+    """``packed``: (values, scales, codes or None, starts or None). Raises ValueError unless the counts fit: kernels
+    read what they say without looking again."""
+    values, scales, codes, starts = packed
+    if codes is not None and codes.dtype != torch.uint8:
+        raise ValueError(f"its codes must be uint8, they are {codes.dtype}")
+    if values.dtype != torch.uint8:
+        raise ValueError(f"its values must be uint8, they are {values.dtype}")
+    if tuple(scales.shape) != (rows, kind.scales(cols)):
+        raise ValueError(f"its scales must be [{rows}, {kind.scales(cols)}], they are {list(scales.shape)}")
+    if not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise ValueError("its scales must be finite and >= 0")
+    if codes is None or starts is None:
+        wanted = (kind.rows(rows), cols if codes is None else cols // 2)
+        if tuple(values.shape) != wanted:
+            raise ValueError(f"its values must be {list(wanted)}, they are {list(values.shape)}")
+        if codes is not None:
+            check_indices(codes)
+        return
+    counts = kind_counts(population(codes), kind.bits)
+    if starts.dtype != torch.int32:
+        raise ValueError(f"its row starts must be int32, they are {starts.dtype}")
+    expected = pad(counts.cumsum(0), (1, 0))
+    if starts.shape != expected.shape or not torch.equal(starts.long(), expected):
+        raise ValueError("its row starts do not fit its bitmap")
+    if tuple(values.shape) != (int(expected[-1]) + PADDING,):
+        raise ValueError(f"its bitmap keeps {int(expected[-1])} bytes, {values.numel() - PADDING} are there")
+
+
+def kind_counts(counts: Tensor, bits: int) -> Tensor:
+    """Of the values of each row: the bytes of each row, or of 4 bits of each pair."""
+    return counts if bits == 8 else pad(counts, (0, len(counts) % 2)).unflatten(0, (-1, 2)).amax(dim=1)
+
+
+def quantised_bytes(weight: Tensor, form: str, kind: ValueType) -> int:
+    """What a weight takes."""
+    rows, cols = weight.shape
+    scales = 2 * rows * kind.scales(cols)
+    if form == "dense":
+        return kind.rows(rows) * cols + scales
+    if form == "2:4":
+        return kind.rows(rows) * (cols // 2) + rows * (cols // 8) + scales
+    counts = torch.cat([kept(part).sum(dim=1) for part in parts(weight)])
+    stored = int(kind_counts(counts, kind.bits).sum()) + PADDING
+    return stored + rows * (cols // 8) + 4 * (kind.rows(rows) + 1) + scales

@@ -8,21 +8,31 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..ops import unpack_bitmap, unpack_sparse24
-from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
+from ..ops import unpack_bitmap, unpack_quantized, unpack_sparse24
+from . import values as quantised
+from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, padded, validate_bitmap, validate_sparse24
+from .values import ValueType, pack_quantised, validate_quantised
 
 
 class PackedWeight(nn.Module):
     """A packed matrix [C_out, C_in].
 
     State dict: ``weight`` (the values: another shape than a dense weight's, so that nothing takes one for the other),
-    and ``weight_bitmap`` [C_out, C_in / 8] and ``weight_starts`` [C_out + 1], or ``weight_indices`` [C_out, C_in / 8].
-    They are checked at the first forward pass, or by :meth:`validate`.
+    and ``weight_bitmap`` [C_out, columns / 8] and ``weight_starts`` [C_out + 1], or ``weight_indices`` of that shape.
+    Of values of 8 or 4 bits ``weight`` is uint8, and ``weight_scales`` [C_out, groups] holds the bits of their bfloat16
+    scales as int16, which no change of the model's type rounds. They are checked at the first forward pass, or by
+    :meth:`validate`.
 
     Args:
-        in_features, out_features: ``in_features`` is a multiple of 64.
-        form: ``"bitmap"`` or ``"2:4"``.
-        kept: how many values a bitmap keeps.
+        in_features, out_features: where ``in_features`` is no multiple of 64, what is packed is filled up to one with
+            columns that keep nothing.
+        form: ``"bitmap"``, ``"2:4"``, or of 8 or 4 bits also ``"dense"``: every column is kept.
+        kept: how many values a bitmap keeps; of 8 or 4 bits, how many bytes they take.
+        dtype: of the values, or of what those of 8 or 4 bits are unpacked to.
+        kind: of values of 8 or 4 bits.
+
+    Attributes:
+        dtype: as above; it goes with the module's ``to``. columns: ``in_features``, filled up.
     """
 
     def __init__(
@@ -33,25 +43,32 @@ class PackedWeight(nn.Module):
         kept: int,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        kind: ValueType | None = None,
     ) -> None:
         super().__init__()
-        if form not in ("bitmap", "2:4"):
-            raise ValueError(f"form must be bitmap or 2:4, got '{form}'")
-        if in_features % COLUMNS:
-            raise ValueError(f"in_features must be a multiple of {COLUMNS}, got {in_features}")
+        if form not in ("bitmap", "2:4") and (form != "dense" or kind is None):
+            raise ValueError(f"form must be bitmap or 2:4 (or dense, of 8 or 4 bits), got '{form}'")
         self.in_features, self.out_features, self.form = in_features, out_features, form
+        self.columns = cols = -(-in_features // COLUMNS) * COLUMNS
+        self.dtype, self.kind = dtype, kind
+        value, padding, rows = dtype, PADDING, out_features
+        if kind is not None:
+            value, padding, rows = torch.uint8, quantised.PADDING, kind.rows(out_features)
 
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        codes = empty(out_features, in_features // 8, dtype=torch.uint8)
         if form == "bitmap":
-            values = empty(kept + PADDING)
-            self.register_buffer("weight_bitmap", codes)
-            self.register_buffer("weight_starts", empty(out_features + 1, dtype=torch.int32))
+            values = empty(kept + padding, dtype=value)
+            self.register_buffer("weight_bitmap", empty(out_features, cols // 8, dtype=torch.uint8))
+            self.register_buffer("weight_starts", empty(rows + 1, dtype=torch.int32))
+        elif form == "2:4":
+            values = empty(rows, cols // 2, dtype=value)
+            self.register_buffer("weight_indices", empty(out_features, cols // 8, dtype=torch.uint8))
         else:
-            values = empty(out_features, in_features // 2)
-            self.register_buffer("weight_indices", codes)
+            values = empty(rows, cols, dtype=value)
+        if kind is not None:
+            self.register_buffer("weight_scales", empty(out_features, kind.scales(cols), dtype=torch.int16))
         self.weight = nn.Parameter(values, requires_grad=False)
         self._is_valid = False
 
@@ -63,51 +80,99 @@ class PackedWeight(nn.Module):
         self._is_valid = True
         return self
 
-    def packed(self) -> tuple[Tensor, ...]:
-        """What the operators take: (values, bitmap, starts) or (values, indices)."""
-        names = ("weight_bitmap", "weight_starts") if self.form == "bitmap" else ("weight_indices",)
-        return self.weight, *(self.get_buffer(name) for name in names)
+    def packed(self) -> tuple[Any, ...]:
+        """What the operators take: (values, bitmap, starts) or (values, indices); of 8 or 4 bits (values, scales, codes
+        or None, starts or None)."""
+        buffers: Any = self._buffers
+        codes = buffers.get("weight_bitmap" if self.form == "bitmap" else "weight_indices")
+        starts = buffers.get("weight_starts")
+        if self.kind is not None:
+            return self.weight, buffers["weight_scales"].view(torch.bfloat16), codes, starts
+        return (self.weight, codes) if starts is None else (self.weight, codes, starts)
+
+    def nbytes(self) -> int:
+        """Of all that is held for the weight."""
+        return self.weight.nbytes + sum(buffer.nbytes for buffer in self._buffers.values() if buffer is not None)
 
     def unpacked(self) -> Tensor:
-        """[C_out, C_in], bit for bit what was packed."""
+        """[C_out, C_in], bit for bit what was packed; of 8 or 4 bits each value times its scale."""
         self.validate()
-        return unpack(self.packed())
+        weight = unpack(self.packed(), self.dtype, self.kind)
+        return weight if self.columns == self.in_features else weight[:, : self.in_features].contiguous()
 
     def validate(self) -> None:
         """Raises ValueError where the packed tensors contradict each other. Once, after they were loaded."""
-        if not self._is_valid:
-            codes = self.packed()[1]
-            if tuple(codes.shape) != (self.out_features, self.in_features // 8):
-                whole = [self.out_features, self.in_features]
-                raise ValueError(f"its {self.form} codes are {list(codes.shape)}, which is not 1/8 of {whole}")
-            validate_bitmap(*self.packed()) if self.form == "bitmap" else validate_sparse24(*self.packed())
-            self._is_valid = True
+        if self._is_valid:
+            return
+        codes = self._buffers.get("weight_bitmap" if self.form == "bitmap" else "weight_indices")
+        if codes is not None and tuple(codes.shape) != (self.out_features, self.columns // 8):
+            whole = [self.out_features, self.columns]
+            raise ValueError(f"its {self.form} codes are {list(codes.shape)}, which is not 1/8 of {whole}")
+        if self.kind is not None:
+            validate_quantised(self.packed(), self.kind, self.out_features, self.columns)
+        elif self.form == "bitmap":
+            validate_bitmap(*self.packed())
+        else:
+            validate_sparse24(*self.packed())
+        self._is_valid = True
 
     def describe(self) -> dict[str, Any]:
         """What config.json says of it: enough to make it without its data."""
-        if self.form == "2:4":
-            return {"format": "2:4"}
-        return {"format": self.form, "kept": self.weight.numel() - PADDING}
+        said: dict[str, Any] = {"format": self.form}
+        if self.form == "bitmap":
+            said["kept"] = self.weight.numel() - (PADDING if self.kind is None else quantised.PADDING)
+        if self.kind is not None:
+            said |= {"values": self.kind.name, "group_size": self.kind.group}
+        return said
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._is_valid = False  # to_empty() leaves what was in memory before
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._is_valid = False
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.form}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.form}" + (
+            "" if self.kind is None else f", values={self.kind.name}, group_size={self.kind.group}"
+        )
 
 
-def pack(weight: Tensor, form: str) -> tuple[tuple[Tensor, ...], int]:
-    """What a :class:`PackedWeight` holds, and how many values a bitmap keeps (0 of 2:4)."""
+def pack(weight: Tensor, form: str, kind: ValueType | None = None) -> tuple[tuple[Tensor, ...], int]:
+    """What a :class:`PackedWeight` holds, its values first and then its buffers in their order, and how many values (of
+    8 or 4 bits: bytes) a bitmap keeps: 0 of the others."""
+    weight = padded(weight)
+    if kind is not None:
+        return pack_quantised(weight, form, kind)
     if form == "2:4":
         return pack_sparse24(weight), 0
     codes = pack_bitmap(weight)
     return codes, codes[0].numel() - PADDING
 
 
-def unpack(packed: tuple[Tensor, ...]) -> Tensor:
+def unpack(packed: tuple[Any, ...], dtype: torch.dtype, kind: ValueType | None = None) -> Tensor:
+    """``packed``: as :meth:`PackedWeight.packed` gives it."""
+    if kind is not None:
+        values, scales, codes, starts = packed
+        return unpack_quantized(values, scales, codes, starts, kind.bits, dtype)
     return unpack_bitmap(*packed) if len(packed) == 3 else unpack_sparse24(*packed)
+
+
+def rows_of(packed: tuple[Any, ...], first: int, last: int, kind: ValueType | None = None) -> tuple[Any, ...]:
+    """Rows ``first`` to ``last`` of what is packed, for :func:`unpack`. Of 4 bits ``first`` is even."""
+    if kind is not None:
+        values, scales, codes, starts = packed
+        stored = slice(kind.rows(first), kind.rows(last))
+        if starts is None:
+            values = values[stored]
+        else:
+            starts = starts[stored.start : stored.stop + 1]
+        return values, scales[first:last], None if codes is None else codes[first:last], starts
+    if len(packed) == 3:
+        values, codes, starts = packed
+        return values, codes[first:last], starts[first : last + 1]
+    values, codes = packed
+    return values[first:last], codes[first:last]

@@ -131,8 +131,9 @@ class Grams:
             addend.add_to(part, sums)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Name -> [C_in, C_in], or [E, C_in, C_in] of experts; symmetric."""
-        for name, sums in self._sums.items():
+        """Name -> [C_in, C_in], or [E, C_in, C_in] of experts; symmetric. They are the caller's, and no longer here."""
+        for name in list(self._sums):
+            sums = self._sums.pop(name)
             mirror_(sums)
             yield name, sums if self._experts_of(name) is not None else sums[0]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ from ..identity import of_weights
 from ..methods import LayerInputs, Method, Needs, Outcome, Pattern
 from ..methods.owl import outlier_ratio
 from ..models import evaluating
-from ..ops.solve import TILE
+from ..ops.solve import rows_of_tile
 from .blocks import MOST_DENSE, count_zeros
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
@@ -292,6 +293,7 @@ class Loop:
         statistics: BlockStatistics | None = None,
     ) -> None:
         reports = []
+        to_come = Counter(map(id, (inputs or {}).values()))
         for name, matrix in block.matrices.items():
             if inputs is not None and name not in inputs:  # silent
                 continue
@@ -304,6 +306,9 @@ class Loop:
                 pruned, total = outcome.sums.double().sum(dim=0).tolist()
             if dense is not None and known is not None:
                 swaps, errors = self._improve(matrix, dense, known)
+            to_come[id(known)] -= 1
+            if known is not None and not to_come[id(known)]:
+                known.let_go()
             weight = matrix.weight.detach()
             zeros = count_zeros(weight)
             tokens = None if known is None or known.tokens is None else known.tokens.tolist()
@@ -361,7 +366,7 @@ class Loop:
         weight, dense, spec = matrix.weight.data, matrix.view(stored), self.spec
         # Of a transposed matrix rows do not lie apart: each process improves all of it, to the same bits.
         processes = None if matrix.is_transposed and matrix.experts is None else self.processes
-        size = TILE if matrix.experts is None else 1
+        size = rows_of_tile(weight.device) if matrix.experts is None else 1
         tiles = -(-len(weight) // size)
         shares = [range(tiles)] if processes is None else processes.shares(tiles)
         shares = [range(min(one.start * size, len(weight)), min(one.stop * size, len(weight))) for one in shares]

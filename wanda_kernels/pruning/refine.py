@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..methods import LayerInputs, Pattern
 from ..ops import refine_nm_, refine_rows_, solve_rows_
-from ..ops.solve import TILE
+from ..ops.solve import rows_of_tile
 from .spec import PruneSpec
 from .stopwatch import Stopwatch
 
@@ -24,7 +24,7 @@ def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec
     far as ``spec`` says and where it makes the layer's error smaller.
 
     Args:
-        weight: pruned; what is kept is as in ``dense``. Of a larger matrix, rows from a multiple of ``TILE`` on.
+        weight: pruned; what is kept is as in ``dense``. Of a larger matrix, whole tiles (``ops.solve.rows_of_tile``).
 
     Returns:
         [C_out, 5], float64, see ``FOUND``: swaps; the error ``d @ H @ d`` with H the inputs' Hessian, as it was, with
@@ -32,18 +32,14 @@ def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec
     """
     assert inputs.hessian is not None  # 2 / sequences * X^T X: the factor changes no mask and no weight
     hessian, pattern, rows = inputs.hessian, spec.pattern, len(weight)
-    diagonal = hessian.diagonal().double()
     found = torch.zeros(rows, len(FOUND), dtype=torch.float64, device=weight.device)
-    sums = found.new_empty(rows, 2)  # with damping
-
-    def own() -> Tensor:
-        """Of each row what its columns' errors are by themselves: damping counts them."""
-        return torch.sub(dense.double(), weight).square_().mul_(diagonal).sum(dim=1)
+    sums = found.new_empty(rows, 2)  # with damping: what it has added is taken out again
 
     with stopwatch.measure("refinement" if spec.refine else "update"):
         mask = (weight == 0 if pattern is None else mask_of_groups(weight, dense, pattern)).contiguous()
-        squares = own()
-        found[:, 4] = quadratic(dense, hessian)
+        squares = own_errors(weight, dense, hessian)
+        solve_rows_(torch.empty_like(weight), torch.ones_like(mask), hessian, dense, 0.0, 0, sums)
+        found[:, 4] = sums[:, 0]  # nothing is kept, and nothing solved
     if spec.refine:
         with stopwatch.measure("refinement"):
             if pattern is None:
@@ -52,7 +48,7 @@ def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec
                 found[:, 0] = refine_nm_(mask, dense, hessian, pattern.n, pattern.m, spec.refine_damping, sums=sums)
             weight.copy_(dense.masked_fill(mask, 0))
             found[:, 1] = sums[:, 0] - spec.refine_damping * squares
-            squares = own()
+            squares = own_errors(weight, dense, hessian)
             found[:, 2] = sums[:, 1] - spec.refine_damping * squares
     if spec.update:
         with stopwatch.measure("update"):
@@ -60,9 +56,16 @@ def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec
             if not spec.refine:
                 found[:, 1] = sums[:, 0] - spec.update_damping * squares
             # By differences, so that rows that did not change have the error that they had, whatever the damping
-            gain = sums[:, 0] - sums[:, 1] - spec.update_damping * (squares - own())
+            gain = sums[:, 0] - sums[:, 1] - spec.update_damping * (squares - own_errors(weight, dense, hessian))
             found[:, 3] = found[:, 2 if spec.refine else 1] - gain
     return found
+
+
+def own_errors(weight: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
+    """Of each row what its columns' errors are by themselves, which damping counts: [C_out], float64."""
+    diagonal, tile = hessian.diagonal().double(), rows_of_tile(weight.device)  # a tile's float64 stays in a cache
+    parts = zip(dense.split(tile), weight.split(tile), strict=True)
+    return torch.cat([torch.sub(one.double(), other).square_().mul_(diagonal).sum(dim=1) for one, other in parts])
 
 
 def mask_of_groups(weight: Tensor, dense: Tensor, pattern: Pattern) -> Tensor:
@@ -71,8 +74,3 @@ def mask_of_groups(weight: Tensor, dense: Tensor, pattern: Pattern) -> Tensor:
     order = torch.where(is_zero & (dense != 0), 0, torch.where(is_zero, 1, 2)).unflatten(1, (-1, pattern.m))
     pruned = torch.sort(order, dim=2, stable=True).indices[..., : pattern.m - pattern.n]
     return torch.zeros(order.shape, dtype=torch.bool, device=weight.device).scatter_(2, pruned, True).flatten(1)
-
-
-def quadratic(rows: Tensor, hessian: Tensor) -> Tensor:
-    """``r @ H @ r`` of each row, [C_out] float64: ||X r||^2 up to the Hessian's factor. ``rows``: [C_out, C_in]."""
-    return torch.cat([((one @ hessian) * one).sum(dim=1, dtype=torch.float64) for one in rows.float().split(TILE)])

@@ -18,8 +18,10 @@ from ..methods.select import Group
 PROPAGATE = ("pruned", "dense")
 EXPERTS = ("routed", "all")
 REFINE_DAMPING = 0.3
+# SmolLM2, 50 % and 2:4: from 0 to 3, 0.1 and 0.3 leave the least error of a layer on held-out windows of the
+# calibration text, 0.3 on another text.
 UPDATE_DAMPING = 0.3
-UPDATE_STEPS = 10
+UPDATE_STEPS = 10  # after 8 the error is within 0.3 % of that, after 6 within 1 %
 
 
 class SpecArguments(TypedDict, total=False):
@@ -247,7 +249,8 @@ class PruneSpec:
             "experts": self.experts,
             "min_tokens": self.min_tokens,
             "refine": self.refine_damping if self.refine else None,
-            "update": [self.update_damping, self.update_steps] if self.update else None,
+            "update": self.update_damping if self.update else None,
+            "update_steps": self.update_steps if self.update else None,
         }
 
     def check_experts(self, has_experts: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .._words import need
 from ..methods import METHODS
-from ..pruning.spec import REFINE_DAMPING
+from ..pruning.spec import REFINE_DAMPING, UPDATE_DAMPING
 from . import tables
 
 Row = dict[str, Any]
@@ -162,7 +162,14 @@ def _means(runs: list[Row]) -> list[float]:
 
 
 def _shown_label(label: str) -> str:
+    """A file's name may hold what no picture can."""
+    label = "".join(letter if letter.isprintable() else " " for letter in label)
     return label if len(label) <= 40 else f"{label[:40]} .."
+
+
+def _strength(run: Row) -> float:
+    """Of a method's colour: the paler, the more is done after its mask."""
+    return (1.0, 0.65, 0.35)[run["refine"] + run["update"]]
 
 
 def text_bars(data: Row) -> str | None:
@@ -176,6 +183,7 @@ def text_bars(data: Row) -> str | None:
         and tables.is_by_itself(run)
         and run["samples"] in (0, samples)
         and run["refine_damping"] in (None, REFINE_DAMPING)
+        and run["update_damping"] in (None, UPDATE_DAMPING)
         and all(map(_can_be_drawn, tables.perplexities(run)))
     ]
     found = {key: _means(runs) for key, runs in tables.by_label(shown).items()}
@@ -183,7 +191,7 @@ def text_bars(data: Row) -> str | None:
     targets = list(dict.fromkeys(target for _, target in found))
     if len(texts) == 1 or not found:
         return None
-    colours = dict(zip(labels, itertools.cycle(colour for colour, _ in STYLES), strict=False))
+    looks = {run["label"]: {"color": styles()[run["method"]][0], "alpha": _strength(run)} for run in shown}
 
     def paint(figure: Any, panels: Any) -> None:
         width = 0.8 / len(labels)
@@ -193,12 +201,12 @@ def text_bars(data: Row) -> str | None:
                     (i, found[label, target][number]) for i, target in enumerate(targets) if (label, target) in found
                 ]
                 places = [i + (place - (len(labels) - 1) / 2) * width for i, _ in have]
-                axes.bar(places, [value for _, value in have], width * 0.92, color=colours[label], label=label)
+                axes.bar(places, [value for _, value in have], width * 0.92, label=label, **looks[label])
             _perplexity_axis(axes, data, number)
             axes.set_xticks(range(len(targets)), targets)
             axes.set_title(_shown_label(text), fontsize=10)
         handles, named = panels[0].get_legend_handles_labels()
-        figure.legend(handles, named, loc="outside lower center", ncols=3)
+        figure.legend(handles, named, loc="outside lower center", ncols=2)
 
     return _draw("texts", "Perplexity on each text", paint, panels=len(texts))
 
@@ -229,7 +237,7 @@ def damping_curves(data: Row, target: str) -> str | None:
             for (method, update, update_damping), points in lines.items():
                 colour, marker = styles()[method]
                 label = f"{method}, refined" + (" and updated" if update else "")
-                label += "" if update_damping is None else f" ({update_damping:g})"
+                label += "" if update_damping in (None, UPDATE_DAMPING) else f" (damping {update_damping!r})"
                 values = [(dampings.index(d), _means(found)[number]) for d, found in sorted(points.items())]
                 axes.plot(*zip(*values, strict=True), color=colour, marker=marker, label=label,
                           linestyle="-" if update else ":")  # fmt: skip
@@ -242,7 +250,7 @@ def damping_curves(data: Row, target: str) -> str | None:
             axes.set_title(_shown_label(texts[number]), fontsize=10)
         handles, named = figure.axes[0].get_legend_handles_labels()
         by_name = dict(zip(named, handles, strict=True))
-        figure.legend(by_name.values(), by_name, loc="outside lower center", ncols=3)
+        figure.legend(by_name.values(), by_name, loc="outside lower center", ncols=2)
 
     return _draw(f"damping-{target}", f"Perplexity against the damping of refined masks, {target}", paint,
                  panels=len(texts))  # fmt: skip
@@ -296,7 +304,7 @@ def cost_bars(data: Row) -> str | None:
         axes.set_yticks(range(len(runs)), [run["label"] for run in runs])
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
 
     return _draw("cost", "Seconds of pruning by part", paint, height=1.2 + 0.3 * len(runs))
 

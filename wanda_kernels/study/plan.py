@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from ..methods import METHODS, Pattern, create, options_of
-from ..pruning.spec import REFINE_DAMPING, PruneSpec
+from ..pruning.spec import REFINE_DAMPING, UPDATE_DAMPING, PruneSpec
 
 COMPARED = ("magnitude", "sparsegpt", "wanda")
 STEPS = ("refine", "refine_damping", "update", "update_damping")  # of a run, after the method's mask
@@ -39,6 +39,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.refine and self.refine_damping is None:
             object.__setattr__(self, "refine_damping", REFINE_DAMPING)
+        if self.update and self.update_damping is None:
+            object.__setattr__(self, "update_damping", UPDATE_DAMPING)
 
     @property
     def target(self) -> str:
@@ -59,7 +61,7 @@ class Run:
         ]
         steps = [
             f"refined{_unless(REFINE_DAMPING, self.refine_damping)}" if self.refine else "",
-            f"updated{_unless(None, self.update_damping)}" if self.update else "",
+            f"updated{_unless(UPDATE_DAMPING, self.update_damping)}" if self.update else "",
         ]
         by_itself = " ".join([self.method, *filter(None, options)])
         return ", ".join(filter(None, [by_itself, " and ".join(filter(None, steps))]))
@@ -175,6 +177,9 @@ def paper_plan(scale: Scale) -> list[Run]:
     runs += [Run("wanda", 0.5, samples=n, variant=True), Run("ria", 0.5, samples=n)]
     runs += [Run(method, 0.6, samples=n, owl=True) for method in COMPARED]
     targets: list[dict[str, Any]] = [{"sparsity": 0.5}, {"sparsity": 0.6}, {"pattern": "4:8"}, {"pattern": "2:4"}]
-    runs += [Run("wanda", **target, samples=n, refine=True) for target in targets]
+    runs += [
+        Run("wanda", **target, samples=n, refine=True, update=update)
+        for target, update in itertools.product(targets, (False, True))
+    ]
     runs += [Run(method, 0.5, samples=n, seed=seed) for seed in scale.seeds for method in ("sparsegpt", "wanda")]
     return _distinct(runs)
