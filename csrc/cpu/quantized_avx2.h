@@ -12,19 +12,31 @@
 namespace wanda::cpu {
 namespace {
 
-// Entry i: for each of eight columns the place of its byte among those that mask i keeps; 8, the byte for
-// gaps, where not kept.
+// Entry i: for each of eight columns the place of its byte among those that mask i keeps, in the lower and in
+// the upper half of a register; 0x80, which gives 0, where not kept.
 struct alignas(64) SpreadBytes {
-  uint8_t entry[256][8];
-  constexpr SpreadBytes() : entry() {
+  uint8_t lower[256][8], upper[256][8];
+  constexpr SpreadBytes() : lower(), upper() {
     for (uint32_t mask = 0; mask < 256; ++mask) {
       uint8_t place = 0;
-      for (uint32_t i = 0; i < 8; ++i) entry[mask][i] = (mask >> i & 1) != 0 ? place++ : 8;
+      for (uint32_t i = 0; i < 8; ++i) {
+        const bool kept = (mask >> i & 1) != 0;
+        lower[mask][i] = kept ? place : 0x80;
+        upper[mask][i] = kept ? place + 8 : 0x80;
+        place += kept;
+      }
     }
   }
 };
 constexpr SpreadBytes kSpreadBytes;
 
+// Eight bytes from each.
+inline __m128i two_of(const uint8_t* lower, const uint8_t* upper) {
+  const __m128 first = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lower)));
+  return _mm_castps_si128(_mm_loadh_pi(first, reinterpret_cast<const __m64*>(upper)));
+}
+
+// Sixteen columns at a time. Bytes are 0 where the gap's are for the shuffle.
 template <PackedFormat format>
 WANDA_PASS void spread_row(const uint8_t* next, const uint8_t* codes, int64_t bytes, uint8_t gap,
                            uint8_t* out) {
@@ -32,21 +44,22 @@ WANDA_PASS void spread_row(const uint8_t* next, const uint8_t* codes, int64_t by
   for (int64_t block = 0; block < bytes; block += 8) {
     prefetch_l2(next + 2048);
     prefetch_l2(codes + block + 512);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t mask = packed_mask(format, codes[block + i]);
+    for (int i = 0; i < 8; i += 2) {
+      const uint32_t first = packed_mask(format, codes[block + i]);
+      const uint32_t second = packed_mask(format, codes[block + i + 1]);
       __m128i values;
+      const __m128i order = two_of(kSpreadBytes.lower[first], kSpreadBytes.upper[second]);
       if constexpr (format == PackedFormat::kBitmap) {
-        values = _mm_castps_si128(_mm_loadl_pi(_mm_castsi128_ps(gaps), reinterpret_cast<const __m64*>(next)));
-        next += __builtin_popcount(mask);
-      } else {  // nothing may be read past its last value
-        int32_t four;
-        std::memcpy(&four, next, sizeof(four));
-        values = _mm_unpacklo_epi64(_mm_cvtsi32_si128(four), gaps);
-        next += 4;
+        const uint8_t* others = next + __builtin_popcount(first);
+        values = two_of(next, others);
+        next = others + __builtin_popcount(second);
+      } else {  // four of each: nothing may be read past the last one
+        values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(next));
+        values = _mm_unpacklo_epi32(values, values);  // 0-3 twice, then 4-7
+        next += 8;
       }
-      const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpreadBytes.entry[mask]));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + (block + i) * 8), _mm_shuffle_epi8(values, order));
+      const __m128i spread = _mm_xor_si128(_mm_shuffle_epi8(_mm_xor_si128(values, gaps), order), gaps);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (block + i) * 8), spread);
     }
   }
 }
