@@ -142,15 +142,12 @@ WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, const uint8_t* s
   const int8_t* whole = x.whole + t * size;
   const int32_t* starts = x.starts + t * kQuantizedLanes;  // of 4 bits
   const float* x_scales = x.scales + t * w.groups;
-  constexpr int shift = is_high ? 4 : 0;
-  const auto starting = [&](int64_t part, int half) WANDA_STEP {
-    return loaded_256(starts + part * x.slab * kQuantizedLanes + 8 * half);
-  };
   Lanes lanes{_mm256_setzero_ps(), _mm256_setzero_ps()};
   if (w.groups == 1) {
     // Exact in float64, rounded once.
     __m256d sums[4];
-    for (int i = 0; i < 4; ++i) sums[i] = bits == 4 ? wide(starting(0, i / 2), i % 2) : _mm256_setzero_pd();
+    for (int i = 0; i < 4; ++i)
+      sums[i] = bits == 4 ? wide(loaded_256(starts + i / 2 * 8), i % 2) : _mm256_setzero_pd();
     for (int64_t block = 0; block < blocks; block += Sums::kMost) {
       const int64_t count = blocks - block < Sums::kMost ? blocks - block : Sums::kMost;
       const Sums part(stored + block * kQuantizedBlock, whole + block * step, step, count);
@@ -167,21 +164,30 @@ WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, const uint8_t* s
   constexpr int64_t kFactors = 64;  // made at once
   float factors[kFactors];
   const int64_t halves = w.group < kQuantizedBlock ? 2 : 1;  // groups of a part
-  for (int64_t part = 0, block = 0; block < blocks; block += together, ++part) {
-    const int64_t group = part * halves, at = group % kFactors;
-    if (at == 0) {
+  int64_t at = kFactors, group = 0;
+  for (int64_t block = 0; block < blocks; block += together) {
+    if (at == kFactors) {
       const int64_t made = w.groups - group < kFactors ? w.groups - group : kFactors;
-      for (int64_t g = 0; g < made; ++g) factors[g] = factor_of(w, row, group + g, x_scales[group + g]);
+      // Sums of high halves are not 16 times too large here.
+      for (int64_t g = 0; g < made; ++g)
+        factors[g] = factor_of(w, row, group + g, x_scales[group + g]) * (is_high ? 16.0f : 1.0f);
+      group += made;
+      at = 0;
     }
-    const int64_t count = blocks - block < together ? blocks - block : together;
-    Sums sums(stored + block * kQuantizedBlock, whole + block * step, step, count);
+    // Numbers that the compiler knows: no loop.
+    Sums sums =
+        together == 2 && blocks - block > 1 ? Sums(stored, whole, step, 2) : Sums(stored, whole, step, 1);
+    stored += together * kQuantizedBlock;
+    whole += together * step;
     if (bits == 4) {
-      sums.low = _mm256_slli_epi32(_mm256_add_epi32(sums.low, starting(part, 0)), shift);
-      sums.high = _mm256_slli_epi32(_mm256_add_epi32(sums.high, starting(part, 1)), shift);
+      sums.low = _mm256_add_epi32(sums.low, loaded_256(starts));
+      sums.high = _mm256_add_epi32(sums.high, loaded_256(starts + 8));
+      starts += x.slab * kQuantizedLanes;
     }
     const __m256 low = _mm256_set1_ps(factors[at]), high = _mm256_set1_ps(factors[at + halves - 1]);
     lanes.low = _mm256_add_ps(lanes.low, _mm256_mul_ps(_mm256_cvtepi32_ps(sums.low), low));
     lanes.high = _mm256_add_ps(lanes.high, _mm256_mul_ps(_mm256_cvtepi32_ps(sums.high), high));
+    at += halves;
   }
   return tree_of(lanes);
 }
