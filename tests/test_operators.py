@@ -9,7 +9,7 @@ import torch
 
 from wanda_kernels import _backend, ops, reference
 from wanda_kernels.packed import pack_bitmap, pack_sparse24
-from wanda_kernels.packed.values import ValueType, pack_dense, pack_kept, quantize
+from wanda_kernels.packed.values import ValueType, pack_kept, pack_rows, quantize
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 NORM = torch.rand(64, generator=torch.Generator().manual_seed(1))
@@ -64,7 +64,7 @@ CALLS = {
     "unpack_bitmap": lambda: pack_bitmap(SPARSE),
     "unpack_sparse24": lambda: pack_sparse24(SPARSE),
     "quantized_linear": lambda: (WEIGHT[:3], *quantized(8), NORM[:32], 8),
-    "quantized_linear of a head": lambda: (HALF[:3], pack_dense(LEVELS[0], 4), LEVELS[1], None, None, None, 4),
+    "quantized_linear of a head": lambda: (HALF[:3], pack_rows(LEVELS[0], 4), LEVELS[1], None, None, None, 4),
     "quantized_experts": lambda: (WEIGHT, *quantized(4)[:2], ENDS, *quantized(4)[2:], 4),
     "unpack_quantized": lambda: (*quantized(4), 4, torch.bfloat16),
     "gelu_tanh_mul_sqnorm": lambda: (HALF, HALF.flip(0), torch.zeros(4, 64), None),

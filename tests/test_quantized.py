@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from wanda_kernels import ops, reference
 from wanda_kernels.packed import pack_sparse24
-from wanda_kernels.packed.values import ValueType, pack_dense, pack_kept, quantize
+from wanda_kernels.packed.values import ValueType, pack_kept, pack_rows, quantize
 
 BACKENDS = [name for name in backends.names() if name.startswith("cpu")]
 FORMS = ("bitmap", "2:4", "dense")
@@ -28,7 +28,7 @@ def packed_of(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(values, scales, codes, starts). ``kept`` columns of a bitmap are not those of 2:4."""
     if form == "dense":
-        return pack_dense(levels, bits), scales, None, None
+        return pack_rows(levels, bits), scales, None, None
     if form == "2:4":
         kept = ~reference.nm_mask(levels.float(), torch.ones(levels.shape[1]), 2, 4)
     values, starts = pack_kept(levels, kept, bits)

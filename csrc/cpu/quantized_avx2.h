@@ -12,39 +12,55 @@
 namespace wanda::cpu {
 namespace {
 
-// Entry i: for each of eight columns the place of its byte among those that mask i keeps; 8, the byte for
-// gaps, where not kept.
+// Entry i: for each of eight columns the place of its byte among those that mask i keeps, in the lower and in
+// the upper half of a register; 0x80, which gives 0, where not kept.
 struct alignas(64) SpreadBytes {
-  uint8_t entry[256][16];
-  constexpr SpreadBytes() : entry() {
+  uint8_t lower[256][8], upper[256][8];
+  constexpr SpreadBytes() : lower(), upper() {
     for (uint32_t mask = 0; mask < 256; ++mask) {
       uint8_t place = 0;
-      for (uint32_t i = 0; i < 8; ++i) entry[mask][i] = (mask >> i & 1) != 0 ? place++ : 8;
+      for (uint32_t i = 0; i < 8; ++i) {
+        const bool kept = (mask >> i & 1) != 0;
+        lower[mask][i] = kept ? place : 0x80;
+        upper[mask][i] = kept ? place + 8 : 0x80;
+        place += kept;
+      }
     }
   }
 };
 constexpr SpreadBytes kSpreadBytes;
 
+// Eight bytes from each.
+inline __m128i two_of(const uint8_t* lower, const uint8_t* upper) {
+  const __m128 first = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lower)));
+  return _mm_castps_si128(_mm_loadh_pi(first, reinterpret_cast<const __m64*>(upper)));
+}
+
+// Sixteen columns at a time. Bytes are 0 where the gap's are for the shuffle.
 template <PackedFormat format>
 WANDA_PASS void spread_row(const uint8_t* next, const uint8_t* codes, int64_t bytes, uint8_t gap,
                            uint8_t* out) {
   const __m128i gaps = _mm_set1_epi8(static_cast<char>(gap));
-  for (int64_t byte = 0; byte < bytes; ++byte) {
-    if (byte % 16 == 0) prefetch_l2(next + 2048);
-    const uint32_t mask = packed_mask(format, codes[byte]);
-    __m128i values;
-    if constexpr (format == PackedFormat::kBitmap) {
-      values = _mm_castps_si128(_mm_loadl_pi(_mm_castsi128_ps(gaps), reinterpret_cast<const __m64*>(next)));
-      next += __builtin_popcount(mask);
-    } else {  // nothing may be read past its last value
-      int32_t four;
-      std::memcpy(&four, next, sizeof(four));
-      values = _mm_unpacklo_epi64(_mm_cvtsi32_si128(four), gaps);
-      next += 4;
+  for (int64_t block = 0; block < bytes; block += 8) {
+    prefetch_l2(next + 2048);
+    prefetch_l2(codes + block + 512);
+    for (int i = 0; i < 8; i += 2) {
+      const uint32_t first = packed_mask(format, codes[block + i]);
+      const uint32_t second = packed_mask(format, codes[block + i + 1]);
+      __m128i values;
+      const __m128i order = two_of(kSpreadBytes.lower[first], kSpreadBytes.upper[second]);
+      if constexpr (format == PackedFormat::kBitmap) {
+        const uint8_t* others = next + __builtin_popcount(first);
+        values = two_of(next, others);
+        next = others + __builtin_popcount(second);
+      } else {  // four of each: nothing may be read past the last one
+        values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(next));
+        values = _mm_unpacklo_epi32(values, values);  // 0-3 twice, then 4-7
+        next += 8;
+      }
+      const __m128i spread = _mm_xor_si128(_mm_shuffle_epi8(_mm_xor_si128(values, gaps), order), gaps);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (block + i) * 8), spread);
     }
-    const auto* order = reinterpret_cast<const __m128i*>(kSpreadBytes.entry[mask]);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + byte * 8),
-                     _mm_shuffle_epi8(values, _mm_load_si128(order)));
   }
 }
 
@@ -63,14 +79,14 @@ inline float tree_of(Lanes lanes) {
 inline __m256i loaded_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 // Sums of a part: blocks [block, end), at most kMost.
-template <int bits>
+template <int bits, bool is_high>
 struct PartSums;
 
 template <>
-struct PartSums<8> {
+struct PartSums<8, false> {
   static constexpr int64_t kMost = 128;  // 128 * 4 * 128 * 32639 is below 2^31
   __m256i low, high;                     // lanes 0-7, 8-15
-  WANDA_STEP PartSums(const uint8_t* stored, const int8_t* whole, int64_t step, int64_t blocks, bool) {
+  WANDA_STEP PartSums(const uint8_t* stored, const int8_t* whole, int64_t step, int64_t blocks) {
     const __m256i offset = _mm256_set1_epi16(128);
     __m256i pairs[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
                         _mm256_setzero_si256()};
@@ -89,19 +105,18 @@ struct PartSums<8> {
   }
 };
 
-template <>
-struct PartSums<4> {
+template <bool is_high>
+struct PartSums<4, is_high> {
   static constexpr int64_t kMost = 8;
   __m256i low, high;
-  WANDA_STEP PartSums(const uint8_t* stored, const int8_t* whole, int64_t step, int64_t blocks,
-                      bool is_high) {
+  WANDA_STEP PartSums(const uint8_t* stored, const int8_t* whole, int64_t step, int64_t blocks) {
     const __m256i half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    const __m128i shift = _mm_cvtsi32_si128(is_high ? 4 : 0);
     __m256i pairs[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int64_t block = 0; block < blocks; ++block) {
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        const __m256i bytes = _mm256_srl_epi16(loaded_256(stored + 32 * i), shift);
+        __m256i bytes = loaded_256(stored + 32 * i);
+        if (is_high) bytes = _mm256_srli_epi16(bytes, 4);
         const __m256i products =
             _mm256_maddubs_epi16(_mm256_and_si256(bytes, half), loaded_256(whole + 32 * i));
         pairs[i] = _mm256_add_epi16(pairs[i], products);
@@ -118,28 +133,24 @@ inline __m256d wide(__m256i sums, int half) {
   return _mm256_cvtepi32_pd(half == 0 ? _mm256_castsi256_si128(sums) : _mm256_extracti128_si256(sums, 1));
 }
 
-template <int bits>
+template <int bits, bool is_high>
 WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, const uint8_t* stored,
                          const QuantizedColumns& x, int64_t t) {
-  using Sums = PartSums<bits>;
-  const bool is_high = is_high_half(w, row);
+  using Sums = PartSums<bits, is_high>;
   const int64_t blocks = w.cols / kQuantizedBlock, together = blocks_of_part(w);
   const int64_t size = planes_of(w) * kQuantizedBlock, step = x.slab * size;
   const int8_t* whole = x.whole + t * size;
   const int32_t* starts = x.starts + t * kQuantizedLanes;  // of 4 bits
   const float* x_scales = x.scales + t * w.groups;
-  const __m128i shift = _mm_cvtsi32_si128(is_high ? 4 : 0);
-  const auto starting = [&](int64_t part, int half) WANDA_STEP {
-    return loaded_256(starts + part * x.slab * kQuantizedLanes + 8 * half);
-  };
   Lanes lanes{_mm256_setzero_ps(), _mm256_setzero_ps()};
   if (w.groups == 1) {
     // Exact in float64, rounded once.
     __m256d sums[4];
-    for (int i = 0; i < 4; ++i) sums[i] = bits == 4 ? wide(starting(0, i / 2), i % 2) : _mm256_setzero_pd();
+    for (int i = 0; i < 4; ++i)
+      sums[i] = bits == 4 ? wide(loaded_256(starts + i / 2 * 8), i % 2) : _mm256_setzero_pd();
     for (int64_t block = 0; block < blocks; block += Sums::kMost) {
       const int64_t count = blocks - block < Sums::kMost ? blocks - block : Sums::kMost;
-      const Sums part(stored + block * kQuantizedBlock, whole + block * step, step, count, is_high);
+      const Sums part(stored + block * kQuantizedBlock, whole + block * step, step, count);
       for (int i = 0; i < 4; ++i) sums[i] = _mm256_add_pd(sums[i], wide(i < 2 ? part.low : part.high, i % 2));
     }
     const __m256 factor = _mm256_set1_ps(factor_of(w, row, 0, x_scales[0]));
@@ -150,19 +161,33 @@ WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, const uint8_t* s
     lanes.high = _mm256_add_ps(lanes.high, _mm256_mul_ps(_mm256_set_m128(quarters[3], quarters[2]), factor));
     return tree_of(lanes);
   }
-  int64_t part = 0;
-  for (int64_t block = 0; block < blocks; block += together, ++part) {
-    const int64_t count = blocks - block < together ? blocks - block : together;
-    Sums sums(stored + block * kQuantizedBlock, whole + block * step, step, count, is_high);
-    if (bits == 4) {
-      sums.low = _mm256_sll_epi32(_mm256_add_epi32(sums.low, starting(part, 0)), shift);
-      sums.high = _mm256_sll_epi32(_mm256_add_epi32(sums.high, starting(part, 1)), shift);
+  constexpr int64_t kFactors = 64;  // made at once
+  float factors[kFactors];
+  const int64_t halves = w.group < kQuantizedBlock ? 2 : 1;  // groups of a part
+  int64_t at = kFactors, group = 0;
+  for (int64_t block = 0; block < blocks; block += together) {
+    if (at == kFactors) {
+      const int64_t made = w.groups - group < kFactors ? w.groups - group : kFactors;
+      // Sums of high halves are not 16 times too large here.
+      for (int64_t g = 0; g < made; ++g)
+        factors[g] = factor_of(w, row, group + g, x_scales[group + g]) * (is_high ? 16.0f : 1.0f);
+      group += made;
+      at = 0;
     }
-    const int64_t group = w.group < kQuantizedBlock ? 2 * part : part, other = w.group < kQuantizedBlock;
-    const __m256 low = _mm256_set1_ps(factor_of(w, row, group, x_scales[group]));
-    const __m256 high = _mm256_set1_ps(factor_of(w, row, group + other, x_scales[group + other]));
+    // Numbers that the compiler knows: no loop.
+    Sums sums =
+        together == 2 && blocks - block > 1 ? Sums(stored, whole, step, 2) : Sums(stored, whole, step, 1);
+    stored += together * kQuantizedBlock;
+    whole += together * step;
+    if (bits == 4) {
+      sums.low = _mm256_add_epi32(sums.low, loaded_256(starts));
+      sums.high = _mm256_add_epi32(sums.high, loaded_256(starts + 8));
+      starts += x.slab * kQuantizedLanes;
+    }
+    const __m256 low = _mm256_set1_ps(factors[at]), high = _mm256_set1_ps(factors[at + halves - 1]);
     lanes.low = _mm256_add_ps(lanes.low, _mm256_mul_ps(_mm256_cvtepi32_ps(sums.low), low));
     lanes.high = _mm256_add_ps(lanes.high, _mm256_mul_ps(_mm256_cvtepi32_ps(sums.high), high));
+    at += halves;
   }
   return tree_of(lanes);
 }
@@ -181,7 +206,8 @@ struct QuantizedSteps<Avx2> {
 
   static float dot(const QuantizedWeight& w, int64_t row, const uint8_t* stored, const QuantizedColumns& x,
                    int64_t t) {
-    return w.bits == 8 ? dot_256<8>(w, row, stored, x, t) : dot_256<4>(w, row, stored, x, t);
+    if (w.bits == 8) return dot_256<8, false>(w, row, stored, x, t);
+    return row % 2 == 0 ? dot_256<4, false>(w, row, stored, x, t) : dot_256<4, true>(w, row, stored, x, t);
   }
 };
 
