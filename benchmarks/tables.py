@@ -218,12 +218,14 @@ def masks(result: dict[str, Any]) -> str:
     headings = [""]
     for model in result["models"]:
         targets = list(dict.fromkeys(row["target"] for row in model["rows"]))
-        headings += [f"{model['model']}, {targets[0]}", *targets[1:], "seconds"]
+        draws = sorted({len(row["seeds"]) for row in model["rows"] if row["label"] in labels})
+        counted = f"{draws[0]} draw{'s' * (draws[0] > 1)}" if len(draws) == 1 else f"{draws[0]}-{draws[-1]} draws"
+        headings += [f"{model['model']}, {counted}, {targets[0]}", *targets[1:], "seconds"]
         found = {(row["label"], row["target"]): row for row in model["rows"]}
         cells["dense"] += [*[_texts(model["dense"])] * len(targets), ""]
         for label in labels:
             rows = [found.get((label, target)) for target in targets]
-            cells[label] += ["" if row is None else _texts(_means(row["perplexities"])) for row in rows]
+            cells[label] += ["not measured" if row is None else _texts(_means(row["perplexities"])) for row in rows]
             seconds = [second for row in rows if row is not None for second in row["seconds"]]
             cells[label].append(f"{mean(seconds):.0f}" if seconds else "")
     return table(headings, cells.values())
@@ -231,7 +233,7 @@ def masks(result: dict[str, Any]) -> str:
 
 def all_masks(result: dict[str, Any]) -> str:
     """A row a model, method and target, with the spread over the seeds and what it costs."""
-    parts = ("forward", "statistics", "selection", "refinement", "update")
+    parts = ("forward", "Gram matrices", "selection", "refinement", "update")
     rows = []
     for model in result["models"]:
         rows.append(

@@ -97,7 +97,7 @@ def test_the_masks(results):
     (folder / "masks.json").write_text(json.dumps({"circumstances": about, "models": models}))
     page = report.render(report.README, results)
     for line in (
-        "|  | A, 50% | 2:4 | seconds | B, 50% | seconds |",
+        "|  | A, 2 draws, 50% | 2:4 | seconds | B, 2 draws, 50% | seconds |",
         "| dense | 5.0 / 6.0 | 5.0 / 6.0 |  | 7.0 / 8.0 |  |",
         "| Wanda, refined | 20.0 / 1.01e+03 | 20.0 / 1.01e+03 | 2 | 20.0 / 1.01e+03 | 2 |",
     ):
