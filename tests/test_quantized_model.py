@@ -51,6 +51,8 @@ def test_what_is_packed_is_what_was_chosen(kind, rows, cols, seed, form, dtype):
     weight[torch.rand(rows) < 0.2] = 0  # rows of which nothing is kept
     levels, scales = quantize(weight, kind)
     packed, kept = pack_quantised(weight, form, kind)
+    if form == "dense":
+        packed = (packed[0].view(kind.rows(rows), cols), *packed[1:])
     got = ops.unpack_quantized(*arguments(packed), kind.bits, torch.float32)
     assert torch.equal(got, dequantize(levels, scales))
     assert not got[weight == 0].any()
@@ -159,6 +161,70 @@ def test_saved_and_loaded(way, family, tmp_path):
         assert isinstance(loaded.get_output_embeddings(), PackedLinear)
         assert loaded.get_input_embeddings().weight.is_floating_point()
         assert not loaded.config.tie_word_embeddings
+
+
+def test_what_is_read_outside_of_its_layer_stays_dense(tmp_path):
+    from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, time_step_rank=64))
+    prune(model, None, method="magnitude")
+    with pytest.raises(ValueError, match=r"head must be float for a MambaForCausalLM: lm_head cannot be packed"):
+        compress(model, values="int8", head="int8")
+    for values in ("float", "int8", "int4"):
+        packed = copy.deepcopy(model)
+        report = compress(packed, values=values)
+        why = "its model uses dt_proj.weight outside of the layer"
+        assert report.dense["backbone.layers.0.mixer.dt_proj"] == why
+        packed.save_pretrained(tmp_path / values)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / values)
+        ids = tiny.ids()
+        assert torch.equal(loaded(ids).logits, packed(ids).logits)
+
+
+def test_nothing_is_packed_where_something_cannot_be():
+    model = pruned()
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj holds NaN or inf"):
+        compress(model, values="int8")
+    assert not packed_layers(model)
+    model = pruned()
+    model.lm_head.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="lm_head holds NaN or inf"):
+        compress(model, head="int8")
+    assert not packed_layers(model)
+
+
+def test_another_width_is_refused_before_it_is_filled_up():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(100, 36, bias=False)
+    layer.weight.data.masked_fill_(torch.rand(36, 100) < 0.5, 0)
+    for kind in (None, KINDS[0]):
+        packed = PackedLinear.from_linear(layer, "bitmap", kind)
+        packed(torch.randn(2, 100))
+        for width in (65, 110, 128):
+            with pytest.raises(ValueError, match=rf"x must be \[\.\., 100\], got \[2, {width}\]"):
+                packed(torch.randn(2, width))
+
+
+def test_a_head_that_would_not_shrink_stays():
+    model = tiny.model(intermediate_size=128)
+    prune(model, tiny.ids())
+    report = compress(model, head="int8")
+    assert report.formats["lm_head"] == "dense int8"
+    model = tiny.model(hidden_size=16, head_dim=4, intermediate_size=128)  # filled up to 64
+    prune(model, tiny.ids())
+    report = compress(model, head="int8")
+    assert report.formats["lm_head"] == "dense"
+    assert report.dense["lm_head"] == "8 bits would not shrink it"
+
+
+def test_large_float16_weights_stay_finite():
+    weight = sparse(4, 64, dtype=torch.float16)
+    weight[0, :2] = torch.tensor([-65504.0, 65504.0])
+    for kind in KINDS:
+        packed = pack_quantised(weight, "bitmap", kind)[0]
+        assert ops.unpack_quantized(*arguments(packed), kind.bits, torch.float16).isfinite().all()
 
 
 def test_types_go_with_the_model_and_scales_stay():

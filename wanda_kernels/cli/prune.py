@@ -200,7 +200,7 @@ def prune_command(
     session.begin()
     # What the config alone can tell, before anything large is read.
     tokens = expected_length(sources, length) if needs_text else None
-    session.check(spec, out, compress, tokens, drop_experts, "drop_experts")
+    session.check(spec, out, compress, tokens, drop_experts, "drop_experts", head)
     outer = Stopwatch()
     with outer.measure("load"):
         input_ids = session.calibration(sources, samples, length, seed, **drawing) if needs_text else None

@@ -15,6 +15,7 @@ from ..models import load_model, load_tokenizer, save_pretrained
 from ..models.load import check_choices, empty_model, load_config, processor_files, weight_bytes
 from ..models.save import DROP_REPORT, REPORT, check_bytes
 from ..packed import compress
+from ..packed.model import head_of
 from ..pruning import PruneSpec, PruningReport, prune
 from ..pruning.blocks import find_blocks
 from ..pruning.driver import check_blocks
@@ -60,12 +61,14 @@ class Session:
         length: int | None = None,
         drop: float | None = None,
         drop_named: str = "share",
+        head: str = "float",
     ) -> None:
         """What can be known to fail before the model is loaded, from its config and the sizes of its files.
 
         Raises:
-            ValueError, OSError: it cannot be pruned as ``spec`` says, packed, called with ``length`` tokens, lose the
-                share ``drop`` of its experts (called ``drop_named``), or be written to ``out``.
+            ValueError, OSError: it cannot be pruned as ``spec`` says, packed (its output layer as ``head``), called
+                with ``length`` tokens, lose the share ``drop`` of its experts (called ``drop_named``), or be written to
+                ``out``.
         """
         with working(f"checking {self.name}"):
             if length is not None:
@@ -73,6 +76,8 @@ class Session:
             empty = empty_model(self.config)
             blocks = find_blocks(empty, meta=True)
             check_blocks(blocks, spec)
+            if head != "float":
+                head_of(empty)
             if drop is not None:
                 check_drop(empty, drop, meta=True, named=drop_named)
             needed = weight_bytes(self.name, self._dtype)

@@ -115,7 +115,8 @@ def study_command(
             if names_of_texts.count(name) > 1:
                 raise ValueError(f"--text must name files with different names, which a study shows: two are {name}")
         if paper:
-            for name, is_given in (("--refine", refine), ("--update", update)):
+            dampings = (("--refine-damping", bool(refine_damping)), ("--update-damping", bool(update_damping)))
+            for name, is_given in (("--refine", refine), ("--update", update), *dampings):
                 if is_given:
                     raise ValueError(f"{name} is of the grid: --paper has such rows of its own")
             if len(sources) > 1 and min(size.sizes) < len(sources):

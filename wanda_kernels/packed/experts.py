@@ -12,7 +12,7 @@ from torch.nn.functional import grouped_mm
 
 from ..models.experts import ExpertsLayout, layout_of
 from ..pruning.blocks import what_it_computes
-from .format import PADDING, join_bitmaps, padded
+from .format import PADDING, check_width, join_bitmaps, padded
 from .values import PADDING as BYTES
 from .values import ValueType
 from .weight import PackedWeight, pack
@@ -75,6 +75,7 @@ class PackedStack(PackedWeight):
         if rows.requires_grad and torch.is_grad_enabled():  # the operators have no gradient
             return grouped_mm(rows, self.dense().to(dtype).transpose(-1, -2), offs=ends)
         values, *codes = self.packed()
+        check_width(rows, self.in_features)
         rows = padded(rows)
         if self.kind is not None:
             scales, bitmap, starts = codes

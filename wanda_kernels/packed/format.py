@@ -32,6 +32,12 @@ def padded(weight: Tensor) -> Tensor:
     return pad(weight, (0, more)) if more else weight
 
 
+def check_width(x: Tensor, cols: int) -> None:
+    """Raises ValueError where x is not [.., cols], as the operators do: before it is filled up."""
+    if x.shape[-1] != cols:
+        raise ValueError(f"x must be [.., {cols}], got {list(x.shape)}")
+
+
 def bits_of(weight: Tensor) -> Tensor:
     """As integers: what copies 16-bit floats may quiet a NaN."""
     return weight.contiguous().view(_INTEGERS[weight.element_size()])
@@ -170,14 +176,12 @@ def choose_format(
     Args:
         wanted: ``auto``, or one of the formats: None then where that one does not fit or would not shrink.
         size_of: bytes of a weight in a format.
-        may_be_dense: values of 8 or 4 bits of all columns are one of them, where ``wanted`` is ``auto``.
     """
     check_format(wanted)
     dense = weight.numel() * weight.element_size()
     weight = padded(weight)
     forms = ["2:4"] if wanted != "bitmap" and is_24(weight) else []
     forms += ["bitmap"] if wanted != "2:4" and _values_beyond(weight) == 0 else []
-    forms += ["dense"] if wanted == "auto" and may_be_dense else []
     sizes = {form: size_of(weight, form) for form in forms}
     best = min(sizes, key=lambda form: sizes[form], default=None)
     return best if best is not None and sizes[best] < dense else None
@@ -185,12 +189,13 @@ def choose_format(
 
 def why_dense(weight: Tensor, wanted: str = "auto") -> str:
     """Why :func:`choose_format` gives None for a weight, in words."""
-    weight = padded(weight)
+    cols, weight = weight.shape[1], padded(weight)
     if wanted == "2:4" and not is_24(weight):
         return "four of its columns keep more than two weights"
     if wanted != "2:4" and (many := _values_beyond(weight)):
         return f"it {_too_many(many)}"
-    return "too few of its weights are zero to shrink it: prune it first"
+    few = "too few of its weights are zero to shrink it"
+    return f"{few}: prune it first" if cols == weight.shape[1] else f"{few}, filled up from {cols} inputs"
 
 
 def _count(weight: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 
 from . import dispatch
-from .format import padded
+from .format import check_width, padded
 from .values import ValueType
 from .weight import PackedWeight, pack, rows_of, unpack
 
@@ -90,15 +90,16 @@ class PackedLinear(PackedWeight):
     def _multiply(self, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
         if not self._is_valid:
             self.validate()
-        dtype, device, form = packed[0].dtype, x.device, self.form
-        if self.kind is not None:
-            dtype, form = x.dtype, f"{form} {self.kind.name}/{self.kind.group}"
+        device, form = x.device, self.form
+        dtype = packed[0].dtype if self.kind is None else x.dtype
         if x.requires_grad and torch.is_grad_enabled():  # the operators have no gradient
             return linear(x, self.unpacked().to(dtype), bias)
         if self.columns != self.in_features:
+            check_width(x, self.in_features)
             x = padded(x)
         tokens = x.numel() // self.columns
-        if tokens == 0 or torch.compiler.is_compiling():
+        # Of 8 or 4 bits the ways differ in more than rounding, as one of them rounds x: never by time
+        if tokens == 0 or self.kind is not None or torch.compiler.is_compiling():
             return self._product(dispatch.unasked(form, device, tokens), x, packed, bias)
         has_copy = self._prefill is not None and dtype == self._prefill.dtype
         if has_copy:
@@ -142,7 +143,7 @@ class PackedLinear(PackedWeight):
         ):
             raise ValueError(f"a prefill copy needs 2:4 in a 16-bit type on CUDA, got {where} on {self.weight.device}")
         try:
-            self._prefill = to_sparse_semi_structured(self.unpacked())
+            self._prefill = to_sparse_semi_structured(unpack(self.packed(), self.dtype))  # x is filled up, too
         except RuntimeError as error:
             raise ValueError(f"torch has no semi-structured tensor for {where}: {error}") from error
 

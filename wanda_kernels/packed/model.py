@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,10 +94,19 @@ def compress(
     model = unwrapped(model)
     report = PackedReport({}, {}, 0, 0)
     matrices = matrices_of(find_blocks(model))
+    # Before the first layer is packed: what ends halfway could neither be saved nor packed again.
+    head_name = None if head_kind is None else head_of(model)
+    rounded = {name: matrix.stored for name, matrix in matrices.items()} if kind is not None else {}
+    if head_name is not None:
+        rounded[head_name] = model.get_submodule(head_name).weight  # type: ignore[assignment]
+    for name, weight in rounded.items():
+        if not bool(weight.detach().isfinite().all()):
+            raise ValueError(f"{name} holds NaN or inf: it cannot be rounded to 8 or 4 bits")
+    del rounded
     for name in list(matrices):
         matrix = matrices.pop(name)  # or it would hold the dense weight
         stored = matrix.stored.detach()
-        special = _why_special(matrix)
+        special = _why_special(matrix) or used_outside(model, name, kind is not None)
         form = None
         if special is None and kind is not None:
             special = why_not_pairs(matrix, kind)
@@ -109,8 +123,8 @@ def compress(
             report.packed_bytes += packed.nbytes()
     if not packed_layers(model):
         raise ValueError(_nothing_packed(report.dense, format))
-    if head_kind is not None:
-        _pack_head(model, head_kind, report)
+    if head_name is not None and head_kind is not None:
+        _pack_head(model, head_name, head_kind, report)
     _set_config(model, describe(model))
     return report
 
@@ -123,9 +137,11 @@ def check_head(head: str) -> ValueType | None:
 
 
 def _choose(weight: Tensor, format: str, kind: ValueType | None) -> str | None:
-    if kind is None:
-        return choose_format(weight, format)
-    return choose_format(weight, format, lambda weight, form: quantised_bytes(weight, form, kind), may_be_dense=True)
+    """None, too, of 8 or 4 bits where nothing was pruned: quantising alone is not what was asked for."""
+    form = choose_format(weight, format)
+    if kind is None or form is None:
+        return form
+    return choose_format(weight, format, lambda weight, form: quantised_bytes(weight, form, kind))
 
 
 def why_not_pairs(matrix: Matrix, kind: ValueType) -> str | None:
@@ -135,31 +151,59 @@ def why_not_pairs(matrix: Matrix, kind: ValueType) -> str | None:
     return f"its experts have {matrix.weight.shape[-2]} outputs: those of int4 need an even number"
 
 
-def _pack_head(model: nn.Module, kind: ValueType, report: PackedReport) -> None:
-    """The output layer, in place, with a weight of its own."""
+def head_of(model: nn.Module) -> str:
+    """The name of the output layer. Raises ValueError where it cannot be packed."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     name = next((name for name, module in model.named_modules() if module is head), None)
     if name is None or not isinstance(head, nn.Linear):
-        raise ValueError(f"head: the output layer of a {type(model).__name__} is no nn.Linear")
-    why = why_not_plain(head)
-    if why is not None:
-        raise ValueError(f"head: {name} cannot be packed: {why}")
-    report.formats[name] = f"dense {kind.name}"
+        raise ValueError(f"head must be float for a {type(model).__name__}: its output layer is no nn.Linear")
+    if why := why_not_plain(head) or used_outside(model, name, is_rounded=True):
+        raise ValueError(f"head must be float for a {type(model).__name__}: {name} cannot be packed: {why}")
+    return name
+
+
+def _pack_head(model: nn.Module, name: str, kind: ValueType, report: PackedReport) -> None:
+    """The output layer, in place, with a weight of its own."""
+    head: Any = model.get_submodule(name)
     report.dense_bytes += head.weight.nbytes
     report.weights += head.weight.numel()
     layer = PackedLinear.from_linear(head, "dense", kind).train(head.training)
+    if layer.nbytes() >= head.weight.nbytes:
+        report.formats[name], report.dense[name] = "dense", "8 bits would not shrink it"
+        report.packed_bytes += head.weight.nbytes
+        return
+    report.formats[name] = f"dense {kind.name}"
     report.packed_bytes += layer.nbytes()
     model.set_submodule(name, layer)
-    _untie(model)
+    _untie(model, name)
 
 
-def _untie(model: Any) -> None:
+def used_outside(model: nn.Module, name: str, is_rounded: bool) -> str | None:
+    """Why a linear layer must stay dense whose model reads the weight past the layer's forward (Mamba's ``dt_proj``,
+    RWKV's ``output``; of 8 or 4 bits also its dtype): by the text of the model's module, without what makes first
+    weights."""
+    place, _, own = name.rpartition(".")
+    try:
+        source = _source(sys.modules[type(model.get_submodule(place)).__module__])
+    except (OSError, TypeError):  # no text: a class made at run time
+        return None
+    other = "" if is_rounded else r"|\.dtype"
+    # Slices, in BLOOM, are for the tensor parallelism that it was trained with.
+    is_used = re.search(rf"\.{re.escape(own)}\.weight\b(?!\[|\.device{other})", source)
+    return f"its model uses {own}.weight outside of the layer" if is_used else None
+
+
+@functools.cache
+def _source(module: ModuleType) -> str:
+    return re.sub(r"\n( +)def _init_weights\b.*?(?=\n\1(?:def|@)|\n\S)", "", inspect.getsource(module), flags=re.DOTALL)
+
+
+def _untie(model: Any, name: str) -> None:
     """The output layer no longer shares the embedding's weight: neither here nor when the model is loaded."""
     for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}
+    getattr(model, "all_tied_weights_keys", {}).pop(f"{name}.weight", None)
 
 
 def _why_special(matrix: Matrix) -> str | None:
@@ -248,11 +292,14 @@ def dense_layers(model: nn.Module) -> dict[str, str]:
     """The linear layers beside the packed ones in the blocks of a packed model, and its experts that are not packed
     -> why they are dense."""
     stacks = {name.rpartition(".")[0] for name in linear_layers(model)}
+    is_rounded = any(layer.kind is not None for layer in packed_layers(model).values())
     found = {}
     for name, module in model.named_modules():
         adapter = adapter_of(module)
         if isinstance(module, nn.Linear) and name.rpartition(".")[0] in stacks:
-            found[name] = why_not_plain(module) or why_dense(module.weight.data)
+            found[name] = (
+                why_not_plain(module) or used_outside(model, name, is_rounded) or why_dense(module.weight.data)
+            )
         elif isinstance(module, PackedExperts):
             for weight in module.layout.names:
                 if module.stack_of(weight) is None:

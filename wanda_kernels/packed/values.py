@@ -102,11 +102,12 @@ def _quantize(weight: Tensor, kind: ValueType) -> tuple[Tensor, Tensor]:
     largest = values.abs().amax(dim=2, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise ValueError("weight holds NaN or inf: it cannot be quantised")
+    highest = 0.99 * torch.finfo(weight.dtype).max / (1 << (kind.bits - 1))  # or its lowest value would become -inf
     unit = largest.where(largest > 0, 1.0)
     scale = torch.zeros_like(largest)
     least = torch.full_like(largest, torch.inf)
     for divisor in _DIVISORS[kind.bits]:
-        tried = (largest / divisor).bfloat16().float()
+        tried = (largest / divisor).clamp(max=highest).bfloat16().float()
         error = _levels(values, tried, kind.bits).mul_(tried).sub_(values).div_(unit)  # squares may overflow
         error = error.square_().sum(dim=2, keepdim=True)
         is_less = error < least
@@ -168,12 +169,12 @@ def pack_quantised(weight: Tensor, form: str, kind: ValueType) -> tuple[tuple[Te
     values, 0 of the others.
 
     Args:
-        weight: [C_out, C_in]; ``form``: ``bitmap``, ``2:4`` or ``dense``.
+        weight: [C_out, C_in]; ``form``: ``bitmap``, ``2:4`` or ``dense``, whose values are flat.
     """
     levels, scales = quantize(weight, kind)
     last = scales.view(torch.int16)
     if form == "dense":
-        return (pack_rows(levels, kind.bits), last), 0
+        return (pack_rows(levels, kind.bits).flatten(), last), 0
     mask = kept(weight)
     if form == "2:4":
         columns, indices = indices_of(weight)

@@ -66,7 +66,7 @@ class PackedWeight(nn.Module):
             values = empty(rows, cols // 2, dtype=value)
             self.register_buffer("weight_indices", empty(out_features, cols // 8, dtype=torch.uint8))
         else:
-            values = empty(rows, cols, dtype=value)
+            values = empty(rows * cols, dtype=value)  # flat: nothing takes it for a dense weight
         if kind is not None:
             self.register_buffer("weight_scales", empty(out_features, kind.scales(cols), dtype=torch.int16))
         self.weight = nn.Parameter(values, requires_grad=False)
@@ -87,7 +87,8 @@ class PackedWeight(nn.Module):
         codes = buffers.get("weight_bitmap" if self.form == "bitmap" else "weight_indices")
         starts = buffers.get("weight_starts")
         if self.kind is not None:
-            return self.weight, buffers["weight_scales"].view(torch.bfloat16), codes, starts
+            values = self.weight if self.form != "dense" else self.weight.view(-1, self.columns)
+            return values, buffers["weight_scales"].view(torch.bfloat16), codes, starts
         return (self.weight, codes) if starts is None else (self.weight, codes, starts)
 
     def nbytes(self) -> int:
