@@ -116,9 +116,13 @@ def test_what_cannot_end_well_is_found_before_a_model_is_loaded(words, message, 
 def test_what_stays_dense_is_listed_and_the_report_is_kept(work, tmp_path, capsys):
     saved.save_model(tmp_path / "m", hidden_size=128, intermediate_size=160)
     assert call(capsys, "prune", tmp_path / "m", "--out", tmp_path / "p", *calibrated(work))[0] == 0
+    held = load_file(tmp_path / "p" / "model.safetensors")
+    for name in (name for name in held if "down_proj" in name):
+        held[name].fill_(0.5)
+    save_file(held, tmp_path / "p" / "model.safetensors", {"format": "pt"})
     code, stdout, _ = call(capsys, "compress", tmp_path / "p", "--out", tmp_path / "c")
     assert code == 0
-    assert "dense: down_proj (3 layers, the first is model.layers.0.mlp.down_proj): it has 160 inputs" in stdout
+    assert "dense: down_proj (3 layers, the first is model.layers.0.mlp.down_proj): too few of its weights" in stdout
     assert call(capsys, "decompress", tmp_path / "c", "--out", tmp_path / "d")[0] == 0
     report = (tmp_path / "p" / "pruning_report.json").read_bytes()
     assert report == (tmp_path / "c" / "pruning_report.json").read_bytes()
