@@ -178,9 +178,10 @@ class BlockStatistics:
         Raises:
             ValueError: where an input held NaN or inf, or no token came to any expert of a layer.
         """
-        by_source = {}
-        with self._stopwatch.measure("Gram matrices"):
-            hessians = dict(self._grams.whole()) if self._grams is not None else {}
+        by_source, hessians = {}, {}
+        if self._grams is not None:
+            with self._stopwatch.measure("Gram matrices"):
+                hessians = dict(self._grams.whole())
         with self._stopwatch.measure("statistics"):
             for name, sqnorm in self._sqnorm.items():
                 norm = norm_of_sequences(sqnorm.flatten(1)).view(sqnorm.shape[1:])
