@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_kernels import prune
 from wanda_kernels.text import load_calibration
+from wanda_kernels.text.windows import needs_bos
 
 # One fault after the other. The longest lists of kinds come up twice as often.
 TURNS = (
@@ -131,7 +132,8 @@ class Run:
         whole = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
         ids = None
         if options["method"] == "wanda":
-            ids = load_calibration(str(self.text), saved.tokenizer(), SAMPLES, LENGTH)
+            bos = needs_bos(whole.config)
+            ids = load_calibration(str(self.text), saved.tokenizer(), SAMPLES, LENGTH, bos=bos)
         prune(whole, ids, **options)
         # copied: they may be views of a mapped file, which a fault is about to shorten
         return {name: tensor.clone() for name, tensor in whole.state_dict().items()}

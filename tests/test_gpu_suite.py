@@ -391,7 +391,7 @@ def test_dry_run_of_a_clone_that_is_not_installed(tmp_path):
     assert not any(" skipped " in line for line in summary)
     assert any("tests collected" in line for line in summary)
     rows = records.read(out / "rows.csv")
-    assert {row["suite"] for row in rows} == {"select", "nm", "stats", "sparse", "scaling", "end-to-end"}
+    assert {row["suite"] for row in rows} == {"select", "nm", "stats", "refine", "sparse", "scaling", "end-to-end"}
     figures = [json.loads(line) for line in text(out, "figures.jsonl").splitlines()]
     assert [next(iter(figure)) for figure in figures] == ["ceilings", "random_llama", "decode_7b"]
     environment = json.loads(text(out, "environment.json"))
