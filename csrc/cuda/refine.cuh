@@ -1,7 +1,8 @@
 // Refinement of masks by swaps: one block a row.
 //
-// The reference (wanda_kernels/reference/gram.py) fixes every float64 operation and its rounding, and that the
-// lowest column is taken among equals. refine_products.cuh makes what a row begins with: c = G p, its error.
+// The reference (wanda_kernels/reference/gram.py) fixes every float64 operation and its rounding, and that
+// the lowest column is taken among equals. refine_products.cuh makes what a row begins with: c = G p, its
+// error.
 //
 // Rows: a swap is two passes of the block over the row. The first moves c by one row of G, without keeping
 // it, and finds what to prune after u is un-pruned; the second moves c by both rows of G, keeps that, and
