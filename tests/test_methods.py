@@ -18,12 +18,13 @@ import torch
 
 from benchmarks import official_methods as official
 from wanda_kernels import Owl, PruneSpec, methods, prune
-from wanda_kernels.methods import sparsegpt
+from wanda_kernels.methods import METHODS, create, sparsegpt
 from wanda_kernels.methods.inputs import LayerInputs, factor_of
 from wanda_kernels.methods.owl import outlier_ratio
 from wanda_kernels.methods.ria import Ria
 from wanda_kernels.methods.select import Group, kth_smallest
 from wanda_kernels.methods.sparsegpt import Score, _walk
+from wanda_kernels.pruning.blocks import find_blocks, matrices_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -413,3 +414,17 @@ def test_a_spec_is_its_arguments():
         prune(one, tiny.ids(), spec="wanda")
     with pytest.raises(ValueError, match=r"method has its options already: ria_power belongs into Ria\(\.\.\)"):
         PruneSpec(method=Ria(), ria_power=0.7)
+
+
+IMPROVED = [(name, {"refine": True, "update": True}) for name in METHODS if create(name, {}).keeps_weights]
+
+
+@pytest.mark.parametrize(("name", "how"), [*itertools.product(METHODS, [{}, {"pattern": "2:4"}]), *IMPROVED], ids=str)
+def test_what_is_pruned_is_plus_zero(name, how):
+    """A bitmap keeps whatever is not: -0.0, too."""
+    model = tiny.model()
+    prune(model, tiny.ids(), method=name, **how)
+    for matrix in matrices_of(find_blocks(model)).values():
+        zeros = matrix.weight == 0
+        assert zeros.any()
+        assert not torch.signbit(matrix.weight[zeros]).any()

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_cli import call
 
 from wanda_kernels import compress, decompress, ops, prune, reference
+from wanda_kernels._checks_quantized import group_of
 from wanda_kernels.packed import PackedLinear
 from wanda_kernels.packed.model import packed_layers
-from wanda_kernels.packed.values import PADDING, ValueType, dequantize, pack_quantised, quantised_bytes, quantize
+from wanda_kernels.packed.values import BYTES_AFTER, ValueType, pack_quantized, quantize, quantized_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,8 +34,14 @@ def sparse(rows, cols, seed=0, pattern=None, dtype=torch.float32):
     return weight.masked_fill(mask, 0)
 
 
+def dequantize(levels, scales):
+    """[C_out, C_in], float32: of each level times its scale."""
+    group = group_of(levels.shape[1], scales.shape[1])
+    return levels.float() * scales.float().repeat_interleave(group, dim=1)[:, : levels.shape[1]]
+
+
 def arguments(packed):
-    """What :func:`pack_quantised` gave, as the operators take it."""
+    """What :func:`pack_quantized` gave, as the operators take it."""
     values, *codes, scales = packed
     codes = [*codes, None, None][:2]
     return values, scales.view(torch.bfloat16), *codes
@@ -50,14 +57,14 @@ def test_what_is_packed_is_what_was_chosen(kind, rows, cols, seed, form, dtype):
     weight = sparse(rows, cols, seed, form == "2:4", dtype)
     weight[torch.rand(rows) < 0.2] = 0  # rows of which nothing is kept
     levels, scales = quantize(weight, kind)
-    packed, kept = pack_quantised(weight, form, kind)
+    packed, kept = pack_quantized(weight, form, kind)
     if form == "dense":
         packed = (packed[0].view(kind.rows(rows), cols), *packed[1:])
     got = ops.unpack_quantized(*arguments(packed), kind.bits, torch.float32)
     assert torch.equal(got, dequantize(levels, scales))
     assert not got[weight == 0].any()
-    assert sum(tensor.nbytes for tensor in packed) == quantised_bytes(weight, form, kind)
-    assert kept == (packed[0].numel() - PADDING if form == "bitmap" else 0)
+    assert sum(tensor.nbytes for tensor in packed) == quantized_bytes(weight, form, kind)
+    assert kept == (packed[0].numel() - BYTES_AFTER if form == "bitmap" else 0)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
@@ -223,7 +230,7 @@ def test_large_float16_weights_stay_finite():
     weight = sparse(4, 64, dtype=torch.float16)
     weight[0, :2] = torch.tensor([-65504.0, 65504.0])
     for kind in KINDS:
-        packed = pack_quantised(weight, "bitmap", kind)[0]
+        packed = pack_quantized(weight, "bitmap", kind)[0]
         assert ops.unpack_quantized(*arguments(packed), kind.bits, torch.float16).isfinite().all()
 
 

@@ -12,13 +12,12 @@ from torch.nn.functional import grouped_mm
 
 from ..models.experts import ExpertsLayout, layout_of
 from ..pruning.blocks import what_it_computes
-from .format import PADDING, check_width, join_bitmaps, padded
-from .values import PADDING as BYTES
+from .format import check_width, join_bitmaps, padded
 from .values import ValueType
-from .weight import PackedWeight, pack
+from .weight import PackedWeight, pack, padding_of
 
 _PRODUCTS = {"bitmap": torch.ops.wanda.bitmap_experts.default, "2:4": torch.ops.wanda.sparse24_experts.default}
-_QUANTISED = torch.ops.wanda.quantized_experts.default
+_QUANTIZED = torch.ops.wanda.quantized_experts.default
 
 
 class PackedStack(PackedWeight):
@@ -52,7 +51,7 @@ class PackedStack(PackedWeight):
         codes = tuple(torch.cat(held) for held in columns)
         if form == "bitmap":
             bitmaps = list(zip(*columns[:3], strict=True))
-            codes = (*join_bitmaps(bitmaps, PADDING if kind is None else BYTES), *codes[3:])
+            codes = (*join_bitmaps(bitmaps, padding_of(kind)), *codes[3:])
         experts, rows, cols = weight.shape
         return cls(experts, cols, rows, form, sum(counts), weight.dtype, "meta", kind).fill(codes)
 
@@ -79,7 +78,7 @@ class PackedStack(PackedWeight):
         rows = padded(rows)
         if self.kind is not None:
             scales, bitmap, starts = codes
-            return _QUANTISED(rows, values, scales, ends, bitmap, starts, self.kind.bits)
+            return _QUANTIZED(rows, values, scales, ends, bitmap, starts, self.kind.bits)
         return _PRODUCTS[self.form](rows, values.to(dtype), *codes, ends)
 
     def extra_repr(self) -> str:

@@ -74,7 +74,7 @@ def bitmap_of(mask: Tensor) -> Tensor:
     return (mask.view(mask.shape[0], -1, 8) * bits).sum(dim=2, dtype=torch.uint8)
 
 
-def join_bitmaps(bitmaps: Sequence[tuple[Tensor, ...]], padding: int = PADDING) -> tuple[Tensor, Tensor, Tensor]:
+def join_bitmaps(bitmaps: Sequence[tuple[Tensor, ...]], padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """The bitmap of matrices of one width that lie one below the other."""
     values, codes, starts = zip(*bitmaps, strict=True)
     begins = torch.cat([torch.diff(one) for one in starts]).cumsum(0, dtype=torch.int32)

@@ -27,7 +27,7 @@ MOST_BYTES = 16 << 20  # of all: the allocator keeps no larger ones
 
 # The operators without their wrappers: finding them is a tenth of a small layer's time.
 _PRODUCTS = {"bitmap": torch.ops.wanda.bitmap_linear.default, "2:4": torch.ops.wanda.sparse24_linear.default}
-_QUANTISED = torch.ops.wanda.quantized_linear.default
+_QUANTIZED = torch.ops.wanda.quantized_linear.default
 
 
 class PackedLinear(PackedWeight):
@@ -116,7 +116,7 @@ class PackedLinear(PackedWeight):
 
     def _call(self, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
         if self.kind is not None:
-            return _QUANTISED(x, *packed, bias, self.kind.bits)
+            return _QUANTIZED(x, *packed, bias, self.kind.bits)
         return _PRODUCTS[self.form](x, *packed, bias)
 
     def _product(self, way: str, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from ..pruning.matrices import Matrix, adapter_of
 from .experts import PackedExperts, PackedStack, why_not_packable_experts
 from .format import check_format, choose_format, why_dense
 from .linear import PackedLinear
-from .values import ValueType, quantised_bytes
+from .values import ValueType, quantized_bytes
 from .weight import PackedWeight
 
 
@@ -71,8 +71,7 @@ def compress(
 
     Args:
         model: pruned; float32, bfloat16 or float16.
-        format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap; with values of 8
-            or 4 bits also all columns, where that is smaller.
+        format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap.
         values: ``float``: as they are, lossless; ``int8``, ``int4``: the nearest whole numbers, with a scale for a row
             or some columns of it (:mod:`wanda_kernels.packed.values`).
         group_size: columns for a scale: 32, 64 or 128, or 0: a row's. None: 0 of int8, 128 of int4.
@@ -141,7 +140,7 @@ def _choose(weight: Tensor, format: str, kind: ValueType | None) -> str | None:
     form = choose_format(weight, format)
     if kind is None or form is None:
         return form
-    return choose_format(weight, format, lambda weight, form: quantised_bytes(weight, form, kind))
+    return choose_format(weight, format, lambda weight, form: quantized_bytes(weight, form, kind))
 
 
 def why_not_pairs(matrix: Matrix, kind: ValueType) -> str | None:

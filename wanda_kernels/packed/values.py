@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from .._checks_quantized import GROUPS
 from .format import bitmap_of, check_indices, indices_of, kept, parts, population
 
-PADDING = 64  # bytes that kernels may read past the last value of a bitmap
+BYTES_AFTER = 64  # that kernels may read past the last value of a bitmap
 _PART = 2**24  # elements
 # Divisors of a group's largest value that are tried for its scale. Clipping it pays at 4 bits: on a layer of SmolLM2 in
 # groups of 64 the root of the squared error falls from 8.0 % to 6.7 %, at 8 bits from 0.44 to 0.40 %.
@@ -122,14 +122,6 @@ def _levels(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     return whole.where(scale > 0, 0.0)
 
 
-def dequantize(levels: Tensor, scales: Tensor) -> Tensor:
-    """[C_out, C_in], float32: of each level times its scale."""
-    cols = levels.shape[1]
-    group = -(-cols // scales.shape[1])
-    group = next((one for one in GROUPS if one >= group), cols) if scales.shape[1] > 1 else cols
-    return levels.float() * scales.float().repeat_interleave(group, dim=1)[:, :cols]
-
-
 def pack_rows(levels: Tensor, bits: int) -> Tensor:
     """[C_out, n], n levels of each row that are all stored -> [C_out, n] uint8, or [ceil(C_out / 2), n] of 4 bits."""
     stored = (levels.int() + (1 << (bits - 1))).to(torch.uint8)
@@ -148,12 +140,12 @@ def pack_kept(levels: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         ValueError: more bytes than int32 counts.
     """
     stored = (levels.int() + (1 << (bits - 1))).to(torch.uint8)
-    counts = kind_counts(mask.sum(dim=1), bits)
+    counts = stored_counts(mask.sum(dim=1), bits)
     total = int(counts.sum())
     if total > 2**31 - 1:
         raise ValueError(f"weight takes {total} bytes, a bitmap counts up to {2**31 - 1}")
     starts = pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    values = torch.zeros(total + PADDING, dtype=torch.uint8, device=levels.device)
+    values = torch.zeros(total + BYTES_AFTER, dtype=torch.uint8, device=levels.device)
     if bits == 8:
         values[:total] = stored[mask]
         return values, starts
@@ -164,7 +156,7 @@ def pack_kept(levels: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return values, starts
 
 
-def pack_quantised(weight: Tensor, form: str, kind: ValueType) -> tuple[tuple[Tensor, ...], int]:
+def pack_quantized(weight: Tensor, form: str, kind: ValueType) -> tuple[tuple[Tensor, ...], int]:
     """(values, then of a bitmap bitmap and starts, of 2:4 indices, and scales as int16), and the bytes of a bitmap's
     values, 0 of the others.
 
@@ -181,10 +173,10 @@ def pack_quantised(weight: Tensor, form: str, kind: ValueType) -> tuple[tuple[Te
         chosen = levels.unflatten(1, (-1, 4)).gather(2, columns).flatten(1)
         return (pack_rows(chosen, kind.bits), indices, last), 0
     values, starts = pack_kept(levels, mask, kind.bits)
-    return (values, bitmap_of(mask), starts, last), values.numel() - PADDING
+    return (values, bitmap_of(mask), starts, last), values.numel() - BYTES_AFTER
 
 
-def validate_quantised(packed: tuple[Any, ...], kind: ValueType, rows: int, cols: int) -> None:
+def validate_quantized(packed: tuple[Any, ...], kind: ValueType, rows: int, cols: int) -> None:
     """``packed``: (values, scales, codes or None, starts or None). Raises ValueError unless the counts fit: kernels
     read what they say without looking again."""
     values, scales, codes, starts = packed
@@ -203,22 +195,22 @@ def validate_quantised(packed: tuple[Any, ...], kind: ValueType, rows: int, cols
         if codes is not None:
             check_indices(codes)
         return
-    counts = kind_counts(population(codes), kind.bits)
+    counts = stored_counts(population(codes), kind.bits)
     if starts.dtype != torch.int32:
         raise ValueError(f"its row starts must be int32, they are {starts.dtype}")
     expected = pad(counts.cumsum(0), (1, 0))
     if starts.shape != expected.shape or not torch.equal(starts.long(), expected):
         raise ValueError("its row starts do not fit its bitmap")
-    if tuple(values.shape) != (int(expected[-1]) + PADDING,):
-        raise ValueError(f"its bitmap keeps {int(expected[-1])} bytes, {values.numel() - PADDING} are there")
+    if tuple(values.shape) != (int(expected[-1]) + BYTES_AFTER,):
+        raise ValueError(f"its bitmap keeps {int(expected[-1])} bytes, {values.numel() - BYTES_AFTER} are there")
 
 
-def kind_counts(counts: Tensor, bits: int) -> Tensor:
+def stored_counts(counts: Tensor, bits: int) -> Tensor:
     """Of the values of each row: the bytes of each row, or of 4 bits of each pair."""
     return counts if bits == 8 else pad(counts, (0, len(counts) % 2)).unflatten(0, (-1, 2)).amax(dim=1)
 
 
-def quantised_bytes(weight: Tensor, form: str, kind: ValueType) -> int:
+def quantized_bytes(weight: Tensor, form: str, kind: ValueType) -> int:
     """What a weight takes."""
     rows, cols = weight.shape
     scales = 2 * rows * kind.scales(cols)
@@ -227,5 +219,5 @@ def quantised_bytes(weight: Tensor, form: str, kind: ValueType) -> int:
     if form == "2:4":
         return kind.rows(rows) * (cols // 2) + rows * (cols // 8) + scales
     counts = torch.cat([kept(part).sum(dim=1) for part in parts(weight)])
-    stored = int(kind_counts(counts, kind.bits).sum()) + PADDING
+    stored = int(stored_counts(counts, kind.bits).sum()) + BYTES_AFTER
     return stored + rows * (cols // 8) + 4 * (kind.rows(rows) + 1) + scales

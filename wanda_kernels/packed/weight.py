@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import unpack_bitmap, unpack_quantized, unpack_sparse24
-from . import values as quantised
 from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, padded, validate_bitmap, validate_sparse24
-from .values import ValueType, pack_quantised, validate_quantised
+from .values import BYTES_AFTER, ValueType, pack_quantized, validate_quantized
 
 
 class PackedWeight(nn.Module):
@@ -51,15 +50,15 @@ class PackedWeight(nn.Module):
         self.in_features, self.out_features, self.form = in_features, out_features, form
         self.columns = cols = -(-in_features // COLUMNS) * COLUMNS
         self.dtype, self.kind = dtype, kind
-        value, padding, rows = dtype, PADDING, out_features
+        value, rows = dtype, out_features
         if kind is not None:
-            value, padding, rows = torch.uint8, quantised.PADDING, kind.rows(out_features)
+            value, rows = torch.uint8, kind.rows(out_features)
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         if form == "bitmap":
-            values = empty(kept + padding, dtype=value)
+            values = empty(kept + padding_of(kind), dtype=value)
             self.register_buffer("weight_bitmap", empty(out_features, cols // 8, dtype=torch.uint8))
             self.register_buffer("weight_starts", empty(rows + 1, dtype=torch.int32))
         elif form == "2:4":
@@ -110,7 +109,7 @@ class PackedWeight(nn.Module):
             whole = [self.out_features, self.columns]
             raise ValueError(f"its {self.form} codes are {list(codes.shape)}, which is not 1/8 of {whole}")
         if self.kind is not None:
-            validate_quantised(self.packed(), self.kind, self.out_features, self.columns)
+            validate_quantized(self.packed(), self.kind, self.out_features, self.columns)
         elif self.form == "bitmap":
             validate_bitmap(*self.packed())
         else:
@@ -121,7 +120,7 @@ class PackedWeight(nn.Module):
         """What config.json says of it: enough to make it without its data."""
         said: dict[str, Any] = {"format": self.form}
         if self.form == "bitmap":
-            said["kept"] = self.weight.numel() - (PADDING if self.kind is None else quantised.PADDING)
+            said["kept"] = self.weight.numel() - padding_of(self.kind)
         if self.kind is not None:
             said |= {"values": self.kind.name, "group_size": self.kind.group}
         return said
@@ -142,12 +141,17 @@ class PackedWeight(nn.Module):
         )
 
 
+def padding_of(kind: ValueType | None) -> int:
+    """Values behind the last one of a bitmap."""
+    return PADDING if kind is None else BYTES_AFTER
+
+
 def pack(weight: Tensor, form: str, kind: ValueType | None = None) -> tuple[tuple[Tensor, ...], int]:
     """What a :class:`PackedWeight` holds, its values first and then its buffers in their order, and how many values (of
     8 or 4 bits: bytes) a bitmap keeps: 0 of the others."""
     weight = padded(weight)
     if kind is not None:
-        return pack_quantised(weight, form, kind)
+        return pack_quantized(weight, form, kind)
     if form == "2:4":
         return pack_sparse24(weight), 0
     codes = pack_bitmap(weight)
