@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -166,3 +167,64 @@ def test_command_line(tmp_path, capsys):
     ):
         assert run("speed", *arguments) == code
         assert message in capsys.readouterr().err
+
+
+LLAMA_BENCH = """#!{python}
+import json, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+open({log!r}, "a").write(" ".join(sys.argv[1:]) + "\\n")
+if "broken" in options["-m"]:
+    sys.exit("no such architecture")
+speed = 0 if "odd" in options["-m"] else 50.0 if options["-n"] == "0" else 8.0
+print("this is no JSON" if not speed else json.dumps([{{"avg_ts": speed, "model_size": 4096}}]))
+"""
+
+
+@pytest.fixture
+def llama_bench(tmp_path, monkeypatch):
+    """A program of that name on the path; the file that it writes its options to."""
+    log, program = tmp_path / "log.txt", tmp_path / "bin" / "llama-bench"
+    program.parent.mkdir()
+    program.write_text(LLAMA_BENCH.format(python=sys.executable, log=str(log)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    return log
+
+
+def test_llama_cpp_takes_turns_with_the_models(tmp_path, llama_bench, capsys):
+    dense = str(saved.save_model(tmp_path / "dense"))
+    files = [tmp_path / f"{name}.gguf" for name in ("small", "broken", "odd")]
+    for file in files:
+        file.touch()
+    options = ["--prompt", "5", "--tokens", "3", "--rounds", "2", "--device", "cpu"]
+    out = tmp_path / "speed.json"
+    given = ["--batches", "1,2", "--llama-bench", str(files[0]), "--json", str(out)]
+    assert run("speed", dense, *options, *given) == 0
+    shown = capsys.readouterr().out
+    assert "llama.cpp" in shown
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["model"], row["way"], row["batch"]) for row in rows] == [
+        (dense, "generate", 1), ("small", "llama.cpp", 1), (dense, "generate", 2),
+    ]  # fmt: skip
+    assert (rows[1]["prefill_tokens_s"], rows[1]["decode_tokens_s"], rows[1]["weight_bytes"]) == (50, 8, 4096)
+    assert rows[1]["first_token_s"] == pytest.approx(0.1)
+    assert rows[1]["decode_ratio"] == pytest.approx(8 / rows[0]["decode_tokens_s"])
+    runs = llama_bench.read_text().splitlines()
+    assert len(runs) == 2 * 3  # a warm-up and two rounds, for each the prompt and what follows it
+    shared = f"-r 1 -o json -t {torch.get_num_threads()} -ngl 0"
+    assert set(runs) == {f"-m {files[0]} -p 5 -n 0 {shared}", f"-m {files[0]} -p 0 -n 3 -d 5 {shared}"}
+    for arguments, code, message in (
+        (["--llama-bench", str(files[1])], 1, "llama-bench ended with 1 for"),
+        (["--llama-bench", str(files[2])], 1, "llama-bench printed no result that is known for"),
+        (["--llama-bench", str(tmp_path / "none.gguf")], 1, "none.gguf is no file"),
+        (["--llama-bench", str(files[0]), "--batches", "4"], 2, "--llama-bench needs 1 among --batches, got 4"),
+        (["--llama-bench", str(files[0]), "--llama-bench", str(files[0])], 2, "files of different names"),
+    ):
+        assert run("speed", dense, *options, *arguments) == code
+        assert message in capsys.readouterr().err
+
+
+def test_llama_bench_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("speed", str(saved.save_model(tmp_path / "dense")), "--llama-bench", str(tmp_path / "x.gguf")) == 1
+    assert "llama-bench is not on the path" in capsys.readouterr().err

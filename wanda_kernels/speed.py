@@ -7,7 +7,8 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +82,23 @@ def weight_bytes(model: nn.Module) -> int:
     return copies + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-class _Contender:
+class Contender(Protocol):
+    """What takes turns: ``turn(0)`` warms up, ``turn(1)`` measures memory, the others time. ``row()``: the figures of
+    :func:`measure` but for its name and ratio."""
+
+    way: str
+    batch: int
+
+    def turn(self, number: int) -> None: ...
+
+    def row(self) -> dict[str, Any]: ...
+
+
+class _Model:
     """A model and a way, for one batch."""
 
     def __init__(self, model: nn.Module, way: str, prompt: Tensor, tokens: int) -> None:
-        self.model, self.way = model, way
+        self.model, self.way, self.batch = model, way, prompt.shape[0]
         self.device = prompt.device
         self._prompt, self._tokens = prompt, tokens
         self._decoder: StaticDecoder | None = None
@@ -131,6 +144,7 @@ def measure(
     rounds: int = 3,
     on_step: Callable[[], None] = lambda: None,
     ways: Sequence[str] = WAYS[:1],
+    peers: Mapping[str, Contender] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Medians over ``rounds``, in which models and ways take turns. Two rounds go before and do not count: the first
     warms up, and compares static tokens with those of ``generate``, the second measures memory.
@@ -139,31 +153,35 @@ def measure(
         models: name -> model, all on one device. The first one is what the others are compared with.
         batches: prompts at a time.
         prompt, tokens: length of the prompts, the same random ids for all models, and of what is generated.
-        on_step: called after each of ``len(batches) * (rounds + 2) * len(models) * len(ways)`` generations.
+        on_step: called after each of ``len(batches) * (rounds + 2) * len(models) * len(ways)`` generations, and each
+            of ``rounds + 2`` turns of a peer.
         ways: ``generate``, eager, and ``static``: :class:`StaticDecoder`, which refuses some models.
+        peers: name -> what else takes turns, at its batch (:class:`wanda_kernels.llama_cpp.LlamaBench`).
 
     Returns:
         One row per batch, way and model: ``first_token_s``, ``prefill_tokens_s``, ``decode_tokens_s``,
         ``weight_bytes``, ``peak_bytes`` (the weights, and what generating adds to them at its peak,
-        :func:`added_peak`; None where that cannot be told) and ``decode_ratio``, to the first model's of the same way.
+        :func:`added_peak`; None where that cannot be told) and ``decode_ratio``, to the first model's of the same way,
+        of a peer to the first model's ``generate``.
         Of ``static`` ones also ``first_difference``, the first token (from 1) that is not that of ``generate``, None
         where all are.
     """
     rows = []
     for batch in batches:
-        contenders: dict[tuple[str, str], _Contender] = {}
+        contenders: dict[tuple[str, str], Contender] = {}
         for way in ways:
             for name, model in models.items():
                 vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
                 ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(batch))
                 device = next(model.parameters()).device
-                contenders[way, name] = _Contender(model, way, ids.to(device), tokens)
+                contenders[way, name] = _Model(model, way, ids.to(device), tokens)
+        contenders |= {(peer.way, name): peer for name, peer in peers.items() if peer.batch == batch}
         for number in range(rounds + 2):
             for contender in contenders.values():
                 contender.turn(number)
                 on_step()
         found = {key: contender.row() for key, contender in contenders.items()}
         for (way, name), row in found.items():
-            reference = found[way, next(iter(models))]["decode_tokens_s"]
+            reference = found[way if way in ways else ways[0], next(iter(models))]["decode_tokens_s"]
             rows.append({"model": name, **row, "decode_ratio": row["decode_tokens_s"] / reference})
     return rows

@@ -30,6 +30,12 @@ def speed_command(
             "--static", help="Also with a static cache; on CUDA each token is then the replay of one CUDA graph."
         ),
     ] = False,
+    llama_bench: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--llama-bench", metavar="FILE.gguf", help="Also by llama.cpp's llama-bench, at batch 1. May be repeated."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -37,6 +43,7 @@ def speed_command(
 ) -> None:
     """Prefill and decode tokens per second, same prompts, in turns in one run."""
     from .._words import to_json
+    from ..llama_cpp import PROGRAM, LlamaBench, check_program
     from ..models import load_model
     from ..models.load import check_choices
     from ..models.save import check_file
@@ -51,7 +58,13 @@ def speed_command(
         sizes = _parse_batches(batches)
         if len(set(names)) != len(names):
             raise ValueError("each model may be named once")
+        files = {file.stem: file for file in llama_bench or []}
+        if len(files) != len(llama_bench or []):
+            raise ValueError(f"--{PROGRAM} must name files of different names")
+        if files and 1 not in sizes:
+            raise ValueError(f"--{PROGRAM} needs 1 among --batches, got {batches}")
         place = check_choices(dtype, device)
+    program = check_program(list(files.values())) if files else ""
     if out is not None:
         check_file(out, "--json")
     quiet_libraries()
@@ -67,13 +80,14 @@ def speed_command(
                 check_static(models[name], prompt + tokens)
             except ValueError as error:
                 raise ValueError(f"--static (with --prompt {prompt}, --tokens {tokens}): {name}: {error}") from error
+    peers = {name: LlamaBench(program, file, prompt, tokens, place) for name, file in files.items()}
     ways = WAYS if static else WAYS[:1]
     if static and place.type != "cuda":
         say("--static: no graph on the CPU, the step runs as it is")
     with bar() as shown:
-        task = shown.add_task("generating", total=len(sizes) * (rounds + 2) * len(models) * len(ways))
+        task = shown.add_task("generating", total=(len(sizes) * len(models) * len(ways) + len(peers)) * (rounds + 2))
         try:
-            rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task), ways)
+            rows = measure(models, sizes, prompt, tokens, rounds, lambda: shown.advance(task), ways, peers)
         except CaptureError as error:
             raise ValueError(f"--static: {error}") from error
     screen(110).print(draw(rows, prompt, tokens))
@@ -100,7 +114,7 @@ def _parse_batches(text: str) -> list[int]:
 def draw(rows: list[dict[str, Any]], prompt: int, tokens: int) -> Table:
     title = f"prompts of {prompt} tokens, {tokens} generated, medians; peak: weights and what generating adds to them"
     table = Table(title=title, title_justify="left")
-    ways = ["way"] if any(row["way"] == "static" for row in rows) else []
+    ways = ["way"] if len({row["way"] for row in rows}) > 1 else []
     headings = (
         "model",
         *ways,
@@ -125,7 +139,7 @@ def draw(rows: list[dict[str, Any]], prompt: int, tokens: int) -> Table:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return row["model"] + (", static" if row["way"] == "static" else "")
+    return row["model"] + ("" if row["way"] == "generate" else f", {row['way']}")
 
 
 def verdicts(rows: list[dict[str, Any]], dense: str) -> list[str]:
