@@ -11,10 +11,10 @@ import pytest
 import wanda_kernels
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(wanda_kernels.__path__, "wanda_kernels."))
-# One process has the libraries, and forks for each module: importing them takes seconds.
+# One process has the libraries, and forks for each module: importing them takes seconds, torch._dynamo most of them.
 SCRIPT = """
 import importlib, os, sys, traceback
-import torch, transformers, typer, rich.progress, torch.distributed, transformers.quantizers.base
+import torch, torch._dynamo, transformers, typer, rich.progress, torch.distributed, transformers.quantizers.base
 assert not any(name.startswith("wanda_kernels") for name in sys.modules)
 for name in sys.argv[1:]:
     child = os.fork()
