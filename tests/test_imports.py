@@ -14,7 +14,8 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(wanda_kernels._
 # One process has the libraries, and forks for each module: importing them takes seconds, torch._dynamo most of them.
 SCRIPT = """
 import importlib, os, sys, traceback
-import torch, torch._dynamo, transformers.conversion_mapping, typer, rich.progress, torch.distributed, transformers.quantizers.base
+import torch, torch._dynamo, torch.distributed, transformers.conversion_mapping, transformers.quantizers.base
+import typer, rich.progress
 assert not any(name.startswith("wanda_kernels") for name in sys.modules)
 for name in sys.argv[1:]:
     child = os.fork()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import saved
@@ -17,6 +19,7 @@ from wanda_kernels.cli.app import main
 from wanda_kernels.cli.speed import differences
 from wanda_kernels.memory import added_peak
 from wanda_kernels.models import save_pretrained
+from wanda_kernels.packed.linear import PackedLinear
 from wanda_kernels.static import CaptureError
 
 
@@ -128,6 +131,29 @@ def test_peak_memory_that_cannot_be_told(monkeypatch, tmp_path):
     assert added_peak(lambda: None, torch.device("cpu")) is None
     (row,) = speed.measure({"dense": tiny.model()}, (1,), prompt=6, tokens=3, rounds=1)
     assert row["peak_bytes"] is None
+
+
+def test_large_weights_ask_for_huge_pages():
+    maps = Path("/proc/self/smaps")
+    if not maps.exists():
+        pytest.skip("no /proc/self/smaps: this system does not say what was asked of it")
+    large, small = torch.arange(3 << 20, dtype=torch.int32), torch.arange(9)
+    held = memory.in_huge_pages(large)
+    assert torch.equal(held, large)
+    assert held.data_ptr() != large.data_ptr()
+    middle, inside, flags = held.data_ptr() + held.nbytes // 2, False, ""
+    for line in maps.read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            flags = line
+    assert " hg" in flags  # "huge page advise flag" of proc(5)
+    for other in (small, large.to("meta")):
+        assert memory.in_huge_pages(other) is other
+    layer = torch.nn.Linear(2048, 4096, bias=False)
+    layer.weight.data[:, ::2] = 0
+    packed = PackedLinear.from_linear(layer, "bitmap")
+    assert torch.equal(packed.unpacked(), layer.weight)
 
 
 def test_shared_weights_count_once():

