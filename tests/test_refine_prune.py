@@ -10,7 +10,7 @@ import tiny
 import torch
 from test_cli import call
 
-from wanda_kernels import prune
+from wanda_kernels import PruneSpec, prune
 from wanda_kernels.pruning.blocks import find_blocks, matrices_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,3 +99,10 @@ def test_command(tmp_path, capsys):
     code, _, stderr = call(capsys, *command, "--method", "sparsegpt", "--overwrite")
     assert code == 2
     assert "--refine is for methods that keep the weights as they are" in stderr
+
+
+def test_a_spec_says_its_steps_by_their_arguments():
+    """What a run was begun with, and how it differs from one that goes on with it."""
+    told = PruneSpec(sparsity=0.5, refine=True, refine_damping=1.0).to_dict()
+    assert (told["refine"], told["refine_damping"]) == (True, 1.0)
+    assert (told["update"], told["update_damping"], told["update_steps"]) == (False, None, None)

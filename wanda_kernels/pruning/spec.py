@@ -248,8 +248,10 @@ class PruneSpec:
             "fuse_statistics": self.fuse_statistics,
             "experts": self.experts,
             "min_tokens": self.min_tokens,
-            "refine": self.refine_damping if self.refine else None,
-            "update": self.update_damping if self.update else None,
+            "refine": self.refine,
+            "refine_damping": self.refine_damping if self.refine else None,
+            "update": self.update,
+            "update_damping": self.update_damping if self.update else None,
             "update_steps": self.update_steps if self.update else None,
         }
 
