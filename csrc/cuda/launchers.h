@@ -27,4 +27,11 @@ int launch_unpack_bitmap(const PackedWeight& weight, void* dense, const LinearPl
                          CUstream_st* stream);
 int launch_unpack_sparse24(const PackedWeight& weight, void* dense, CUstream_st* stream);
 
+int launch_round(const RoundParams& params, CUstream_st* stream);
+// Any number of tokens. `stream`: launch_round has been there.
+int launch_quantized_linear(const QuantizedLinearParams& params, const QuantizedPlan& plan,
+                            CUstream_st* stream);
+int launch_unpack_quantized(const QuantizedWeight& weight, void* dense, Dtype dtype, const QuantizedPlan& plan,
+                            CUstream_st* stream);
+
 }  // namespace wanda::cuda
