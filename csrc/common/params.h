@@ -146,11 +146,11 @@ struct PackedExpertsParams {
 };
 
 // Rows of x as products with QuantizedWeight on CUDA take them: whole numbers, to 16 bits beside 8, to 8 beside
-// 4, with a scale for each row and group (wanda_kernels/reference/quantized.py). Eight columns lie together:
-// of 16 bits their upper bytes, then their lower ones, both signed: 256 * upper + lower.
+// 4, with a scale for each row and group (wanda_kernels/reference/quantized.py). Sixteen columns lie
+// together: of 16 bits their upper bytes, then their lower ones, both signed: 256 * upper + lower.
 struct RoundParams {
   const void* x;   // [tokens, cols]
-  int8_t* whole;   // [tokens, cols / 8, bits / 4, 8], 16-byte aligned
+  int8_t* whole;   // [tokens, cols / 16, bits / 4, 16], 16-byte aligned
   float* scales;   // [tokens, groups]
   int64_t tokens;
   int64_t cols;

@@ -1,8 +1,8 @@
-// Walks the elements of four rows of a packed weight with values of 8 or 4 bits, eight neighbours a lane: for
+// Walks the elements of four rows of a packed weight with values of 8 or 4 bits, sixteen neighbours a lane: for
 // quantized_linear.cuh.
 //
-// Algorithm: a warp walks its share of the columns, 512 of all four rows at a time. Eight columns of a row are
-// two registers of signed bytes, 0 where nothing is kept; of 4 bits each is 16 times its value, the half of
+// Algorithm: a warp walks its share of the columns, 512 of all four rows at a time: four registers
+// of signed bytes a lane and row, 0 where nothing is kept; of 4 bits each is 16 times its value, the half of
 // its byte where it is, so that both halves cost the same.
 //
 // Bitmap: where a lane's values begin is a sum of bits, found as in bitmap.cuh: a lane has two words of its
@@ -23,9 +23,10 @@
 
 namespace wanda::cuda {
 
-struct Octet {
-  uint32_t first, second;  // eight signed bytes
-  float scale;             // the group's
+// Sixteen neighbours of a row.
+struct Elements {
+  uint32_t four[4];  // signed bytes
+  float scale;       // of their group
 };
 
 // A column's group of `weight` is column >> this.
@@ -33,10 +34,11 @@ WANDA_DEVICE int group_bits_of(const QuantizedWeight& weight) {
   return weight.groups == 1 ? 31 : 31 - __clz(static_cast<int>(weight.group));
 }
 
+// `tops`: 0xf0f0f0f0 in a register, or the compiler makes two instructions of it.
 template <int kBits>
-WANDA_DEVICE uint32_t signed_bytes(uint32_t stored, int row) {
+WANDA_DEVICE uint32_t signed_bytes(uint32_t stored, int row, uint32_t tops) {
   if constexpr (kBits == 8) return stored ^ 0x80808080u;
-  return ((row % 2 == 0 ? stored << 4 : stored) ^ 0x80808080u) & 0xf0f0f0f0u;
+  return ((row % 2 == 0 ? stored << 4 : stored) & tops) ^ 0x80808080u;
 }
 
 // The selector that puts the values of four columns where they belong, of what the code's lowest four bits say;
@@ -71,67 +73,60 @@ struct QuantizedRows {
 template <int kBits, QuantizedForm kForm>
 struct QuantizedSource {
   static constexpr bool kIsDense = kForm == QuantizedForm::kDense;
-  static constexpr int kSteps = kQuantizedCols / 256;
-  static constexpr int kStored = kBits == 8 || !kIsDense ? kQuantizedRows : kQuantizedRows / 2;
+  static constexpr int kRowsOfByte = kBits == 4 && kIsDense ? 2 : 1;  // rows of 2:4 have their own places
 
-  uint32_t cols, table;
-  const uint8_t *values, *codes;  // from this lane's columns of the first row on
-  uint32_t value_row[kQuantizedRows], code_row[kQuantizedRows];
-  uint2 word[kSteps][kStored];
-  uint32_t code[kSteps][kQuantizedRows];
+  uint32_t table, tops;
+  const uint8_t *values[kQuantizedRows / kRowsOfByte], *codes[kQuantizedRows];  // from this lane's columns on
+  uint4 word[kQuantizedRows / kRowsOfByte];
+  uint32_t code[kQuantizedRows];
 
   WANDA_DEVICE QuantizedSource(const QuantizedWeight& weight, const QuantizedRows<kBits>& rows,
                                unsigned char*, int)
-      : cols(static_cast<uint32_t>(weight.cols)) {
-    const uint32_t lane = lane_of(threadIdx.x), row_bytes = kIsDense ? cols : cols / 2;
-    values = weight.values + rows.stored(0) * row_bytes + lane * (kIsDense ? 8 : 4);
-    if constexpr (!kIsDense) codes = weight.codes + rows.first * (cols / 8) + lane;
-    table = opaque(expansion<kForm>(lane));
+      : table(opaque(expansion<kForm>(lane_of(threadIdx.x)))), tops(opaque(0xf0f0f0f0u)) {
+    const uint32_t lane = lane_of(threadIdx.x);
 #pragma unroll
     for (int r = 0; r < kQuantizedRows; ++r) {
-      value_row[r] = opaque(static_cast<uint32_t>(rows.stored(r) - rows.stored(0)) * row_bytes);
-      code_row[r] = opaque(rows.row(r) * (cols / 8));
+      if (r % kRowsOfByte == 0) {
+        const int64_t row_bytes = kIsDense ? weight.cols : weight.cols / 2;
+        values[r / kRowsOfByte] = opaque(weight.values + rows.stored(r) * row_bytes + lane * (kIsDense ? 16 : 8));
+      }
+      if constexpr (!kIsDense) {
+        codes[r] = opaque(weight.codes + (rows.first + rows.row(r)) * (weight.cols / 8) + lane * 2);
+      }
     }
   }
 
   WANDA_DEVICE void begin(uint32_t) {}
 
-  WANDA_DEVICE void turn(uint32_t item, uint32_t) {
+  WANDA_DEVICE void turn(uint32_t item, uint32_t, bool is_there) {
+    const uint32_t column = item * kQuantizedCols;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint32_t column = item * kQuantizedCols + step * 256;
-      const bool is_there = column + 8 * lane_of(threadIdx.x) < cols;
-#pragma unroll
-      for (int r = 0; r < kQuantizedRows; ++r) {
-        const uint8_t* const from = values + value_row[r] + column / (kIsDense ? 1 : 2);
-        if constexpr (kIsDense) {
-          const int i = kBits == 8 ? r : r / 2;
-          if (kBits == 4 && r % 2 == 1) continue;  // the other half of its bytes
-          word[step][i] = is_there ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-        } else {
-          word[step][r].x = is_there ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0;
-          code[step][r] = is_there ? __ldg(codes + code_row[r] + column / 8) : 0;
-        }
+    for (int r = 0; r < kQuantizedRows; ++r) {
+      if constexpr (kIsDense) {
+        if (r % kRowsOfByte != 0) continue;
+        word[r / kRowsOfByte] = make_uint4(0, 0, 0, 0);
+        if (is_there) word[r / kRowsOfByte] = load_16(values[r / kRowsOfByte] + column);
+      } else {
+        const uint8_t* const from = values[r] + column / 2;
+        const uint2 two = is_there ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+        word[r] = make_uint4(two.x, two.x >> 16, two.y, two.y >> 16);
+        code[r] = is_there ? __ldg(reinterpret_cast<const uint16_t*>(codes[r] + column / 8)) : 0;
       }
     }
   }
 
-  WANDA_DEVICE void take(int step, int r, Octet& octet) const {
-    if constexpr (kIsDense) {
-      const uint2 both = word[step][kBits == 8 ? r : r / 2];
-      octet.first = signed_bytes<kBits>(both.x, r);
-      octet.second = signed_bytes<kBits>(both.y, r);
-    } else {
-      const uint32_t kept = signed_bytes<kBits>(word[step][r].x, r);
-      octet.first = permute_bytes(kept, 0, __shfl_sync(kFullMask, table, code[step][r]));
-      octet.second = permute_bytes(kept >> 16, 0, __shfl_sync(kFullMask, table, code[step][r] >> 4));
+  WANDA_DEVICE void take(int r, Elements& elements) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t own = signed_bytes<kBits>(component(word[r / kRowsOfByte], i), r, tops);
+      elements.four[i] =
+          kIsDense ? own : permute_bytes(own, 0, __shfl_sync(kFullMask, table, code[r] >> 4 * i));
     }
   }
 };
 
 template <int kBits>
 struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
-  static constexpr int kSteps = kQuantizedCols / 256;
   static constexpr uint32_t kLanes = kWarp / kQuantizedRows;  // of a row, two words each
   static constexpr uint32_t kHeader = kWarp * 16;  // each word, and where its values begin
 
@@ -139,7 +134,8 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
   const uint4* values;  // from this lane's first chunk on
   uint32_t pairs;       // of words, of the row, from this lane's of an item on
   uint32_t counted;     // where the values of the item that is copied next begin
-  uint32_t in_row, table, shift, below;
+  uint32_t in_row, table, tops, shift, below, header, row_at;  // the last two: of this lane in a stage
+  uint32_t words_at;
   uint2 next;
   SharedAddress ring, ring_end, to, stage;  // of stages: copied to next, walked
 
@@ -157,8 +153,12 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
     pairs = static_cast<uint32_t>(weight.cols / 64) - in_row;
     counted = static_cast<uint32_t>(__ldg(weight.starts + rows.stored(r)));
     table = opaque(expansion<QuantizedForm::kBitmap>(lane));
-    shift = opaque(8 * (lane % 4));
-    below = opaque((1u << 8 * (lane % 4)) - 1);
+    tops = opaque(0xf0f0f0f0u);
+    header = opaque(lane * 16);
+    row_at = opaque(kHeader + lane / kLanes * kQuantizedRowBytes);
+    words_at = opaque(lane / 2 * 8);
+    shift = opaque(16 * (lane % 2));
+    below = opaque((1u << 16 * (lane % 2)) - 1);
     to = stage = ring;
   }
 
@@ -183,10 +183,10 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
       if (in_row >= step) through += other;
     }
     const uint32_t count = __shfl_sync(kFullMask, through, lane | (kLanes - 1));
-    const SharedAddress row = to + kHeader + lane / kLanes * kQuantizedRowBytes;
+    const SharedAddress row = to + row_at;
     const uint32_t skipped = counted % 16, first = row + skipped + through - own;
-    store_shared(to + lane * 16, words.x, first);
-    store_shared(to + lane * 16 + 8, words.y, first + __popc(words.x));
+    store_shared(to + header, words.x, first);
+    store_shared(to + header + 8, words.y, first + __popc(words.x));
     const uint4* const from = opaque(values + counted / 16);
     const int32_t chunks = (skipped + count + 11 + 15) / 16 - in_row;  // a lane reads 11 bytes past its place
 #pragma unroll
@@ -214,7 +214,7 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
   }
 
   // Copies the item after this one, and waits for this one.
-  WANDA_DEVICE void turn(uint32_t item, uint32_t end) {
+  WANDA_DEVICE void turn(uint32_t item, uint32_t end, bool) {
     stage = after(to);
     __syncwarp();  // nobody reads the other stage any more
     if (item + 1 < end) {
@@ -227,60 +227,63 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
     __syncwarp();  // all lanes' parts of this stage are there
   }
 
-  WANDA_DEVICE void take(int step, int r, Octet& octet) const {
-    const uint2 own = load_shared<uint2>(stage + lane_of(threadIdx.x) / 4 * 8 + (r * 2 * kLanes + 8 * step) * 8);
-    const uint32_t four = own.x >> shift;
-    const SharedAddress at = own.y + __popc(own.x & below), word = at & ~3u;
-    const uint32_t middle = load_shared<uint32_t>(word + 4);
-    const uint32_t low = signed_bytes<kBits>(__funnelshift_r(load_shared<uint32_t>(word), middle, 8 * at), r);
-    const uint32_t high = signed_bytes<kBits>(__funnelshift_r(middle, load_shared<uint32_t>(word + 8), 8 * at), r);
-    const uint32_t selector = __shfl_sync(kFullMask, table, four);
-    octet.first = permute_bytes(low, 0, selector);
-    octet.second = permute_bytes(__funnelshift_rc(low, high, selector >> 16), 0,
-                                 __shfl_sync(kFullMask, table, four >> 4));
+  WANDA_DEVICE void take(int r, Elements& elements) const {
+    const uint2 own = load_shared<uint2>(stage + words_at + r * 2 * kLanes * 8);
+    const uint32_t bits = own.x >> shift;
+    SharedAddress at = own.y + __popc(own.x & below);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      if (i == 2) at += __popc(bits & 255);
+      const SharedAddress word = at & ~3u;
+      const uint32_t a = load_shared<uint32_t>(word), b = load_shared<uint32_t>(word + 4);
+      const uint32_t low = signed_bytes<kBits>(__funnelshift_r(a, b, 8 * at), r, tops);
+      const uint32_t c = load_shared<uint32_t>(word + 8);
+      const uint32_t high = signed_bytes<kBits>(__funnelshift_r(b, c, 8 * at), r, tops);
+      const uint32_t selector = __shfl_sync(kFullMask, table, bits >> 4 * i);
+      elements.four[i] = permute_bytes(low, 0, selector);
+      elements.four[i + 1] = permute_bytes(__funnelshift_rc(low, high, selector >> 16), 0,
+                                           __shfl_sync(kFullMask, table, bits >> (4 * i + 4)));
+    }
   }
 };
 
-// visit(column, octets) with eight columns a lane of each of four rows from `first_row` on, those of the block's
+// visit(column, elements): sixteen columns a lane of each of four rows from `first_row` on, those of the block's
 // warps together all of the row's. kScaled: with their scales. `memory`: quantized_shared_bytes.
 template <int kBits, QuantizedForm kForm, bool kScaled, class Visit>
 WANDA_DEVICE void walk_quantized(const QuantizedWeight& weight, int64_t first_row, unsigned char* memory,
                                  int stages, Visit visit) {
-  using Source = QuantizedSource<kBits, kForm>;
   // The same register for all lanes, as the compiler would not know.
   const uint32_t warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
   const uint32_t cols = static_cast<uint32_t>(weight.cols), items = (cols + kQuantizedCols - 1) / kQuantizedCols;
   const uint32_t share = (items + warps - 1) / warps, begin = warp * share, end = min(begin + share, items);
   if (begin >= end) return;
   const QuantizedRows<kBits> rows(weight, first_row);
-  Source source(weight, rows, memory + warp * stages * kQuantizedStageBytes, stages);
-  const uint32_t lane = lane_of(threadIdx.x), groups = static_cast<uint32_t>(weight.groups);
+  QuantizedSource<kBits, kForm> source(weight, rows, memory + warp * stages * kQuantizedStageBytes, stages);
   const int group_bits = group_bits_of(weight);
-  const uint16_t* const scales = weight.scales + first_row * groups;
+  const uint16_t* scales[kQuantizedRows];
+#pragma unroll
+  for (int r = 0; r < kQuantizedRows; ++r) {
+    scales[r] = opaque(weight.scales + (first_row + rows.row(r)) * weight.groups);
+  }
   source.begin(begin);
+  uint32_t column = begin * kQuantizedCols + 16 * lane_of(threadIdx.x);
 #pragma unroll 1
   for (uint32_t item = begin; item < end; ++item) {
-    const uint32_t first = item * kQuantizedCols + 8 * lane;
-    uint32_t scale[Source::kSteps][kQuantizedRows] = {};
+    const bool is_there = column < cols;
+    uint32_t scale[kQuantizedRows] = {};
+    if (kScaled && is_there) {
 #pragma unroll
-    for (int step = 0; step < Source::kSteps; ++step) {
-#pragma unroll
-      for (int r = 0; r < kQuantizedRows; ++r) {
-        if (!kScaled || first + 256 * step >= cols) continue;
-        scale[step][r] = __ldg(scales + rows.row(r) * groups + (first + 256 * step >> group_bits));
-      }
+      for (int r = 0; r < kQuantizedRows; ++r) scale[r] = __ldg(scales[r] + (column >> group_bits));
     }
-    source.turn(item, end);
+    source.turn(item, end, is_there);
+    Elements elements[kQuantizedRows];
 #pragma unroll
-    for (int step = 0; step < Source::kSteps; ++step) {
-      Octet octets[kQuantizedRows];
-#pragma unroll
-      for (int r = 0; r < kQuantizedRows; ++r) {
-        source.take(step, r, octets[r]);
-        octets[r].scale = __uint_as_float(scale[step][r] << 16);
-      }
-      if (first + 256 * step < cols) visit(first + 256 * step, octets);
+    for (int r = 0; r < kQuantizedRows; ++r) {
+      source.take(r, elements[r]);
+      elements[r].scale = __uint_as_float(scale[r] << 16);
     }
+    if (is_there) visit(column, elements);
+    column += kQuantizedCols;
   }
 }
 

@@ -1,9 +1,9 @@
 // y = x W^T + bias for a packed W with values of 8 or 4 bits, or for each expert's W and rows of x; what rounds
 // x before; and unpacking.
 //
-// Algorithm: quantized.cuh walks four rows of W, eight columns a lane, as signed bytes; x is rounded to whole
+// Algorithm: quantized.cuh walks four rows of W, sixteen columns a lane, as signed bytes; x is rounded to whole
 // numbers of two signed bytes beside 8 bits, of one beside 4, so that dp4a multiplies and adds four columns at
-// once, exactly. Without groups a lane's sums stay integers to the end; with groups those of its eight columns
+// once, exactly. Without groups a lane's sums stay integers to the end; with groups those of its sixteen columns
 // are scaled at once, which costs the same for 32, 64 and 128 columns. Lanes are added by a butterfly, warps in
 // order: the same bits in every run, but not the order of the CPU's lanes.
 //
@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kRoundThreads) round_kernel(const RoundParams 
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
     const float value = element_at(params.x, token * params.cols + i, params.dtype);
     const int32_t whole = is_usable ? static_cast<int32_t>(rintf(__fdiv_rn(value, scale))) : 0;
-    int8_t* const to = params.whole + ((token * params.cols + i) / 8 * planes) * 8 + i % 8;
+    int8_t* const to = params.whole + (token * params.cols + i) / 16 * planes * 16 + i % 16;
     const int32_t upper = (whole + 128) >> 8;
     if (planes == 2) *to = static_cast<int8_t>(upper);
-    to[(planes - 1) * 8] = static_cast<int8_t>(whole - (planes == 2 ? 256 * upper : 0));
+    to[(planes - 1) * 16] = static_cast<int8_t>(whole - (planes == 2 ? 256 * upper : 0));
   }
 }
 
@@ -74,8 +74,8 @@ struct QuantizedProduct {
 
   WANDA_DEVICE QuantizedProduct(const QuantizedWeight& weight, const int8_t* whole, const float* scales,
                                 int tokens)
-      : whole(whole),
-        scales(scales),
+      : whole(opaque(whole)),
+        scales(opaque(scales)),
         groups(static_cast<uint32_t>(weight.groups)),
         group_bits(group_bits_of(weight)) {
 #pragma unroll
@@ -86,32 +86,30 @@ struct QuantizedProduct {
     }
   }
 
-  WANDA_DEVICE static int32_t dot(const Octet& octet, uint32_t first, uint32_t second, int32_t sum) {
-    sum = __dp4a(static_cast<int>(octet.first), static_cast<int>(first), sum);
-    return __dp4a(static_cast<int>(octet.second), static_cast<int>(second), sum);
+  WANDA_DEVICE static int32_t dot(const Elements& elements, const uint4& x, int32_t sum) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum = __dp4a(static_cast<int>(elements.four[i]), static_cast<int>(component(x, i)), sum);
+    }
+    return sum;
   }
 
-  WANDA_DEVICE void add(uint32_t column, const Octet (&octets)[kQuantizedRows]) {
+  WANDA_DEVICE void add(uint32_t column, const Elements (&elements)[kQuantizedRows]) {
 #pragma unroll
     for (int b = 0; b < kTokens; ++b) {
       const int8_t* const from = whole + (token[b] + column * kPlanes);
-      uint4 x;
-      if constexpr (kPlanes == 2) {
-        x = *reinterpret_cast<const uint4*>(from);
-      } else {
-        const uint2 lower = *reinterpret_cast<const uint2*>(from);
-        x = make_uint4(0, 0, lower.x, lower.y);
-      }
+      const uint4 first = load_16(from), second = kPlanes == 2 ? load_16(from + 16) : first;
       const float scale = kGrouped ? scales[token_scales[b] + (column >> group_bits)] : 0;
 #pragma unroll
       for (int r = 0; r < kQuantizedRows; ++r) {
         if constexpr (kGrouped) {
-          int32_t own = dot(octets[r], x.z, x.w, 0);
-          own = kPlanes == 2 ? own + 256 * dot(octets[r], x.x, x.y, 0) : own >> 4;
-          total[r][b] = __fmaf_rn(static_cast<float>(own), __fmul_rn(octets[r].scale, scale), total[r][b]);
+          int32_t own = dot(elements[r], second, 0);
+          own = kPlanes == 2 ? own + 256 * dot(elements[r], first, 0) : own >> 4;
+          total[r][b] =
+              __fmaf_rn(static_cast<float>(own), __fmul_rn(elements[r].scale, scale), total[r][b]);
         } else {
-          sum[r][b][0] = dot(octets[r], x.x, x.y, sum[r][b][0]);
-          sum[r][b][1] = dot(octets[r], x.z, x.w, sum[r][b][1]);
+          sum[r][b][0] = dot(elements[r], first, sum[r][b][0]);
+          sum[r][b][1] = dot(elements[r], second, sum[r][b][1]);
         }
       }
     }
@@ -144,7 +142,7 @@ WANDA_DEVICE void quantized_linear_block(const QuantizedLinearParams& params, co
       weight, params.whole + first_token * weight.cols * (kBits / 4), scales, tokens);
   walk_quantized<kBits, kForm, kGrouped>(
       weight, first_row, memory, stages,
-      [&](uint32_t column, const Octet(&octets)[kQuantizedRows]) { product.add(column, octets); });
+      [&](uint32_t column, const Elements(&elements)[kQuantizedRows]) { product.add(column, elements); });
   float sum[kSums];
   product.totals(sum);
   const float own = warp_sums(sum);
@@ -208,26 +206,30 @@ __global__ void __launch_bounds__(kQuantizedWarps* kWarp)
   WANDA_DYNAMIC_SHARED(memory);
   const int64_t first_row = int64_t{blockIdx.x} * kQuantizedRows;
   walk_quantized<kBits, kForm, true>(
-      weight, first_row, memory, stages, [&](uint32_t column, const Octet(&octets)[kQuantizedRows]) {
+      weight, first_row, memory, stages, [&](uint32_t column, const Elements(&elements)[kQuantizedRows]) {
 #pragma unroll
         for (int r = 0; r < kQuantizedRows; ++r) {
           if (first_row + r >= weight.rows) continue;
-          uint32_t element[8];
+          uint32_t element[16];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const uint32_t four = i < 4 ? octets[r].first : octets[r].second;
-            const int32_t level = static_cast<int32_t>(four << (24 - i % 4 * 8)) >> (32 - kBits);
-            element[i] = element_of(__fmul_rn(static_cast<float>(level), octets[r].scale), dtype);
+          for (int i = 0; i < 16; ++i) {
+            const uint32_t at_top = elements[r].four[i / 4] << (24 - i % 4 * 8);
+            const int32_t level = static_cast<int32_t>(at_top) >> (32 - kBits);
+            element[i] = element_of(__fmul_rn(static_cast<float>(level), elements[r].scale), dtype);
           }
           const int64_t at = (first_row + r) * weight.cols + column;
           if (dtype == Dtype::kFloat32) {
             uint32_t* const to = static_cast<uint32_t*>(dense) + at;
-            store_16(to, element[0], element[1], element[2], element[3]);
-            store_16(to + 4, element[4], element[5], element[6], element[7]);
+#pragma unroll
+            for (int i = 0; i < 16; i += 4) {
+              store_16(to + i, element[i], element[i + 1], element[i + 2], element[i + 3]);
+            }
           } else {
-            store_16(static_cast<uint16_t*>(dense) + at, element[0] | element[1] << 16,
-                     element[2] | element[3] << 16, element[4] | element[5] << 16,
-                     element[6] | element[7] << 16);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) element[i] = element[2 * i] | element[2 * i + 1] << 16;
+            uint16_t* const to = static_cast<uint16_t*>(dense) + at;
+            store_16(to, element[0], element[1], element[2], element[3]);
+            store_16(to + 8, element[4], element[5], element[6], element[7]);
           }
         }
       });

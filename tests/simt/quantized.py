@@ -47,10 +47,10 @@ def _planned(machine: Machine, params: ctypes.Structure, block: Block | None) ->
 
 
 def rounded(machine: Machine, x: Tensor, group: int, groups: int, bits: int) -> tuple[Tensor, Tensor]:
-    """(bytes [tokens, C_in / 8, bits / 4, 8] int8, scales [tokens, groups])"""
+    """(bytes [tokens, C_in / 16, bits / 4, 16] int8, scales [tokens, groups])"""
     tokens, cols = x.shape
     inputs = Buffer(x, "x", False)
-    whole = Buffer(torch.full((tokens, cols // 8, bits // 4, 8), 85, dtype=torch.int8), "whole")
+    whole = Buffer(torch.full((tokens, cols // 16, bits // 4, 16), 85, dtype=torch.int8), "whole")
     scales = Buffer(torch.full((tokens, groups), math.nan), "x scales")
     params = RoundParams(
         inputs.pointer, whole.pointer, scales.pointer, tokens, cols, group, groups, bits, DTYPES[x.dtype]

@@ -1,0 +1,125 @@
+"""As test_simt.py, for packed weights of 8 and 4 bits: x is rounded and weights are unpacked as the reference does it, to
+the bit; products have its order of floating-point additions neither in lanes nor in warps, and are near their exact value.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from simt import quantized as simt
+from simt.machine import ORDERS, Machine, compiler
+from strategies import DTYPES
+from test_quantized import FORMS, KINDS, packed_of, same_numbers, tokens_of
+from torch import Tensor
+
+from wanda_kernels import reference
+from wanda_kernels._checks_quantized import group_of
+from wanda_kernels.packed.values import ValueType
+from wanda_kernels.reference.quantized import MOST_OF_X, _rounded, levels_of
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the kernels with")
+
+
+def draw_weight(draw: random.Random, rows: int, generator: torch.Generator) -> tuple[simt.Packed, int]:
+    """All bytes, rows of nothing or of everything, scales far apart."""
+    bits, form = draw.choice([8, 4]), draw.choice(FORMS)
+    cols = 64 * draw.choice([1, 2, 3, 7, 8, 9, 17, 25, 40])
+    most = 1 << (bits - 1)
+    levels = torch.randint(-most, most, (rows, cols), generator=generator).to(torch.int8)
+    kind = ValueType(bits, draw.choice([0, 32, 64, 128]))
+    scales = torch.rand(rows, kind.scales(cols), generator=generator) * 10 ** draw.choice([0, -30])
+    kept = torch.rand(rows, cols, generator=generator) >= draw.choice([0.0, 0.5, 0.5, 0.9])
+    kept[torch.rand(rows, generator=generator) < 0.2] = draw.random() < 0.5
+    return packed_of(levels, scales.bfloat16(), form, bits, kept), bits
+
+
+def check_near(got: Tensor, x: Tensor, packed: simt.Packed, bits: int, bias: Tensor | None) -> None:
+    """That ``got`` is the product of the rounded x and weight, but for the rounding of float32 sums and of y."""
+    levels = levels_of(*packed, bits).double()
+    group = group_of(levels.shape[1], packed[1].shape[1])
+    whole, x_scales = _rounded(x, group, MOST_OF_X[bits])
+
+    def scaled(values: Tensor, factors: Tensor) -> Tensor:
+        return values * factors.double().repeat_interleave(group, dim=1)[:, : values.shape[1]]
+
+    inputs, weight = scaled(whole.double(), x_scales), scaled(levels, packed[1])
+    exact = inputs @ weight.T + (0 if bias is None else bias.double())
+    size = inputs.abs() @ weight.abs().T + exact.abs()
+    factors = (x_scales.double()[:, None] * packed[1].double()).amax(dim=2)
+    fits = 2 * (size + factors) < torch.finfo(torch.float32).max  # or float32 sums may overflow on the way
+    limits = torch.finfo(got.dtype)
+    allowed = 2e-6 * size + limits.eps / 2 * 1.01 * exact.abs() + limits.smallest_normal * limits.eps
+    is_near = ((got.double() - exact).abs() <= allowed) | (exact.abs() >= limits.max) & got.isinf()
+    assert bool((is_near | ~fits).all())
+    assert bool(got[exact.isnan()].isnan().all())
+
+
+def draw_quantized(machine: Machine, seed: int) -> None:
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    rows = draw.choice([1, 2, 3, 4, 5, 8, 11])
+    packed, bits = draw_weight(draw, rows, generator)
+    cols = packed[0].shape[1] if packed[2] is None else packed[2].shape[1] * 8
+    dtype, warps = draw.choice(DTYPES), draw.choice([1, 2, 3, 8])
+    got = simt.unpack(machine, packed, bits, dtype, warps=warps)
+    assert same_numbers(got, reference.unpack_quantized(*packed, bits, dtype))
+    tokens = draw.choice([1, 1, 2, 4, 5, 8, 9, 16])
+    x = tokens_of(draw.choice(KINDS), tokens, cols, dtype, generator)
+    groups = packed[1].shape[1]
+    whole, scales = simt.rounded(machine, x, group_of(cols, groups), groups, bits)
+    planes = whole.int().movedim(2, 0).flatten(2).flatten(1).view(bits // 4, tokens, cols)
+    want, want_scales = _rounded(x, group_of(cols, groups), MOST_OF_X[bits])
+    assert torch.equal((planes[0] * 256 + planes[1] if bits == 8 else planes[0]).float(), want)
+    assert same_numbers(scales, want_scales)
+    bias = torch.randn(rows, generator=generator).to(dtype) if draw.random() < 0.5 else None
+    block = None if draw.random() < 0.3 else (draw.choice([1, 4, 8]), warps)
+    check_near(simt.linear(machine, x, packed, bits, bias, block=block), x, packed, bits, bias)
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_quantized(machine: Machine, part: int) -> None:
+    for seed in range(part * 60, part * 60 + 60):
+        draw_quantized(machine, seed)
+
+
+def draw_quantized_experts(machine: Machine, seed: int) -> None:
+    """Idle experts, more tokens than there is room for, tokens that are nobody's; ends that are wrong write nowhere
+    else."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    machine.order, machine.seed = draw.choice(ORDERS), seed
+    rows, counts = draw.choice([2, 4, 6]), [draw.choice([0, 0, 1, 2, 5, 9]) for _ in range(draw.randint(1, 4))]
+    packed, bits = draw_weight(draw, len(counts) * rows, generator)
+    values, scales, codes, starts = packed
+    cols = values.shape[1] if codes is None else codes.shape[1] * 8
+    ends = torch.tensor(counts).cumsum(0).int()
+    tokens = int(ends[-1]) + draw.randint(0, 2)
+    if tokens == 0:
+        return
+    x = torch.randn(tokens, cols, generator=generator).to(draw.choice(DTYPES))
+    block = None if draw.random() < 0.3 else (draw.choice([1, 4, 8]), draw.choice([1, 2, 4]))
+    got = simt.linear(machine, x, packed, bits, None, ends, block=block)
+    begin, stored = 0, rows if bits == 8 else rows // 2
+    for expert, end in enumerate(ends.tolist()):
+        first = expert * rows
+        own = (
+            values if starts is not None else values[expert * stored : (expert + 1) * stored],
+            scales[first : first + rows],
+            None if codes is None else codes[first : first + rows],
+            None if starts is None else starts[expert * stored : (expert + 1) * stored + 1],
+        )
+        check_near(got[begin:end], x[begin:end], own, bits, None)
+        begin = end
+    assert bool((got[begin:] == 0).all())
+    wrong = torch.tensor([draw.choice([-(2**31), -1, 0, 3, 100, 2**31 - 1]) for _ in counts], dtype=torch.int32)
+    machine.races = False  # experts that claim the same tokens
+    try:
+        simt.linear(machine, x, packed, bits, None, wrong, block=block)
+    finally:
+        machine.races = True
+
+
+def test_quantized_experts(machine: Machine) -> None:
+    for seed in range(40):
+        draw_quantized_experts(machine, seed)
