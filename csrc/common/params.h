@@ -145,13 +145,13 @@ struct PackedExpertsParams {
   int64_t experts;
 };
 
-// Rows of x as products with QuantizedWeight on CUDA take them: whole numbers, to 16 bits beside 8, to 8 beside
-// 4, with a scale for each row and group (wanda_kernels/reference/quantized.py). Sixteen columns lie
+// Rows of x as products with QuantizedWeight on CUDA take them: whole numbers, to 16 bits beside 8, to 8
+// beside 4, with a scale for each row and group (wanda_kernels/reference/quantized.py). Sixteen columns lie
 // together: of 16 bits their upper bytes, then their lower ones, both signed: 256 * upper + lower.
 struct RoundParams {
-  const void* x;   // [tokens, cols]
-  int8_t* whole;   // [tokens, cols / 16, bits / 4, 16], 16-byte aligned
-  float* scales;   // [tokens, groups]
+  const void* x;  // [tokens, cols]
+  int8_t* whole;  // [tokens, cols / 16, bits / 4, 16], 16-byte aligned
+  float* scales;  // [tokens, groups]
   int64_t tokens;
   int64_t cols;
   int64_t group;  // as in QuantizedWeight
@@ -160,7 +160,8 @@ struct RoundParams {
   Dtype dtype;
 };
 
-// y = x W^T + bias on CUDA, or each row of x with its own expert's W. `values` and `codes` are 16-byte aligned.
+// y = x W^T + bias on CUDA, or each row of x with its own expert's W. `values` and `codes` are 16-byte
+// aligned.
 struct QuantizedLinearParams {
   QuantizedWeight weight;  // of all experts
   const int8_t* whole;     // as in RoundParams

@@ -2,7 +2,7 @@
 // Torch-free.
 #pragma once
 
-#include "plan.h"
+#include "plan_quantized.h"
 
 struct CUstream_st;
 
@@ -31,7 +31,7 @@ int launch_round(const RoundParams& params, CUstream_st* stream);
 // Any number of tokens. `stream`: launch_round has been there.
 int launch_quantized_linear(const QuantizedLinearParams& params, const QuantizedPlan& plan,
                             CUstream_st* stream);
-int launch_unpack_quantized(const QuantizedWeight& weight, void* dense, Dtype dtype, const QuantizedPlan& plan,
-                            CUstream_st* stream);
+int launch_unpack_quantized(const QuantizedWeight& weight, void* dense, Dtype dtype,
+                            const QuantizedPlan& plan, CUstream_st* stream);
 
 }  // namespace wanda::cuda

@@ -398,47 +398,6 @@ inline LinearPlan plan_sparse24_experts(const PackedExpertsParams& params) {
   return sparse24_plan(params.stack, experts_room(params, kSparse24Tokens), 16, 1, kSparse24Warps / 2);
 }
 
-// ---- quantized.cuh, quantized_linear.cuh: a block takes four rows, a warp of it 512 columns at a time.
-
-enum class QuantizedForm : int { kBitmap, kSparse24, kDense };
-
-constexpr int kQuantizedRows = 4, kQuantizedCols = 512;
-constexpr int kQuantizedWarps = 8;        // at most in a block
-constexpr int64_t kQuantizedTokens = 16;  // more go through the unpacked weight, of experts on average
-constexpr int kRoundThreads = 1024;       // at most, for a group of a row of x
-
-// Of a bitmap: the words of a stage, and its values of each row with what aligns them.
-constexpr int kQuantizedRowBytes = kQuantizedCols + 32;
-constexpr int kQuantizedStageBytes = kWarp * 16 + kQuantizedRows * kQuantizedRowBytes;
-
-inline QuantizedForm form_of(const QuantizedWeight& weight) {
-  return weight.starts != nullptr  ? QuantizedForm::kBitmap
-         : weight.codes != nullptr ? QuantizedForm::kSparse24
-                                   : QuantizedForm::kDense;
-}
-
-struct QuantizedPlan {
-  int room;    // tokens at a time: 1, 4 or 8
-  int stages;  // of a warp, in shared memory: 1 or 2
-  int threads;
-};
-
-inline QuantizedPlan quantized_plan(const QuantizedWeight& weight, int64_t tokens, int64_t most_warps) {
-  const int64_t items = divide_up(weight.cols, kQuantizedCols), warps = std::min(most_warps, items);
-  return {tokens == 1 ? 1 : tokens <= 4 ? 4 : 8, items > warps ? 2 : 1, static_cast<int>(warps * kWarp)};
-}
-
-// Experts: as experts_room.
-inline QuantizedPlan plan_quantized(const QuantizedLinearParams& params) {
-  const int64_t tokens = params.ends == nullptr ? params.tokens : divide_up(2 * params.tokens, params.experts);
-  return quantized_plan(params.weight, tokens, kQuantizedWarps);
-}
-
-inline int64_t quantized_shared_bytes(const QuantizedPlan& plan, QuantizedForm form) {
-  const int64_t stages = form == QuantizedForm::kBitmap ? int64_t{plan.stages} * kQuantizedStageBytes : 0;
-  return plan.threads / kWarp * (stages + kQuantizedRows * plan.room * 4);
-}
-
 // ---- sqnorm.cuh. Blocks of a segment are as many as those of a sequence: how long it is only the device
 // knows.
 

@@ -8,7 +8,9 @@ namespace {
 // f(Constant<bits>, Constant<form>).
 template <class F>
 int by_form(const QuantizedWeight& weight, F f) {
-  const auto with = [&](auto form) { return weight.bits == 8 ? f(Constant<8>{}, form) : f(Constant<4>{}, form); };
+  const auto with = [&](auto form) {
+    return weight.bits == 8 ? f(Constant<8>{}, form) : f(Constant<4>{}, form);
+  };
   switch (form_of(weight)) {
     case QuantizedForm::kBitmap:
       return with(Constant<QuantizedForm::kBitmap>{});
@@ -49,11 +51,12 @@ int launch_quantized_linear(const QuantizedLinearParams& params, const Quantized
   });
 }
 
-int launch_unpack_quantized(const QuantizedWeight& weight, void* dense, Dtype dtype, const QuantizedPlan& plan,
-                            CUstream_st* stream) {
+int launch_unpack_quantized(const QuantizedWeight& weight, void* dense, Dtype dtype,
+                            const QuantizedPlan& plan, CUstream_st* stream) {
   return by_form(weight, [&](auto bits, auto form) {
     constexpr QuantizedForm kForm = decltype(form)::value;
-    const Shape shape{divide_up(weight.rows, kQuantizedRows), plan.threads, quantized_shared_bytes(plan, kForm)};
+    const Shape shape{divide_up(weight.rows, kQuantizedRows), plan.threads,
+                      quantized_shared_bytes(plan, kForm)};
     return launch(&unpack_quantized_kernel<decltype(bits)::value, kForm>, shape, stream, weight, dense, dtype,
                   plan.stages);
   });

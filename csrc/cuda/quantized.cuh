@@ -1,24 +1,25 @@
-// Walks the elements of four rows of a packed weight with values of 8 or 4 bits, sixteen neighbours a lane: for
-// quantized_linear.cuh.
+// Walks the elements of four rows of a packed weight with values of 8 or 4 bits, sixteen neighbours a lane:
+// for quantized_linear.cuh.
 //
 // Algorithm: a warp walks its share of the columns, 512 of all four rows at a time: four registers
 // of signed bytes a lane and row, 0 where nothing is kept; of 4 bits each is 16 times its value, the half of
 // its byte where it is, so that both halves cost the same.
 //
 // Bitmap: where a lane's values begin is a sum of bits, found as in bitmap.cuh: a lane has two words of its
-// row, the warp scans over them and copies their values to shared memory, 16 bytes a lane, a stage ahead. There
-// a lane's values begin at any byte: three aligned words are shifted into two, in which no value is away from
-// its place by more than what the four bits of its columns say. They choose one byte permutation (a table in
-// the lanes, read by a shuffle), whose other operand is 0.
+// row, the warp scans over them and copies their values to shared memory, 16 bytes a lane, a stage ahead.
+// There a lane's values begin at any byte: three aligned words are shifted into two, in which no value is
+// away from its place by more than what the four bits of its columns say. They choose one byte permutation (a
+// table in the lanes, read by a shuffle), whose other operand is 0.
 //
 // 2:4: the four values of eight columns are an aligned word, and the table is that of the indices.
 // Dense: nothing is to be found.
 //
-// Assumes: cols a multiple of 64; values and codes 16-byte aligned; 64 bytes behind a bitmap's last value. Of 4
-// bits the first row is even.
+// Assumes: cols a multiple of 64; values and codes 16-byte aligned; 64 bytes behind a bitmap's last value. Of
+// 4 bits the first row is even.
 #pragma once
 
 #include "block.cuh"
+#include "plan_quantized.h"
 #include "score.cuh"
 
 namespace wanda::cuda {
@@ -41,8 +42,8 @@ WANDA_DEVICE uint32_t signed_bytes(uint32_t stored, int row, uint32_t tops) {
   return ((row % 2 == 0 ? stored << 4 : stored) & tops) ^ 0x80808080u;
 }
 
-// The selector that puts the values of four columns where they belong, of what the code's lowest four bits say;
-// of a bitmap their bits in the upper half. Byte 4 is 0.
+// The selector that puts the values of four columns where they belong, of what the code's lowest four bits
+// say; of a bitmap their bits in the upper half. Byte 4 is 0.
 template <QuantizedForm kForm>
 WANDA_DEVICE uint32_t expansion(uint32_t code) {
   uint32_t selector = 0, taken = 0;
@@ -57,16 +58,18 @@ WANDA_DEVICE uint32_t expansion(uint32_t code) {
   return selector | taken << 19;
 }
 
-// Where a weight's bytes are, for four rows from `first` on. Rows past the last one are the last again.
+// Four rows from `first` on. Rows past the weight's last one are the last again.
 template <int kBits>
 struct QuantizedRows {
   int64_t first;
   int32_t last;
 
   WANDA_DEVICE QuantizedRows(const QuantizedWeight& weight, int64_t first)
-      : first(first), last(static_cast<int32_t>(min(weight.rows - 1 - first, int64_t{kQuantizedRows}))) {}
-  WANDA_DEVICE uint32_t row(int r) const { return static_cast<uint32_t>(min(r, last)); }
-  WANDA_DEVICE int64_t stored(int r) const { return kBits == 8 ? first + row(r) : (first + row(r)) / 2; }
+      : first(first), last(static_cast<int32_t>(min(weight.rows - first, int64_t{kQuantizedRows})) - 1) {}
+  WANDA_DEVICE uint32_t row(int r) const { return static_cast<uint32_t>(min(r, last)); }  // from `first` on
+  // Of bytes.
+  WANDA_DEVICE int64_t first_stored() const { return kBits == 8 ? first : first / 2; }
+  WANDA_DEVICE uint32_t stored(int r) const { return kBits == 8 ? row(r) : row(r) / 2; }
 };
 
 // 2:4 and dense: words straight from memory.
@@ -82,17 +85,15 @@ struct QuantizedSource {
 
   WANDA_DEVICE QuantizedSource(const QuantizedWeight& weight, const QuantizedRows<kBits>& rows,
                                unsigned char*, int)
-      : table(opaque(expansion<kForm>(lane_of(threadIdx.x)))), tops(opaque(0xf0f0f0f0u)) {
-    const uint32_t lane = lane_of(threadIdx.x);
+      : table(kIsDense ? 0 : opaque(expansion<kForm>(lane_of(threadIdx.x)))), tops(opaque(0xf0f0f0f0u)) {
+    const uint32_t lane = lane_of(threadIdx.x), cols = static_cast<uint32_t>(weight.cols);
+    const uint32_t row_bytes = kIsDense ? cols : cols / 2;
+    const uint8_t* const from = weight.values + rows.first_stored() * row_bytes + lane * (kIsDense ? 16 : 8);
+    const uint8_t* const indices = weight.codes + (kIsDense ? 0 : rows.first * (cols / 8) + lane * 2);
 #pragma unroll
     for (int r = 0; r < kQuantizedRows; ++r) {
-      if (r % kRowsOfByte == 0) {
-        const int64_t row_bytes = kIsDense ? weight.cols : weight.cols / 2;
-        values[r / kRowsOfByte] = opaque(weight.values + rows.stored(r) * row_bytes + lane * (kIsDense ? 16 : 8));
-      }
-      if constexpr (!kIsDense) {
-        codes[r] = opaque(weight.codes + (rows.first + rows.row(r)) * (weight.cols / 8) + lane * 2);
-      }
+      if (r % kRowsOfByte == 0) values[r / kRowsOfByte] = opaque(from + rows.stored(r) * row_bytes);
+      if constexpr (!kIsDense) codes[r] = opaque(indices + rows.row(r) * (cols / 8));
     }
   }
 
@@ -128,7 +129,7 @@ struct QuantizedSource {
 template <int kBits>
 struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
   static constexpr uint32_t kLanes = kWarp / kQuantizedRows;  // of a row, two words each
-  static constexpr uint32_t kHeader = kWarp * 16;  // each word, and where its values begin
+  static constexpr uint32_t kHeader = kWarp * 16;             // each word, and where its values begin
 
   const uint2* bits;    // of this lane's row, from its words of an item on
   const uint4* values;  // from this lane's first chunk on
@@ -151,7 +152,7 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
     bits = opaque(reinterpret_cast<const uint2*>(weight.codes) + row * (weight.cols / 64) + in_row);
     values = opaque(reinterpret_cast<const uint4*>(weight.values) + in_row);
     pairs = static_cast<uint32_t>(weight.cols / 64) - in_row;
-    counted = static_cast<uint32_t>(__ldg(weight.starts + rows.stored(r)));
+    counted = static_cast<uint32_t>(__ldg(weight.starts + rows.first_stored() + rows.stored(r)));
     table = opaque(expansion<QuantizedForm::kBitmap>(lane));
     tops = opaque(0xf0f0f0f0u);
     header = opaque(lane * 16);
@@ -247,24 +248,26 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
   }
 };
 
-// visit(column, elements): sixteen columns a lane of each of four rows from `first_row` on, those of the block's
-// warps together all of the row's. kScaled: with their scales. `memory`: quantized_shared_bytes.
+// visit(column, elements): sixteen columns a lane of each of four rows from `first_row` on, those of the
+// block's warps together all of the row's. kScaled: with their scales. `memory`: quantized_shared_bytes.
 template <int kBits, QuantizedForm kForm, bool kScaled, class Visit>
 WANDA_DEVICE void walk_quantized(const QuantizedWeight& weight, int64_t first_row, unsigned char* memory,
                                  int stages, Visit visit) {
   // The same register for all lanes, as the compiler would not know.
   const uint32_t warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
-  const uint32_t cols = static_cast<uint32_t>(weight.cols), items = (cols + kQuantizedCols - 1) / kQuantizedCols;
+  const uint32_t cols = static_cast<uint32_t>(weight.cols),
+                 items = (cols + kQuantizedCols - 1) / kQuantizedCols;
   const uint32_t share = (items + warps - 1) / warps, begin = warp * share, end = min(begin + share, items);
   if (begin >= end) return;
   const QuantizedRows<kBits> rows(weight, first_row);
   QuantizedSource<kBits, kForm> source(weight, rows, memory + warp * stages * kQuantizedStageBytes, stages);
   const int group_bits = group_bits_of(weight);
+  const uint32_t groups = static_cast<uint32_t>(weight.groups);
+  const uint16_t* const first_scales = weight.scales + first_row * groups;
   const uint16_t* scales[kQuantizedRows];
 #pragma unroll
-  for (int r = 0; r < kQuantizedRows; ++r) {
-    scales[r] = opaque(weight.scales + (first_row + rows.row(r)) * weight.groups);
-  }
+  for (int r = 0; r < kQuantizedRows; ++r)
+    scales[r] = kScaled ? opaque(first_scales + rows.row(r) * groups) : nullptr;
   source.begin(begin);
   uint32_t column = begin * kQuantizedCols + 16 * lane_of(threadIdx.x);
 #pragma unroll 1

@@ -1,19 +1,19 @@
-// y = x W^T + bias for a packed W with values of 8 or 4 bits, or for each expert's W and rows of x; what rounds
-// x before; and unpacking.
+// y = x W^T + bias for a packed W with values of 8 or 4 bits, or for each expert's W and rows of x; what
+// rounds x before; and unpacking.
 //
-// Algorithm: quantized.cuh walks four rows of W, sixteen columns a lane, as signed bytes; x is rounded to whole
-// numbers of two signed bytes beside 8 bits, of one beside 4, so that dp4a multiplies and adds four columns at
-// once, exactly. Without groups a lane's sums stay integers to the end; with groups those of its sixteen columns
-// are scaled at once, which costs the same for 32, 64 and 128 columns. Lanes are added by a butterfly, warps in
-// order: the same bits in every run, but not the order of the CPU's lanes.
+// Algorithm: quantized.cuh walks four rows of W, sixteen columns a lane, as signed bytes; x is rounded to
+// whole numbers of two signed bytes beside 8 bits, of one beside 4, so that dp4a multiplies and adds four
+// columns at once, exactly. Without groups a lane's sums stay integers to the end; with groups those of its
+// sixteen columns are scaled at once, which costs the same for 32, 64 and 128 columns. Lanes are added by a
+// butterfly, warps in order: the same bits in every run, but not the order of the CPU's lanes.
 //
 // x is rounded by a kernel of its own: each block would do it again, for half of what its product costs.
 //
 // Assumes: as quantized.cuh.
 //
 // A block: four rows, all of their columns, which its warps share out. More tokens than there is room for are
-// taken in turns, which read the block's weights again, by then from L2. `ends` may hold anything: rows outside
-// of x are nobody's.
+// taken in turns, which read the block's weights again, by then from L2. `ends` may hold anything: rows
+// outside of x are nobody's.
 //
 // Bytes: values, codes and scales once, 0.63 an element of 8 bits at 50 %, 0.38 of 4; x from L1 and L2.
 #pragma once
@@ -37,12 +37,14 @@ WANDA_DEVICE uint32_t element_of(float value, Dtype dtype) {
 // A block: a group of a row of x.
 __global__ void __launch_bounds__(kRoundThreads) round_kernel(const RoundParams params) {
   WANDA_DYNAMIC_SHARED(memory);
-  const int64_t token = blockIdx.x / params.groups, group = blockIdx.x % params.groups;
-  const int64_t begin = group * params.group, end = min(begin + params.group, params.cols);
-  const int64_t planes = params.bits / 4;
+  const uint32_t groups = static_cast<uint32_t>(params.groups), token = blockIdx.x / groups;
+  const uint32_t begin = blockIdx.x % groups * static_cast<uint32_t>(params.group);
+  const uint32_t end = min(begin + static_cast<uint32_t>(params.group), static_cast<uint32_t>(params.cols));
+  const uint32_t planes = static_cast<uint32_t>(params.bits) / 4;
+  const int64_t first = token * params.cols;
   uint32_t largest = 0;  // bits of magnitudes order as the magnitudes do, NaN above all
-  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    const float value = element_at(params.x, token * params.cols + i, params.dtype);
+  for (uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const float value = element_at(params.x, first + i, params.dtype);
     largest = max(largest, __float_as_uint(value) & 0x7fffffffu);
   }
   largest = block_max(largest, reinterpret_cast<uint32_t*>(memory));
@@ -50,13 +52,14 @@ __global__ void __launch_bounds__(kRoundThreads) round_kernel(const RoundParams 
   if (threadIdx.x == 0) params.scales[blockIdx.x] = scale;
   const uint32_t bits = __float_as_uint(scale);
   const bool is_usable = bits >= 0x00800000u && bits < 0x7f800000u;  // normal and finite
-  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    const float value = element_at(params.x, token * params.cols + i, params.dtype);
-    const int32_t whole = is_usable ? static_cast<int32_t>(rintf(__fdiv_rn(value, scale))) : 0;
-    int8_t* const to = params.whole + (token * params.cols + i) / 16 * planes * 16 + i % 16;
-    const int32_t upper = (whole + 128) >> 8;
-    if (planes == 2) *to = static_cast<int8_t>(upper);
-    to[(planes - 1) * 16] = static_cast<int8_t>(whole - (planes == 2 ? 256 * upper : 0));
+  int8_t* const whole = params.whole + first * planes;
+  for (uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const float value = element_at(params.x, first + i, params.dtype);
+    const int32_t rounded = is_usable ? static_cast<int32_t>(rintf(__fdiv_rn(value, scale))) : 0;
+    const int32_t upper = (rounded + 128) >> 8;
+    int8_t* const to = whole + i / 16 * planes * 16 + i % 16;
+    if (planes == 2) to[0] = static_cast<int8_t>(upper);
+    to[(planes - 1) * 16] = static_cast<int8_t>(planes == 2 ? rounded - 256 * upper : rounded);
   }
 }
 
@@ -105,8 +108,7 @@ struct QuantizedProduct {
         if constexpr (kGrouped) {
           int32_t own = dot(elements[r], second, 0);
           own = kPlanes == 2 ? own + 256 * dot(elements[r], first, 0) : own >> 4;
-          total[r][b] =
-              __fmaf_rn(static_cast<float>(own), __fmul_rn(elements[r].scale, scale), total[r][b]);
+          total[r][b] = __fmaf_rn(static_cast<float>(own), __fmul_rn(elements[r].scale, scale), total[r][b]);
         } else {
           sum[r][b][0] = dot(elements[r], first, sum[r][b][0]);
           sum[r][b][1] = dot(elements[r], second, sum[r][b][1]);

@@ -47,8 +47,9 @@ void simt_linear_plan(const PackedWeight* weight, int64_t tokens, int rows, int 
                                     : sparse24_plan(*weight, tokens, rows, slices, warps);
 }
 // `room`: tokens at a time, 0 for the launcher's own; so are the `warps` at most.
-void simt_plan_quantized(const QuantizedLinearParams* params, int room, int warps, QuantizedPlan* plan) {
-  *plan = room == 0 ? plan_quantized(*params) : quantized_plan(params->weight, room, warps);
+void simt_plan_quantized(const QuantizedLinearParams* params, const Device* device, int room, int warps,
+                         QuantizedPlan* plan) {
+  *plan = room == 0 ? plan_quantized(*params, *device) : quantized_plan(params->weight, room, warps);
 }
 int simt_rows_grid(int64_t rows, int64_t matrices, int64_t resident) {
   return static_cast<int>(rows_grid(rows, matrices, resident));

@@ -11,7 +11,7 @@ from torch import Tensor
 from wanda_kernels._checks_quantized import group_of
 
 from .machine import Buffer, Machine
-from .operators import DTYPES, _DTYPE, _plan, _struct
+from .operators import _DTYPE, DEVICE, DTYPES, _plan, _struct
 
 QuantizedWeight = _struct("values scales codes starts", "rows cols group groups bits")
 RoundParams = _struct("x whole scales", "tokens cols group groups bits", _DTYPE)
@@ -42,7 +42,8 @@ class _Weight:
 def _planned(machine: Machine, params: ctypes.Structure, block: Block | None) -> QuantizedPlan:
     """`block`: tokens that there is room for (1, 4 or 8), warps at most. None: the launcher's choice."""
     plan = QuantizedPlan()
-    machine.library.simt_plan_quantized(ctypes.byref(params), *(block or (0, 0)), ctypes.byref(plan))
+    arguments = (ctypes.byref(params), ctypes.byref(DEVICE), *(block or (0, 0)), ctypes.byref(plan))
+    machine.library.simt_plan_quantized(*arguments)
     return plan
 
 

@@ -1,0 +1,54 @@
+// As plan.h, for packed weights with values of 8 or 4 bits (quantized.cuh, quantized_linear.cuh): a block
+// takes four rows, a warp of it 512 columns at a time.
+#pragma once
+
+#include "plan.h"
+
+namespace wanda::cuda {
+
+enum class QuantizedForm : int { kBitmap, kSparse24, kDense };
+
+constexpr int kQuantizedRows = 4, kQuantizedCols = 512;
+constexpr int kQuantizedWarps = 8;        // at most in a block
+constexpr int64_t kQuantizedTokens = 16;  // more go through the unpacked weight, of experts on average
+constexpr int kRoundThreads = 1024;       // at most, for a group of a row of x
+
+// Of a bitmap: the words of a stage, and its values of each row with what aligns them.
+constexpr int kQuantizedRowBytes = kQuantizedCols + 32;
+constexpr int kQuantizedStageBytes = kWarp * 16 + kQuantizedRows * kQuantizedRowBytes;
+
+inline QuantizedForm form_of(const QuantizedWeight& weight) {
+  return weight.starts != nullptr  ? QuantizedForm::kBitmap
+         : weight.codes != nullptr ? QuantizedForm::kSparse24
+                                   : QuantizedForm::kDense;
+}
+
+struct QuantizedPlan {
+  int room;    // tokens at a time: 1, 4 or 8
+  int stages;  // of a warp, in shared memory: 1 or 2
+  int threads;
+};
+
+inline QuantizedPlan quantized_plan(const QuantizedWeight& weight, int64_t tokens, int64_t most_warps) {
+  const int64_t items = divide_up(weight.cols, kQuantizedCols), warps = std::min(most_warps, items);
+  return {tokens == 1 ? 1 : tokens <= 4 ? 4 : 8, items > warps ? 2 : 1, static_cast<int>(warps * kWarp)};
+}
+
+// What a warp begins and ends with costs as much as 512 of its columns: it takes three times as many, or what
+// leaves each processor sixteen warps. Experts: as experts_room.
+inline QuantizedPlan plan_quantized(const QuantizedLinearParams& params, const Device& device) {
+  const int64_t at_work = std::min(params.experts, params.tokens);
+  const int64_t blocks = divide_up(params.weight.rows / params.experts, kQuantizedRows) * at_work;
+  const int64_t warps = std::max(divide_up(divide_up(params.weight.cols, kQuantizedCols), 3),
+                                 divide_up(16LL * device.processors, blocks));
+  return quantized_plan(params.weight,
+                        params.ends == nullptr ? params.tokens : divide_up(2 * params.tokens, params.experts),
+                        std::min<int64_t>(warps, kQuantizedWarps));
+}
+
+inline int64_t quantized_shared_bytes(const QuantizedPlan& plan, QuantizedForm form) {
+  const int64_t stages = form == QuantizedForm::kBitmap ? int64_t{plan.stages} * kQuantizedStageBytes : 0;
+  return plan.threads / kWarp * (stages + kQuantizedRows * plan.room * 4);
+}
+
+}  // namespace wanda::cuda
