@@ -404,6 +404,8 @@ at::Tensor quantized_experts(const at::Tensor& x, const at::Tensor& values, cons
   const char* const op = "quantized_experts";
   const QuantizedWeight stack = check_quantized(op, values, scales, codes, starts, bits);
   check_quantized_experts(op, stack, values, x, ends);
+  WANDA_CHECK_VALUE(ends.size(0) <= kMostMatrices, "ends must be of at most ", kMostMatrices,
+                    " experts, got ", ends.size(0));
   if (x.size(0) > kQuantizedTokens * ends.size(0)) {
     return grouped(x, unpack_quantized(values, scales, codes, starts, bits, x.scalar_type()), ends);
   }

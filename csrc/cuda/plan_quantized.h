@@ -24,14 +24,20 @@ inline QuantizedForm form_of(const QuantizedWeight& weight) {
 }
 
 struct QuantizedPlan {
-  int room;    // tokens at a time: 1, 4 or 8
-  int stages;  // of a warp, in shared memory: 1 or 2
+  int room;        // tokens at a time: 1, 4 or 8
+  int share;       // of a warp, in times 512 columns
+  int ring_bytes;  // of a warp's stages of a bitmap: two, or one where it has nothing more to copy
   int threads;
 };
 
 inline QuantizedPlan quantized_plan(const QuantizedWeight& weight, int64_t tokens, int64_t most_warps) {
-  const int64_t items = divide_up(weight.cols, kQuantizedCols), warps = std::min(most_warps, items);
-  return {tokens == 1 ? 1 : tokens <= 4 ? 4 : 8, items > warps ? 2 : 1, static_cast<int>(warps * kWarp)};
+  const int64_t items = divide_up(weight.cols, kQuantizedCols), share = divide_up(items, most_warps);
+  const int stages = form_of(weight) != QuantizedForm::kBitmap ? 0 : share == 1 ? 1 : 2;
+  return {tokens == 1   ? 1
+          : tokens <= 4 ? 4
+                        : 8,
+          static_cast<int>(share), stages * kQuantizedStageBytes,
+          static_cast<int>(divide_up(items, share) * kWarp)};
 }
 
 // What a warp begins and ends with costs as much as 512 of its columns: it takes three times as many, or what
@@ -46,9 +52,9 @@ inline QuantizedPlan plan_quantized(const QuantizedLinearParams& params, const D
                         std::min<int64_t>(warps, kQuantizedWarps));
 }
 
-inline int64_t quantized_shared_bytes(const QuantizedPlan& plan, QuantizedForm form) {
-  const int64_t stages = form == QuantizedForm::kBitmap ? int64_t{plan.stages} * kQuantizedStageBytes : 0;
-  return plan.threads / kWarp * (stages + kQuantizedRows * plan.room * 4);
+// Sums of each warp, then their stages.
+inline int64_t quantized_shared_bytes(const QuantizedPlan& plan) {
+  return plan.threads / kWarp * (int64_t{kQuantizedRows} * plan.room * 4 + plan.ring_bytes);
 }
 
 }  // namespace wanda::cuda

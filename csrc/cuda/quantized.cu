@@ -23,12 +23,12 @@ int by_form(const QuantizedWeight& weight, F f) {
 
 template <int kBits, QuantizedForm kForm, bool kGrouped>
 int launch_room(const QuantizedLinearParams& params, const QuantizedPlan& plan, CUstream_st* stream) {
-  const int64_t blocks = divide_up(params.weight.rows / params.experts, kQuantizedRows);
-  const Shape shape{params.experts * blocks, plan.threads, quantized_shared_bytes(plan, kForm)};
+  const Shape shape{divide_up(params.weight.rows / params.experts, kQuantizedRows), plan.threads,
+                    quantized_shared_bytes(plan), params.experts};
   const auto kernel = plan.room == 1   ? &quantized_linear_kernel<kBits, kForm, kGrouped, 1>
                       : plan.room == 4 ? &quantized_linear_kernel<kBits, kForm, kGrouped, 4>
                                        : &quantized_linear_kernel<kBits, kForm, kGrouped, 8>;
-  return launch(kernel, shape, stream, params, static_cast<uint32_t>(blocks), plan.stages);
+  return launch(kernel, shape, stream, params, plan);
 }
 
 }  // namespace
@@ -55,10 +55,9 @@ int launch_unpack_quantized(const QuantizedWeight& weight, void* dense, Dtype dt
                             const QuantizedPlan& plan, CUstream_st* stream) {
   return by_form(weight, [&](auto bits, auto form) {
     constexpr QuantizedForm kForm = decltype(form)::value;
-    const Shape shape{divide_up(weight.rows, kQuantizedRows), plan.threads,
-                      quantized_shared_bytes(plan, kForm)};
+    const Shape shape{divide_up(weight.rows, kQuantizedRows), plan.threads, quantized_shared_bytes(plan)};
     return launch(&unpack_quantized_kernel<decltype(bits)::value, kForm>, shape, stream, weight, dense, dtype,
-                  plan.stages);
+                  plan);
   });
 }
 

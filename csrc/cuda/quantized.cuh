@@ -84,7 +84,7 @@ struct QuantizedSource {
   uint32_t code[kQuantizedRows];
 
   WANDA_DEVICE QuantizedSource(const QuantizedWeight& weight, const QuantizedRows<kBits>& rows,
-                               unsigned char*, int)
+                               unsigned char*, uint32_t)
       : table(kIsDense ? 0 : opaque(expansion<kForm>(lane_of(threadIdx.x)))), tops(opaque(0xf0f0f0f0u)) {
     const uint32_t lane = lane_of(threadIdx.x), cols = static_cast<uint32_t>(weight.cols);
     const uint32_t row_bytes = kIsDense ? cols : cols / 2;
@@ -140,12 +140,12 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
   uint2 next;
   SharedAddress ring, ring_end, to, stage;  // of stages: copied to next, walked
 
-  // `memory`: `stages` of this warp.
+  // `memory`: of this warp's stages.
   WANDA_DEVICE QuantizedSource(const QuantizedWeight& weight, const QuantizedRows<kBits>& rows,
-                               unsigned char* memory, int stages)
+                               unsigned char* memory, uint32_t ring_bytes)
       : in_row(opaque(lane_of(threadIdx.x) % kLanes)),
         ring(shared_address(memory)),
-        ring_end(ring + stages * kQuantizedStageBytes) {
+        ring_end(ring + ring_bytes) {
     const uint32_t lane = lane_of(threadIdx.x);
     const int r = static_cast<int>(lane / kLanes);
     const int64_t row = rows.first + rows.row(r);
@@ -249,18 +249,18 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
 };
 
 // visit(column, elements): sixteen columns a lane of each of four rows from `first_row` on, those of the
-// block's warps together all of the row's. kScaled: with their scales. `memory`: quantized_shared_bytes.
+// block's warps together all of the row's. kScaled: with their scales. `memory`: of the
+// warps' stages.
 template <int kBits, QuantizedForm kForm, bool kScaled, class Visit>
 WANDA_DEVICE void walk_quantized(const QuantizedWeight& weight, int64_t first_row, unsigned char* memory,
-                                 int stages, Visit visit) {
+                                 const QuantizedPlan& plan, Visit visit) {
   // The same register for all lanes, as the compiler would not know.
-  const uint32_t warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0), warps = blockDim.x / kWarp;
-  const uint32_t cols = static_cast<uint32_t>(weight.cols),
-                 items = (cols + kQuantizedCols - 1) / kQuantizedCols;
-  const uint32_t share = (items + warps - 1) / warps, begin = warp * share, end = min(begin + share, items);
+  const uint32_t warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0);
+  const uint32_t cols = static_cast<uint32_t>(weight.cols), begin = warp * plan.share;
+  const uint32_t end = min(begin + plan.share, (cols + kQuantizedCols - 1) / kQuantizedCols);
   if (begin >= end) return;
   const QuantizedRows<kBits> rows(weight, first_row);
-  QuantizedSource<kBits, kForm> source(weight, rows, memory + warp * stages * kQuantizedStageBytes, stages);
+  QuantizedSource<kBits, kForm> source(weight, rows, memory + warp * plan.ring_bytes, plan.ring_bytes);
   const int group_bits = group_bits_of(weight);
   const uint32_t groups = static_cast<uint32_t>(weight.groups);
   const uint16_t* const first_scales = weight.scales + first_row * groups;

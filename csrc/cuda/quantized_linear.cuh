@@ -83,7 +83,7 @@ struct QuantizedProduct {
         group_bits(group_bits_of(weight)) {
 #pragma unroll
     for (int b = 0; b < kTokens; ++b) {
-      const uint32_t at = min(b, tokens - 1);
+      const uint32_t at = b == 0 ? 0 : min(b, tokens - 1);
       token[b] = opaque(at * static_cast<uint32_t>(weight.cols) * kPlanes);
       token_scales[b] = kGrouped ? opaque(at * groups) : 0;
     }
@@ -136,21 +136,20 @@ struct QuantizedProduct {
 template <int kBits, QuantizedForm kForm, bool kGrouped, int kTokens>
 WANDA_DEVICE void quantized_linear_block(const QuantizedLinearParams& params, const QuantizedWeight& weight,
                                          int64_t first_token, int tokens, int64_t block,
-                                         unsigned char* memory, int stages) {
+                                         unsigned char* memory, const QuantizedPlan& plan) {
   constexpr int kSums = kQuantizedRows * kTokens;
+  const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
+  float* const sums = reinterpret_cast<float*>(memory);
   const int64_t first_row = block * kQuantizedRows;
   const float* const scales = params.scales + first_token * weight.groups;
   QuantizedProduct<kBits, kGrouped, kTokens> product(
       weight, params.whole + first_token * weight.cols * (kBits / 4), scales, tokens);
   walk_quantized<kBits, kForm, kGrouped>(
-      weight, first_row, memory, stages,
+      weight, first_row, memory + warps * kSums * 4, plan,
       [&](uint32_t column, const Elements(&elements)[kQuantizedRows]) { product.add(column, elements); });
   float sum[kSums];
   product.totals(sum);
   const float own = warp_sums(sum);
-  const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
-  float* const sums = reinterpret_cast<float*>(
-      memory + (kForm == QuantizedForm::kBitmap ? warps * stages * kQuantizedStageBytes : 0));
   if (lane_of(thread) < kSums) sums[thread / kWarp * kSums + lane_of(thread)] = own;
   __syncthreads();
   const int r = thread / kTokens, b = thread % kTokens;
@@ -170,16 +169,16 @@ WANDA_DEVICE void quantized_linear_block(const QuantizedLinearParams& params, co
   }
 }
 
-// `blocks`: of a weight's rows.
+// The grid: blocks of a weight's rows x experts.
 template <int kBits, QuantizedForm kForm, bool kGrouped, int kTokens>
 __global__ void __launch_bounds__(kQuantizedWarps* kWarp)
-    quantized_linear_kernel(const QuantizedLinearParams params, const uint32_t blocks, const int stages) {
+    quantized_linear_kernel(const QuantizedLinearParams params, const QuantizedPlan plan) {
   WANDA_DYNAMIC_SHARED(memory);
-  const uint32_t expert = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int32_t last = static_cast<int32_t>(params.tokens);
   int32_t begin = 0, end = last;
   QuantizedWeight weight = params.weight;
   if (params.ends != nullptr) {
+    const uint32_t expert = blockIdx.y;
     begin = expert == 0 ? 0 : max(__ldg(params.ends + expert - 1), 0);
     end = min(__ldg(params.ends + expert), last);
     weight.rows /= params.experts;
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(kQuantizedWarps* kWarp)
 #pragma unroll 1
   while (begin < end) {
     quantized_linear_block<kBits, kForm, kGrouped, kTokens>(params, weight, begin, min(end - begin, kTokens),
-                                                            block, memory, stages);
+                                                            blockIdx.x, memory, plan);
     begin += kTokens;
     if (begin < end) __syncthreads();  // the sums of this turn have been read
   }
@@ -204,11 +203,12 @@ __global__ void __launch_bounds__(kQuantizedWarps* kWarp)
 // Each value times its scale in float32, rounded. A block: four rows.
 template <int kBits, QuantizedForm kForm>
 __global__ void __launch_bounds__(kQuantizedWarps* kWarp)
-    unpack_quantized_kernel(const QuantizedWeight weight, void* dense, const Dtype dtype, const int stages) {
+    unpack_quantized_kernel(const QuantizedWeight weight, void* dense, const Dtype dtype,
+                            const QuantizedPlan plan) {
   WANDA_DYNAMIC_SHARED(memory);
   const int64_t first_row = int64_t{blockIdx.x} * kQuantizedRows;
   walk_quantized<kBits, kForm, true>(
-      weight, first_row, memory, stages, [&](uint32_t column, const Elements(&elements)[kQuantizedRows]) {
+      weight, first_row, memory, plan, [&](uint32_t column, const Elements(&elements)[kQuantizedRows]) {
 #pragma unroll
         for (int r = 0; r < kQuantizedRows; ++r) {
           if (first_row + r >= weight.rows) continue;

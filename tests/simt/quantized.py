@@ -19,7 +19,7 @@ QuantizedLinearParams = _struct(
     "", "", ("weight", QuantizedWeight), *((name, ctypes.c_void_p) for name in ("whole", "scales", "bias", "y", "ends")),
     ("tokens", ctypes.c_int64), ("experts", ctypes.c_int64), _DTYPE,
 )  # fmt: skip
-QuantizedPlan = _plan("room stages threads")
+QuantizedPlan = _plan("room share ring_bytes threads")
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 Block = tuple[int, int]
 
