@@ -30,6 +30,9 @@ struct Elements {
   float scale;       // of their group
 };
 
+// From global memory, also where the pointer does not say so to the compiler.
+WANDA_DEVICE uint4 ldg_16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
+
 // A column's group of `weight` is column >> this.
 WANDA_DEVICE int group_bits_of(const QuantizedWeight& weight) {
   return weight.groups == 1 ? 31 : 31 - __clz(static_cast<int>(weight.group));
@@ -106,7 +109,7 @@ struct QuantizedSource {
       if constexpr (kIsDense) {
         if (r % kRowsOfByte != 0) continue;
         word[r / kRowsOfByte] = make_uint4(0, 0, 0, 0);
-        if (is_there) word[r / kRowsOfByte] = load_16(values[r / kRowsOfByte] + column);
+        if (is_there) word[r / kRowsOfByte] = ldg_16(values[r / kRowsOfByte] + column);
       } else {
         const uint8_t* const from = values[r] + column / 2;
         const uint2 two = is_there ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);

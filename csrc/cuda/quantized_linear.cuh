@@ -101,8 +101,8 @@ struct QuantizedProduct {
 #pragma unroll
     for (int b = 0; b < kTokens; ++b) {
       const int8_t* const from = whole + (token[b] + column * kPlanes);
-      const uint4 first = load_16(from), second = kPlanes == 2 ? load_16(from + 16) : first;
-      const float scale = kGrouped ? scales[token_scales[b] + (column >> group_bits)] : 0;
+      const uint4 first = ldg_16(from), second = kPlanes == 2 ? ldg_16(from + 16) : first;
+      const float scale = kGrouped ? __ldg(scales + token_scales[b] + (column >> group_bits)) : 0;
 #pragma unroll
       for (int r = 0; r < kQuantizedRows; ++r) {
         if constexpr (kGrouped) {
