@@ -29,6 +29,7 @@ from benchmarks.works import (
     bitmap,
     nm_24,
     pack_24,
+    quantized,
     refine_24,
     refine_sums,
     refine_swaps,
@@ -62,6 +63,11 @@ def suite(card: Card) -> Iterator[Work]:
         for height, cols in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)):
             yield product(card, height, cols)
     yield sparse24(card, 4096, 4096, 16)
+    for height, cols in ((4096, 4096), (11008, 4096), (4096, 11008)):
+        for form, bits, group in (("bitmap", 8, 0), ("bitmap", 4, 128), ("2:4", 8, 0), ("2:4", 4, 128)):
+            yield quantized(card, height, cols, form, bits, group)
+    yield quantized(card, 32000, 4096, "dense")
+    yield quantized(card, 4096, 4096, tokens=8)
     for work in (refine_sums, refine_swaps, refine_24):
         for height, cols in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)):
             yield work(card, height, cols)

@@ -71,6 +71,22 @@ def test_plans_of_products_fit_the_device_and_fill_it(product, processors, share
                 assert grid >= 2 * processors
 
 
+@pytest.mark.parametrize("form", range(3))
+@pytest.mark.parametrize("processors", [132, 108, 20, 1])
+def test_plans_of_quantized_products_fit_and_take_every_column(form, processors):
+    for tokens in range(1, 17):
+        for height, cols in ((1, 64), (100, 576), (1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (4, 1 << 20)):
+            threads, grid, room, share, needed, *_ = works._plan(
+                "quantized", height, cols, 8, 0, form, tokens, processors, 48 << 10
+            )
+            assert 32 <= threads <= 256
+            assert needed <= 48 << 10
+            assert (threads // 32 - 1) * share * 512 < cols <= threads // 32 * share * 512
+            assert room in (1, 4, 8)
+            assert grid * 4 >= height
+            assert grid * threads // 32 >= min(16 * processors, grid * min(8, -(-cols // 1024)))
+
+
 @pytest.mark.parametrize(
     ("processors", "shared"), [(132, 227 << 10), (108, 163 << 10), (84, 99 << 10), (20, 64 << 10), (1, 48 << 10)]
 )

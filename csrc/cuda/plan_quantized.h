@@ -40,16 +40,16 @@ inline QuantizedPlan quantized_plan(const QuantizedWeight& weight, int64_t token
           static_cast<int>(divide_up(items, share) * kWarp)};
 }
 
-// What a warp begins and ends with costs as much as 512 of its columns: it takes three times as many, or what
-// leaves each processor sixteen warps. Experts: as experts_room.
+// What a warp begins and ends with costs as much as 512 of its columns: as few warps, a power of two, as leave
+// each processor sixteen. Experts: as experts_room.
 inline QuantizedPlan plan_quantized(const QuantizedLinearParams& params, const Device& device) {
   const int64_t at_work = std::min(params.experts, params.tokens);
   const int64_t blocks = divide_up(params.weight.rows / params.experts, kQuantizedRows) * at_work;
-  const int64_t warps = std::max(divide_up(divide_up(params.weight.cols, kQuantizedCols), 3),
-                                 divide_up(16LL * device.processors, blocks));
+  int64_t warps = 1;
+  while (warps < kQuantizedWarps && warps * blocks < 16LL * device.processors) warps *= 2;
   return quantized_plan(params.weight,
                         params.ends == nullptr ? params.tokens : divide_up(2 * params.tokens, params.experts),
-                        std::min<int64_t>(warps, kQuantizedWarps));
+                        warps);
 }
 
 // Sums of each warp, then their stages.

@@ -101,8 +101,9 @@ struct QuantizedSource {
   }
 
   WANDA_DEVICE void begin(uint32_t) {}
+  WANDA_DEVICE void start(uint32_t, bool) {}
 
-  WANDA_DEVICE void turn(uint32_t item, uint32_t, bool is_there) {
+  WANDA_DEVICE void turn(uint32_t item, bool is_there) {
     const uint32_t column = item * kQuantizedCols;
 #pragma unroll
     for (int r = 0; r < kQuantizedRows; ++r) {
@@ -163,7 +164,8 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
     words_at = opaque(lane / 2 * 8);
     shift = opaque(16 * (lane % 2));
     below = opaque((1u << 16 * (lane % 2)) - 1);
-    to = stage = ring;
+    to = ring;
+    stage = ring_end - kQuantizedStageBytes;  // the one before the first
   }
 
   WANDA_DEVICE uint2 words_of(uint32_t item) const {
@@ -199,36 +201,36 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
         copy_async_16(row + in_row * 16 + i * kLanes * 16, from + i * kLanes);
       }
     }
-    copy_async_commit();
     counted += count;
     to = after(to);
   }
 
   // Goes on to item `first`, in front of which nothing has been counted yet.
   WANDA_DEVICE void begin(uint32_t first) {
-    const uint2 words = words_of(first);
-    next = words_of(first + 1);
+    next = words_of(first);
     uint32_t count = 0;
 #pragma unroll 4
     for (uint32_t i = 0; i < first * kLanes; i += kLanes) count += kept(__ldg(bits + i));
 #pragma unroll
     for (uint32_t step = 1; step < kLanes; step *= 2) count += __shfl_xor_sync(kFullMask, count, step);
     counted += count;
-    copy(words);
   }
 
-  // Copies the item after this one, and waits for this one.
-  WANDA_DEVICE void turn(uint32_t item, uint32_t end, bool) {
-    stage = after(to);
-    __syncwarp();  // nobody reads the other stage any more
-    if (item + 1 < end) {
+  // Starts to copy an item, if there is one.
+  WANDA_DEVICE void start(uint32_t item, bool is_there) {
+    __syncwarp();  // nobody reads that stage any more
+    if (is_there) {
       copy(next);
-      next = words_of(item + 2);
-      copy_async_wait<1>();
-    } else {
-      copy_async_wait<0>();
+      next = words_of(item + 1);
     }
+    copy_async_commit();
+  }
+
+  // Waits for the item that was started before the last one.
+  WANDA_DEVICE void turn(uint32_t, bool) {
+    copy_async_wait<1>();
     __syncwarp();  // all lanes' parts of this stage are there
+    stage = after(stage);
   }
 
   WANDA_DEVICE void take(int r, Elements& elements) const {
@@ -274,14 +276,16 @@ WANDA_DEVICE void walk_quantized(const QuantizedWeight& weight, int64_t first_ro
   source.begin(begin);
   uint32_t column = begin * kQuantizedCols + 16 * lane_of(threadIdx.x);
 #pragma unroll 1
-  for (uint32_t item = begin; item < end; ++item) {
+  for (uint32_t next = begin; next <= end; ++next) {
+    source.start(next, next < end);
+    if (next == begin) continue;
     const bool is_there = column < cols;
     uint32_t scale[kQuantizedRows] = {};
     if (kScaled && is_there) {
 #pragma unroll
       for (int r = 0; r < kQuantizedRows; ++r) scale[r] = __ldg(scales[r] + (column >> group_bits));
     }
-    source.turn(item, end, is_there);
+    source.turn(next - 1, is_there);
     Elements elements[kQuantizedRows];
 #pragma unroll
     for (int r = 0; r < kQuantizedRows; ++r) {

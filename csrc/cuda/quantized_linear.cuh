@@ -171,7 +171,7 @@ WANDA_DEVICE void quantized_linear_block(const QuantizedLinearParams& params, co
 
 // The grid: blocks of a weight's rows x experts.
 template <int kBits, QuantizedForm kForm, bool kGrouped, int kTokens>
-__global__ void __launch_bounds__(kQuantizedWarps* kWarp)
+__global__ void __launch_bounds__(kQuantizedWarps* kWarp, kTokens == 1 ? 4 : 0)
     quantized_linear_kernel(const QuantizedLinearParams params, const QuantizedPlan plan) {
   WANDA_DYNAMIC_SHARED(memory);
   const int32_t last = static_cast<int32_t>(params.tokens);
