@@ -75,7 +75,15 @@ def test_plans_of_products_fit_the_device_and_fill_it(product, processors, share
 @pytest.mark.parametrize("processors", [132, 108, 20, 1])
 def test_plans_of_quantized_products_fit_and_take_every_column(form, processors):
     for tokens in range(1, 17):
-        for height, cols in ((1, 64), (100, 576), (1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (4, 1 << 20)):
+        for height, cols in (
+            (1, 64),
+            (100, 576),
+            (1024, 4096),
+            (4096, 4096),
+            (11008, 4096),
+            (4096, 11008),
+            (4, 1 << 20),
+        ):
             threads, grid, room, share, needed, *_ = works._plan(
                 "quantized", height, cols, 8, 0, form, tokens, processors, 48 << 10
             )

@@ -1,5 +1,5 @@
-"""As test_simt.py, for packed weights of 8 and 4 bits: x is rounded and weights are unpacked as the reference does it, to
-the bit; products have its order of floating-point additions neither in lanes nor in warps, and are near their exact value.
+"""As test_simt.py, for packed weights of 8 and 4 bits. x is rounded and weights are unpacked as the reference does it,
+to the bit; products add floats in another order, and are near their exact value.
 """
 
 from __future__ import annotations
@@ -80,8 +80,29 @@ def draw_quantized(machine: Machine, seed: int) -> None:
 
 @pytest.mark.parametrize("part", range(2))
 def test_quantized(machine: Machine, part: int) -> None:
-    for seed in range(part * 60, part * 60 + 60):
+    for seed in range(part * 120, part * 120 + 120):
         draw_quantized(machine, seed)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_largest_values_of_wide_rows(machine: Machine, form: str, bits: int) -> None:
+    """Sums of 8 bits are past 2^31; the same bits in every order; padding is nobody's."""
+    levels = torch.full((3, 11008), -128 if bits == 8 else -8, dtype=torch.int8)
+    levels[1] = -levels[0] - 1
+    packed = packed_of(
+        levels, torch.ones(3, 1 if bits == 8 else 86).bfloat16(), form, bits, torch.ones(3, 11008).bool()
+    )
+    x = torch.full((2, 11008), 3.0)
+    x[1, ::2] = -2.9
+    results = []
+    for order in ORDERS:
+        machine.order = order
+        results.append(simt.linear(machine, x, packed, bits))
+        if form == "bitmap":
+            packed[0][-64:] ^= 255
+    check_near(results[0], x, packed, bits, None)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def draw_quantized_experts(machine: Machine, seed: int) -> None:

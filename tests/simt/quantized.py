@@ -16,7 +16,8 @@ from .operators import _DTYPE, DEVICE, DTYPES, _plan, _struct
 QuantizedWeight = _struct("values scales codes starts", "rows cols group groups bits")
 RoundParams = _struct("x whole scales", "tokens cols group groups bits", _DTYPE)
 QuantizedLinearParams = _struct(
-    "", "", ("weight", QuantizedWeight), *((name, ctypes.c_void_p) for name in ("whole", "scales", "bias", "y", "ends")),
+    "", "", ("weight", QuantizedWeight),
+    *((name, ctypes.c_void_p) for name in ("whole", "scales", "bias", "y", "ends")),
     ("tokens", ctypes.c_int64), ("experts", ctypes.c_int64), _DTYPE,
 )  # fmt: skip
 QuantizedPlan = _plan("room share ring_bytes threads")
@@ -28,7 +29,7 @@ class _Weight:
     """(values, scales, codes or None, starts or None), in buffers."""
 
     def __init__(self, packed: Packed, bits: int) -> None:
-        values, scales, codes, starts = packed
+        values, scales, codes, _ = packed
         self.rows, self.groups = scales.shape
         self.cols = values.shape[1] if codes is None else codes.shape[1] * 8
         self.group, self.bits = group_of(self.cols, self.groups), bits

@@ -20,10 +20,10 @@ def quantized_linear(
 ) -> Tensor:
     """``x @ unpack_quantized(..).T + bias``.
 
-    Few rows of ``x`` (32 on the CPU, 16 on CUDA) are rounded, too, to 16 bits beside values of 8, to 8 bits beside values
-    of 4, for each row and group of columns (max |x| / 32639, or / 127). Sums of whole numbers are exact; float32 sums of
-    groups have one order on every CPU, hence the same bits, and another on CUDA, the same in every run. More rows are
-    multiplied with the unpacked weight.
+    Few rows of ``x`` (32 on the CPU, 16 on CUDA) are rounded, too, to 16 bits beside values of 8, to 8 bits beside
+    values of 4, for each row and group of columns (max |x| / 32639, or / 127). Sums of whole numbers are exact. Floats
+    are added in one order on every CPU, hence the same bits, and in another on CUDA, the same in every run. More rows
+    are multiplied with the unpacked weight.
 
     Args:
         x: [.., C_in], float32, bfloat16 or float16.
