@@ -11,13 +11,12 @@ import torch
 from simt import quantized as simt
 from simt.machine import ORDERS, Machine, compiler
 from strategies import DTYPES
-from test_quantized import FORMS, KINDS, packed_of, same_numbers, tokens_of
-from torch import Tensor
+from test_quantized import FORMS, KINDS, check_near, packed_of, same_numbers, tokens_of
 
 from wanda_kernels import reference
 from wanda_kernels._checks_quantized import group_of
 from wanda_kernels.packed.values import ValueType
-from wanda_kernels.reference.quantized import MOST_OF_X, _rounded, levels_of
+from wanda_kernels.reference.quantized import MOST_OF_X, _rounded
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the kernels with")
 
@@ -33,27 +32,6 @@ def draw_weight(draw: random.Random, rows: int, generator: torch.Generator) -> t
     kept = torch.rand(rows, cols, generator=generator) >= draw.choice([0.0, 0.5, 0.5, 0.9])
     kept[torch.rand(rows, generator=generator) < 0.2] = draw.random() < 0.5
     return packed_of(levels, scales.bfloat16(), form, bits, kept), bits
-
-
-def check_near(got: Tensor, x: Tensor, packed: simt.Packed, bits: int, bias: Tensor | None) -> None:
-    """That ``got`` is the product of the rounded x and weight, but for the rounding of float32 sums and of y."""
-    levels = levels_of(*packed, bits).double()
-    group = group_of(levels.shape[1], packed[1].shape[1])
-    whole, x_scales = _rounded(x, group, MOST_OF_X[bits])
-
-    def scaled(values: Tensor, factors: Tensor) -> Tensor:
-        return values * factors.double().repeat_interleave(group, dim=1)[:, : values.shape[1]]
-
-    inputs, weight = scaled(whole.double(), x_scales), scaled(levels, packed[1])
-    exact = inputs @ weight.T + (0 if bias is None else bias.double())
-    size = inputs.abs() @ weight.abs().T + exact.abs()
-    factors = (x_scales.double()[:, None] * packed[1].double()).amax(dim=2)
-    fits = 2 * (size + factors) < torch.finfo(torch.float32).max  # or float32 sums may overflow on the way
-    limits = torch.finfo(got.dtype)
-    allowed = 2e-6 * size + limits.eps / 2 * 1.01 * exact.abs() + limits.smallest_normal * limits.eps
-    is_near = ((got.double() - exact).abs() <= allowed) | (exact.abs() >= limits.max) & got.isinf()
-    assert bool((is_near | ~fits).all())
-    assert bool(got[exact.isnan()].isnan().all())
 
 
 def draw_quantized(machine: Machine, seed: int) -> None:
