@@ -115,7 +115,8 @@ void plan_of_sparse24(int64_t rows, int64_t cols, int64_t tokens, int64_t proces
   out[6] = sparse24_shared_bytes(plan, static_cast<int>(tokens) * plan.slices);
 }
 
-// threads, grid, room of a block, share of a warp, shared bytes. `form`: as QuantizedForm; `group`: 0: of a row.
+// threads, grid, room of a block, share of a warp, shared bytes. `form`: as QuantizedForm; `group`: 0: of a
+// row.
 void plan_of_quantized(int64_t rows, int64_t cols, int64_t bits, int64_t group, int64_t form, int64_t tokens,
                        int64_t processors, int64_t shared, int64_t* out) {
   QuantizedLinearParams params{};

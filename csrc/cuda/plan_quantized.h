@@ -40,8 +40,8 @@ inline QuantizedPlan quantized_plan(const QuantizedWeight& weight, int64_t token
           static_cast<int>(divide_up(items, share) * kWarp)};
 }
 
-// What a warp begins and ends with costs as much as 512 of its columns: as few warps, a power of two, as leave
-// each processor sixteen. Experts: as experts_room.
+// What a warp begins and ends with costs as much as 512 of its columns: as few warps, a power of two, as
+// leave each processor sixteen. Experts: as experts_room.
 inline QuantizedPlan plan_quantized(const QuantizedLinearParams& params, const Device& device) {
   const int64_t at_work = std::min(params.experts, params.tokens);
   const int64_t blocks = divide_up(params.weight.rows / params.experts, kQuantizedRows) * at_work;

@@ -1,9 +1,9 @@
 // Walks the elements of four rows of a packed weight with values of 8 or 4 bits, sixteen neighbours a lane:
 // for quantized_linear.cuh.
 //
-// Algorithm: a warp walks its share of the columns, 512 of all four rows at a time: four registers
-// of signed bytes a lane and row, 0 where nothing is kept; of 4 bits each is 16 times its value, the half of
-// its byte where it is, so that both halves cost the same.
+// Algorithm: a warp walks its share of the columns, 512 of all four rows at a time, an item: four registers
+// of signed bytes a lane and row, 0 where nothing is kept. Those of 4 bits are 16 times their values: a
+// byte's half in the upper half of a register's byte.
 //
 // Bitmap: where a lane's values begin is a sum of bits, found as in bitmap.cuh: a lane has two words of its
 // row, the warp scans over them and copies their values to shared memory, 16 bytes a lane, a stage ahead.
@@ -139,9 +139,10 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
   const uint4* values;  // from this lane's first chunk on
   uint32_t pairs;       // of words, of the row, from this lane's of an item on
   uint32_t counted;     // where the values of the item that is copied next begin
-  uint32_t in_row, table, tops, shift, below, header, row_at;  // the last two: of this lane in a stage
-  uint32_t words_at;
-  uint2 next;
+  uint2 next;           // this lane's words of that item
+  uint32_t in_row, table, tops, shift, below;
+  uint32_t header, row_at,
+      words_at;  // in a stage: what this lane writes of words and values, and reads of words
   SharedAddress ring, ring_end, to, stage;  // of stages: copied to next, walked
 
   // `memory`: of this warp's stages.
@@ -254,8 +255,7 @@ struct QuantizedSource<kBits, QuantizedForm::kBitmap> {
 };
 
 // visit(column, elements): sixteen columns a lane of each of four rows from `first_row` on, those of the
-// block's warps together all of the row's. kScaled: with their scales. `memory`: of the
-// warps' stages.
+// block's warps together all of the row's. kScaled: with their scales. `memory`: of the warps' stages.
 template <int kBits, QuantizedForm kForm, bool kScaled, class Visit>
 WANDA_DEVICE void walk_quantized(const QuantizedWeight& weight, int64_t first_row, unsigned char* memory,
                                  const QuantizedPlan& plan, Visit visit) {
@@ -271,8 +271,9 @@ WANDA_DEVICE void walk_quantized(const QuantizedWeight& weight, int64_t first_ro
   const uint16_t* const first_scales = weight.scales + first_row * groups;
   const uint16_t* scales[kQuantizedRows];
 #pragma unroll
-  for (int r = 0; r < kQuantizedRows; ++r)
+  for (int r = 0; r < kQuantizedRows; ++r) {
     scales[r] = kScaled ? opaque(first_scales + rows.row(r) * groups) : nullptr;
+  }
   source.begin(begin);
   uint32_t column = begin * kQuantizedCols + 16 * lane_of(threadIdx.x);
 #pragma unroll 1
