@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,9 @@ def _work_of(row: Row, card: Card) -> Work | None:
     products = {"bitmap_linear": (bitmap, (1, 2, 4, 8)), "sparse24_linear": (sparse24, range(1, 33))}
     if operator in products and int(row["tokens"]) in products[operator][1]:
         return products[operator][0](card, height, cols, int(row["tokens"]))
+    match = re.fullmatch(r"quantized_linear int([84])(?:, groups of (\d+))?", operator)
+    if match and int(row["tokens"]) <= 8:
+        return quantized(card, height, cols, "bitmap", int(match[1]), int(match[2] or 0), int(row["tokens"]))
     return None
 
 

@@ -132,12 +132,15 @@ def line(**changes) -> records.Row:
 
 def test_beside_measurements(tmp_path, capsys):
     product = {"suite": "sparse", "operator": "bitmap_linear", "tokens": 1}
+    rounded = {**product, "operator": "quantized_linear int4, groups of 128"}
     lines = [
         line(),
         line(implementation="topk", copy_ratio=30.0),
         line(operator="row_mask"),
         line(**product, copy_ratio=1.1),
         line(**product, implementation="torch linear", ratio=1.37, ratio_to="wanda_kernels"),
+        line(**rounded),
+        line(**rounded, implementation="torch linear", ratio=1.6, ratio_to="wanda_kernels"),
         line(operator="kthvalue", device="AMD EPYC"),
     ]
     with records.writer(tmp_path / "select.csv") as write:
@@ -145,12 +148,13 @@ def test_beside_measurements(tmp_path, capsys):
             write(each)
     assert predict.beside(tmp_path) == 0
     told = capsys.readouterr().out
-    assert told.count("predicted 0") + told.count("predicted 1") == 2
+    assert told.count("predicted 0") + told.count("predicted 1") == 3
     assert "measured 0.80 of copy speed" in told
     assert "measured 1.37 x dense" in told
     figures = next(text for text in told.splitlines() if text.startswith("figures: "))
-    assert [each["measured"] for each in json.loads(figures.removeprefix("figures: "))["predictions"]] == [0.8, 1.37]
-    assert "2 predictions" in told.splitlines()[-1]
+    found = json.loads(figures.removeprefix("figures: "))["predictions"]
+    assert [each["measured"] for each in found] == [0.8, 1.37, 1.6]
+    assert "3 predictions" in told.splitlines()[-1]
 
 
 def test_beside_nothing_that_is_known(tmp_path, capsys):
