@@ -1,5 +1,5 @@
 // csrc/cuda/plan.h for predict.py: what is launched for a shape, as plain numbers.
-#include "../csrc/cuda/plan.h"
+#include "../csrc/cuda/plan_quantized.h"
 
 using namespace wanda;
 using namespace wanda::cuda;
@@ -113,6 +113,30 @@ void plan_of_sparse24(int64_t rows, int64_t cols, int64_t tokens, int64_t proces
   out[4] = plan.slices;
   out[5] = plan.stages;
   out[6] = sparse24_shared_bytes(plan, static_cast<int>(tokens) * plan.slices);
+}
+
+// threads, grid, room of a block, share of a warp, shared bytes. `form`: as QuantizedForm; `group`: 0: of a
+// row.
+void plan_of_quantized(int64_t rows, int64_t cols, int64_t bits, int64_t group, int64_t form, int64_t tokens,
+                       int64_t processors, int64_t shared, int64_t* out) {
+  QuantizedLinearParams params{};
+  params.weight = {somewhere<uint8_t>(),
+                   somewhere<uint16_t>(),
+                   form == 2 ? nullptr : somewhere<uint8_t>(),
+                   form == 0 ? somewhere<int32_t>() : nullptr,
+                   rows,
+                   cols,
+                   group != 0 ? group : cols,
+                   group != 0 ? divide_up(cols, group) : 1,
+                   bits};
+  params.tokens = tokens;
+  params.experts = 1;
+  const QuantizedPlan plan = plan_quantized(params, device_of(processors, shared));
+  out[0] = plan.threads;
+  out[1] = divide_up(rows, kQuantizedRows);
+  out[2] = plan.room;
+  out[3] = plan.share;
+  out[4] = quantized_shared_bytes(plan);
 }
 
 // threads, grid, shared bytes.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from benchmarks.works import (
     bitmap,
     nm_24,
     pack_24,
+    quantized,
     refine_24,
     refine_sums,
     refine_swaps,
@@ -62,6 +64,11 @@ def suite(card: Card) -> Iterator[Work]:
         for height, cols in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)):
             yield product(card, height, cols)
     yield sparse24(card, 4096, 4096, 16)
+    for height, cols in ((4096, 4096), (11008, 4096), (4096, 11008)):
+        for form, bits, group in (("bitmap", 8, 0), ("bitmap", 4, 128), ("2:4", 8, 0), ("2:4", 4, 128)):
+            yield quantized(card, height, cols, form, bits, group)
+    yield quantized(card, 32000, 4096, "dense")
+    yield quantized(card, 4096, 4096, tokens=8)
     for work in (refine_sums, refine_swaps, refine_24):
         for height, cols in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)):
             yield work(card, height, cols)
@@ -114,6 +121,9 @@ def _work_of(row: Row, card: Card) -> Work | None:
     products = {"bitmap_linear": (bitmap, (1, 2, 4, 8)), "sparse24_linear": (sparse24, range(1, 33))}
     if operator in products and int(row["tokens"]) in products[operator][1]:
         return products[operator][0](card, height, cols, int(row["tokens"]))
+    match = re.fullmatch(r"quantized_linear int([84])(?:, groups of (\d+))?", operator)
+    if match and int(row["tokens"]) <= 8:
+        return quantized(card, height, cols, "bitmap", int(match[1]), int(match[2] or 0), int(row["tokens"]))
     return None
 
 

@@ -174,12 +174,17 @@ def _short(mangled: str) -> str:
     name = re.sub(r"^void ", "", name).rsplit("(", 1)[0].replace("wanda::cuda::", "").replace("wanda::", "")
     for number, dtype in enumerate(("float32", "bfloat16", "float16")):
         name = name.replace(f"(Dtype){number}", dtype)
+    for number, form in enumerate(("bitmap", "2:4", "dense")):
+        name = name.replace(f"(QuantizedForm){number}", form)
     for number, output in enumerate(("prune", "prune+sums", "mask")):
         name = re.sub(rf"\(Output\){number}\b", output, name)
     if name.startswith("sparse24_linear"):
         return re.sub(r", (\d+), (\d+)>", lambda m: f", {16 * int(m[1])} rows, {m[2]} tokens>", name)
     if name.startswith("bitmap_linear"):
         return re.sub(r", (\d+), (\d+)>", r", \1 rows, \2 tokens>", name)
+    if "quantized" in name:
+        name = name.replace(", true, ", ", groups, ").replace(", false, ", ", rows, ")
+        return re.sub(r"<(\d), (.*\D)(\d)>", r"<int\1, \2\3 tokens>", re.sub(r"<(\d), ([^,]*)>", r"<int\1, \2>", name))
     if name.startswith("refine_kernel"):
         name = name.replace(", true, ", ", staged, ").replace(", false, ", ", wide, ")
         return name.replace(", true>", ", groups>").replace(", false>", ", rows>")

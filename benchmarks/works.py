@@ -210,6 +210,35 @@ def sparse24(card: Card, height: int, cols: int, tokens: int = 1) -> Work:
     )  # fmt: skip
 
 
+FORMS = ("bitmap", "2:4", "dense")
+
+
+def quantized(
+    card: Card, height: int, cols: int, form: str = "bitmap", bits: int = 8, group: int = 0, tokens: int = 1
+) -> Work:
+    """Up to eight tokens. Warps take 512 columns of four rows, an item; of a bitmap the next one is on its way, after a
+    lead as bitmap's. x is rounded before, by a kernel that waits for x and at a barrier."""
+    threads, grid, room, share, shared, *_ = _plan(
+        "quantized", height, cols, bits, group, FORMS.index(form), tokens, card.processors, card.block_shared
+    )
+    scales = "groups" if group or bits == 4 else "rows"
+    sass, rounding = _sass(f"quantized_linear_kernel<int{bits}, {form}, {scales}, {room} tokens>", card), "round_kernel"
+    is_bitmap = form == "bitmap"
+    stored = bits / 8 * (1 if form == "dense" else 0.5) + (form != "dense") / 8 + 2 / (group or cols)
+    load, stages = 2048 * stored, 2 if is_bitmap and share > 1 else 1
+    lead = (2 if is_bitmap else 1) * LATENCY + is_bitmap * CACHED + BARRIER
+    lead += (sass.common - sass.loop) / 2 * STALL * card.cycle
+    taken = {"bitmap": 24 * 2 + 4 + 20, "2:4": 16, "dense": 0}[form]  # takes of shared memory, and shuffles
+    lines = load / 64 + 4 * bits / 8 * tokens * 2 + (4 + tokens) * (scales == "groups")  # of the weight; of x; scales
+    after = RAMP / 2 + LATENCY + BARRIER + (_sass(rounding, card).loop * -(-cols // 1024)) * STALL * card.cycle
+    return Work(
+        _tokens(f"quantized_linear int{bits}{f'/{group}' * (group > 0)} {form}", tokens), (height, cols), "bfloat16",
+        sass.registers, threads, grid, shared=shared, items=share, load=load, slots=sass.loop,
+        serial=sass.loop * stages, waits=LATENCY + lead * stages / share, in_flight=load * stages, ahead=stages - 1,
+        customers=threads // WARP, dense_bytes=2 * height * cols, cache=(lines + taken) * LINE, after=after,
+    )  # fmt: skip
+
+
 def sqnorm(card: Card, tokens: int, cols: int) -> Work:
     """Blocks of all tokens by 32 columns; a warp has eight loads a thread on their way, an item. After
     every 4,096 all blocks add their warps up at once."""

@@ -16,6 +16,7 @@ from torch import Tensor
 import wanda_kernels
 from wanda_kernels import ops, reference
 from wanda_kernels.packed import PackedLinear, dispatch, pack_bitmap, pack_sparse24
+from wanda_kernels.packed.values import ValueType, pack_quantized
 from wanda_kernels.static import StaticDecoder
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +45,13 @@ def sparse(seed: int) -> Tensor:
 
 
 @functools.cache
+def quantized(seed: int) -> Arguments:
+    """(values, scales, codes, starts)"""
+    (values, codes, starts, scales), _ = pack_quantized(sparse(seed), "bitmap", ValueType(4, 128))
+    return values, scales.view(torch.bfloat16), codes, starts
+
+
+@functools.cache
 def gram(seed: int) -> Tensor:
     """Of integers: the same bits whatever adds them up."""
     generator = torch.Generator().manual_seed(seed)
@@ -56,6 +64,7 @@ def arguments(name: str, seed: int = 0) -> Arguments:
     """On the CPU; other values, of the same shapes, for another seed."""
     weight, norm = matrix(seed=seed)
     dense, products = weight[:, :REFINED].contiguous(), gram(seed)
+    ends = torch.tensor([2, 2, 4], dtype=torch.int32)
     channels, sums = products.diagonal().sqrt(), torch.zeros(96, 2, dtype=torch.float64)
     return {
         "prune_rows_": (weight, norm, 0.5, torch.zeros(96, 2)),
@@ -77,6 +86,11 @@ def arguments(name: str, seed: int = 0) -> Arguments:
         "sparse24_linear": (weight[:5], *pack_sparse24(sparse(seed)), weight[0, :96].clone()),
         "unpack_bitmap": pack_bitmap(sparse(seed)),
         "unpack_sparse24": pack_sparse24(sparse(seed)),
+        "bitmap_experts": (weight[:5], *pack_bitmap(sparse(seed)), ends),
+        "sparse24_experts": (weight[:5], *pack_sparse24(sparse(seed)), ends),
+        "quantized_linear": (weight[:5], *quantized(seed), weight[0, :96].clone(), 4),
+        "quantized_experts": (weight[:5], *quantized(seed)[:2], ends, *quantized(seed)[2:], 4),
+        "unpack_quantized": (*quantized(seed), 4, torch.bfloat16),
     }[name]
 
 
@@ -93,7 +107,7 @@ def call(name: str, args: Arguments, implementation=ops) -> tuple[Tensor, ...]:
 
 def check(name: str, got: tuple[Tensor, ...], seed: int = 0) -> None:
     """Bits, but for sums and activations."""
-    fused, near = name.endswith("_sqnorm"), name.endswith(("_sqnorm", "_linear")) or name == "solve_rows_"
+    fused, near = name.endswith("_sqnorm"), name.endswith(("_sqnorm", "_linear", "_experts")) or name == "solve_rows_"
     for ours, theirs in zip(got, call(name, arguments(name, seed), reference), strict=True):
         if ours.dtype == torch.float32 and ours.shape != (4096,):  # sums, in another order
             torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3 if fused else 2e-5, atol=0)

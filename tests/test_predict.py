@@ -71,6 +71,30 @@ def test_plans_of_products_fit_the_device_and_fill_it(product, processors, share
                 assert grid >= 2 * processors
 
 
+@pytest.mark.parametrize("form", range(3))
+@pytest.mark.parametrize("processors", [132, 108, 20, 1])
+def test_plans_of_quantized_products_fit_and_take_every_column(form, processors):
+    for tokens in range(1, 17):
+        for height, cols in (
+            (1, 64),
+            (100, 576),
+            (1024, 4096),
+            (4096, 4096),
+            (11008, 4096),
+            (4096, 11008),
+            (4, 1 << 20),
+        ):
+            threads, grid, room, share, needed, *_ = works._plan(
+                "quantized", height, cols, 8, 0, form, tokens, processors, 48 << 10
+            )
+            assert 32 <= threads <= 256
+            assert needed <= 48 << 10
+            assert (threads // 32 - 1) * share * 512 < cols <= threads // 32 * share * 512
+            assert room in (1, 4, 8)
+            assert grid * 4 >= height
+            assert grid * threads // 32 >= min(16 * processors, grid * min(8, -(-cols // 1024)))
+
+
 @pytest.mark.parametrize(
     ("processors", "shared"), [(132, 227 << 10), (108, 163 << 10), (84, 99 << 10), (20, 64 << 10), (1, 48 << 10)]
 )
@@ -108,12 +132,15 @@ def line(**changes) -> records.Row:
 
 def test_beside_measurements(tmp_path, capsys):
     product = {"suite": "sparse", "operator": "bitmap_linear", "tokens": 1}
+    rounded = {**product, "operator": "quantized_linear int4, groups of 128"}
     lines = [
         line(),
         line(implementation="topk", copy_ratio=30.0),
         line(operator="row_mask"),
         line(**product, copy_ratio=1.1),
         line(**product, implementation="torch linear", ratio=1.37, ratio_to="wanda_kernels"),
+        line(**rounded),
+        line(**rounded, implementation="torch linear", ratio=1.6, ratio_to="wanda_kernels"),
         line(operator="kthvalue", device="AMD EPYC"),
     ]
     with records.writer(tmp_path / "select.csv") as write:
@@ -121,12 +148,13 @@ def test_beside_measurements(tmp_path, capsys):
             write(each)
     assert predict.beside(tmp_path) == 0
     told = capsys.readouterr().out
-    assert told.count("predicted 0") + told.count("predicted 1") == 2
+    assert told.count("predicted 0") + told.count("predicted 1") == 3
     assert "measured 0.80 of copy speed" in told
     assert "measured 1.37 x dense" in told
     figures = next(text for text in told.splitlines() if text.startswith("figures: "))
-    assert [each["measured"] for each in json.loads(figures.removeprefix("figures: "))["predictions"]] == [0.8, 1.37]
-    assert "2 predictions" in told.splitlines()[-1]
+    found = json.loads(figures.removeprefix("figures: "))["predictions"]
+    assert [each["measured"] for each in found] == [0.8, 1.37, 1.6]
+    assert "3 predictions" in told.splitlines()[-1]
 
 
 def test_beside_nothing_that_is_known(tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""Packed weights of 8 or 4 bits: unpacking, and products that are the reference's to the bit on every CPU backend."""
+"""Packed weights of 8 or 4 bits: unpacking, and products that are the reference's to the bit on every CPU backend
+(those of CUDA: test_simt_quantized.py)."""
 
 from __future__ import annotations
 
@@ -15,10 +16,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from wanda_kernels import ops, reference
+from wanda_kernels._checks_quantized import group_of
 from wanda_kernels.packed import pack_sparse24
 from wanda_kernels.packed.values import ValueType, pack_kept, pack_rows, quantize
+from wanda_kernels.reference.quantized import MOST_OF_X, _rounded, levels_of
 
 BACKENDS = [name for name in backends.names() if name.startswith("cpu")]
+ON_CUDA = [name for name in backends.names() if name.startswith("cuda")]  # whose products have other bits
 FORMS = ("bitmap", "2:4", "dense")
 KINDS = ("normal", "outliers", "zeros", "a zero group", "denormal", "tiny", "huge", "ties", "NaN", "inf", "far apart")
 
@@ -92,7 +96,7 @@ def arguments(weight) -> tuple:
     return (values, scales, codes, starts), bits
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *ON_CUDA])
 @settings(max_examples=150)
 @given(weight=weights(), dtype=st.sampled_from(DTYPES))
 def test_unpacking_is_the_references(backend, weight, dtype):
@@ -119,6 +123,40 @@ def test_products_are_the_references(backend, weight, data):
     got = backends.implementation(backend, "quantized_linear")(x, *packed, bias, bits)
     assert got.dtype == dtype
     assert same_numbers(got, reference.quantized_linear(x, *packed, bias, bits))
+
+
+def check_near(got: Tensor, x: Tensor, packed: tuple[Tensor, ...], bits: int, bias: Tensor | None) -> None:
+    """That ``got`` is the product of the rounded x and weight, but for the rounding of float32 sums and of y."""
+    levels = levels_of(*packed, bits).double()
+    group = group_of(levels.shape[1], packed[1].shape[1])
+    whole, x_scales = _rounded(x, group, MOST_OF_X[bits])
+
+    def scaled(values: Tensor, factors: Tensor) -> Tensor:
+        return values * factors.double().repeat_interleave(group, dim=1)[:, : values.shape[1]]
+
+    inputs, weight = scaled(whole.double(), x_scales), scaled(levels, packed[1])
+    exact = inputs @ weight.T + (0 if bias is None else bias.double())
+    size = inputs.abs() @ weight.abs().T + exact.abs()
+    factors = (x_scales.double()[:, None] * packed[1].double()).amax(dim=2)
+    fits = 2 * (size + factors) < torch.finfo(torch.float32).max  # or float32 sums may overflow on the way
+    limits = torch.finfo(got.dtype)
+    allowed = 2e-6 * size + limits.eps / 2 * 1.01 * exact.abs() + limits.smallest_normal * limits.eps
+    is_near = ((got.double() - exact).abs() <= allowed) | (exact.abs() >= limits.max) & got.isinf()
+    assert bool((is_near | ~fits).all())
+    assert bool(got[exact.isnan()].isnan().all()) or not bool(packed[1].isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ON_CUDA)
+@settings(max_examples=60)
+@given(weight=weights(), data=st.data())
+def test_products_on_cuda_are_near(backend, weight, data):
+    packed, bits = arguments(weight)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    cols = packed[0].shape[1] if packed[2] is None else packed[2].shape[1] * 8
+    tokens, dtype = data.draw(st.sampled_from([1, 2, 5, 8, 16])), data.draw(st.sampled_from(DTYPES))
+    x = tokens_of(data.draw(st.sampled_from(KINDS)), tokens, cols, dtype, generator)
+    bias = torch.randn(len(packed[1]), generator=generator).to(dtype) if data.draw(st.booleans()) else None
+    check_near(backends.implementation(backend, "quantized_linear")(x, *packed, bias, bits), x, packed, bits, bias)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,6 +20,7 @@ import torch
 from simt import operators as simt
 from simt.machine import ORDERS, Machine, SimtError, compiler
 from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
+from test_simt_quantized import draw_quantized, draw_quantized_experts
 from test_simt_refine import draw_refine
 from torch import Tensor
 
@@ -352,7 +353,7 @@ def test_packed_experts(machine: Machine) -> None:
 
 SCENARIOS: tuple[Callable[[Machine, int], object], ...] = (
     draw_rows, draw_nm, draw_refine, draw_pack_24, draw_sqnorm, draw_segments, draw_packed,
-    draw_packed_experts,
+    draw_packed_experts, draw_quantized, draw_quantized_experts,
 )  # fmt: skip
 SITES = {"barrier": r"__sync(threads|warp)\(\)", "mask": r"\bkFullMask,", "copy wait": r"copy_async_wait<[^>]+>\(\);"}
 

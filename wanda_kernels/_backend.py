@@ -67,9 +67,7 @@ _NOT_IN_CUDA = (
     "rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block", "pack_bitmap",
     "pack_sparse24",
 )  # fmt: skip
-_REFERENCE_ON_CUDA = (
-    "add_gram_", "solve_rows_", "quantized_linear", "quantized_experts", "unpack_quantized",
-)  # fmt: skip  # the first two are cuBLAS's products
+_REFERENCE_ON_CUDA = ("add_gram_", "solve_rows_")  # cuBLAS's products
 
 
 def cuda_kernels(name: str) -> str:
@@ -88,8 +86,8 @@ def _describe_cuda() -> str:
     triton = "Triton" if _has_triton else "the PyTorch reference (no Triton)"
     if _built_cuda:
         status = (
-            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices, updates of "
-            "weights and packed values of 8 or 4 bits by PyTorch's products"
+            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices and "
+            "updates of weights by PyTorch's products"
         )
     else:
         status = (

@@ -145,6 +145,35 @@ struct PackedExpertsParams {
   int64_t experts;
 };
 
+// Rows of x as products with QuantizedWeight on CUDA take them: whole numbers, to 16 bits beside 8, to 8
+// beside 4, with a scale for each row and group (wanda_kernels/reference/quantized.py). Sixteen columns lie
+// together: of 16 bits their upper bytes, then their lower ones, both signed: 256 * upper + lower.
+struct RoundParams {
+  const void* x;  // [tokens, cols]
+  int8_t* whole;  // [tokens, cols / 16, bits / 4, 16], 16-byte aligned
+  float* scales;  // [tokens, groups]
+  int64_t tokens;
+  int64_t cols;
+  int64_t group;  // as in QuantizedWeight
+  int64_t groups;
+  int64_t bits;  // of the weight's values
+  Dtype dtype;
+};
+
+// y = x W^T + bias on CUDA, or each row of x with its own expert's W. `values` and `codes` are 16-byte
+// aligned.
+struct QuantizedLinearParams {
+  QuantizedWeight weight;  // of all experts
+  const int8_t* whole;     // as in RoundParams
+  const float* scales;
+  const void* bias;     // [rows of a weight] or nullptr
+  void* y;              // [tokens, rows of a weight]; where no expert's tokens are, it is left as it is
+  const int32_t* ends;  // nullptr: one weight for all tokens; else as in PackedExpertsParams
+  int64_t tokens;
+  int64_t experts;
+  Dtype dtype;  // of bias and y
+};
+
 // Products of bitmaps may read this many values past the last one: they load whole registers.
 constexpr int64_t kPackedPadding = 32;
 constexpr int64_t kQuantizedPadding = 64;  // bytes

@@ -38,6 +38,15 @@ WANDA_DEVICE uint32_t block_sum(uint32_t value, uint32_t* slots) {
   return __reduce_add_sync(kFullMask, lane < static_cast<int>(blockDim.x) / kWarp ? slots[lane] : 0);
 }
 
+// As block_sum.
+WANDA_DEVICE uint32_t block_max(uint32_t value, uint32_t* slots) {
+  const int lane = lane_of(threadIdx.x);
+  value = __reduce_max_sync(kFullMask, value);
+  if (lane == 0) slots[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return __reduce_max_sync(kFullMask, lane < static_cast<int>(blockDim.x) / kWarp ? slots[lane] : 0);
+}
+
 struct Bin {
   uint32_t index;
   uint32_t below;  // entries in the bins before it

@@ -2,7 +2,7 @@
 // Torch-free.
 #pragma once
 
-#include "plan.h"
+#include "plan_quantized.h"
 
 struct CUstream_st;
 
@@ -26,5 +26,12 @@ int launch_sparse24_experts(const PackedExpertsParams& params, const LinearPlan&
 int launch_unpack_bitmap(const PackedWeight& weight, void* dense, const LinearPlan& plan,
                          CUstream_st* stream);
 int launch_unpack_sparse24(const PackedWeight& weight, void* dense, CUstream_st* stream);
+
+int launch_round(const RoundParams& params, CUstream_st* stream);
+// Any number of tokens. `stream`: launch_round has been there.
+int launch_quantized_linear(const QuantizedLinearParams& params, const QuantizedPlan& plan,
+                            CUstream_st* stream);
+int launch_unpack_quantized(const QuantizedWeight& weight, void* dense, Dtype dtype,
+                            const QuantizedPlan& plan, CUstream_st* stream);
 
 }  // namespace wanda::cuda

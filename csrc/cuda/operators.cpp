@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../checks_quantized.h"
 #include "../checks_refine.h"
 #include "launchers.h"
 
@@ -327,6 +328,90 @@ at::Tensor sparse24_experts(const at::Tensor& x, const at::Tensor& values, const
                  });
 }
 
+// ---- Packed weights with values of 8 or 4 bits.
+
+at::Tensor unpack_quantized(const at::Tensor& values, const at::Tensor& scales, const OptionalTensor& codes,
+                            const OptionalTensor& starts, int64_t bits, at::ScalarType dtype) {
+  const char* const op = "unpack_quantized";
+  QuantizedWeight weight = check_quantized(op, values, scales, codes, starts, bits);
+  WANDA_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "dtype must be float32, bfloat16 or float16, got ", dtype);
+  const at::Tensor plain = aligned(values), words = codes ? aligned(*codes) : at::Tensor();
+  const at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options().dtype(dtype));
+  weight.values = plain.const_data_ptr<uint8_t>();
+  if (codes) weight.codes = words.const_data_ptr<uint8_t>();
+  on_device(op, values, [&](const Device&, CUstream_st* stream) {
+    return launch_unpack_quantized(weight, dense.data_ptr(), dtype_of(op, "dense", dense),
+                                   quantized_plan(weight, 1, kQuantizedWarps), stream);
+  });
+  return dense;
+}
+
+// x [tokens, cols] is rounded into memory of its own, by the same stream.
+at::Tensor multiply_quantized(const char* op, QuantizedWeight weight, const at::Tensor& values,
+                              const OptionalTensor& codes, const at::Tensor& x, const OptionalTensor& bias,
+                              const OptionalTensor& ends) {
+  const int64_t tokens = x.size(0), experts = ends ? ends->size(0) : 1;
+  const std::array<int64_t, 2> shape{tokens, weight.rows / experts};
+  at::Tensor y = ends ? at::zeros(shape, x.options()) : at::empty(shape, x.options());
+  if (tokens == 0) return y;
+  const at::Tensor plain = aligned(values), words = codes ? aligned(*codes) : at::Tensor();
+  const at::Tensor rows = x.contiguous(), added = bias ? bias->contiguous() : at::Tensor();
+  const at::Tensor whole = at::empty({tokens, weight.cols * (weight.bits / 4)}, x.options().dtype(at::kChar));
+  const at::Tensor factors = at::empty({tokens, weight.groups}, x.options().dtype(at::kFloat));
+  weight.values = plain.const_data_ptr<uint8_t>();
+  if (codes) weight.codes = words.const_data_ptr<uint8_t>();
+  const Dtype dtype = dtype_of(op, "x", x);
+  const RoundParams round{rows.const_data_ptr(),
+                          whole.mutable_data_ptr<int8_t>(),
+                          factors.mutable_data_ptr<float>(),
+                          tokens,
+                          weight.cols,
+                          weight.group,
+                          weight.groups,
+                          weight.bits,
+                          dtype};
+  const QuantizedLinearParams params{weight,       round.whole,
+                                     round.scales, added.defined() ? added.const_data_ptr() : nullptr,
+                                     y.data_ptr(), ends ? ends->const_data_ptr<int32_t>() : nullptr,
+                                     tokens,       experts,
+                                     dtype};
+  on_device(op, x, [&](const Device& device, CUstream_st* stream) {
+    const int error = launch_round(round, stream);
+    return error != 0 ? error : launch_quantized_linear(params, plan_quantized(params, device), stream);
+  });
+  return y;
+}
+
+at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& scales,
+                            const OptionalTensor& codes, const OptionalTensor& starts,
+                            const OptionalTensor& bias, int64_t bits) {
+  const char* const op = "quantized_linear";
+  const QuantizedWeight weight = check_quantized(op, values, scales, codes, starts, bits);
+  check_quantized_x(op, weight, values, x);
+  check_quantized_bias(op, weight, x, bias);
+  if (tokens_in(x) > kQuantizedTokens) {
+    return at::linear(x, unpack_quantized(values, scales, codes, starts, bits, x.scalar_type()), bias);
+  }
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.rows;
+  return multiply_quantized(op, weight, values, codes, x.reshape({-1, weight.cols}), bias, {}).view(shape);
+}
+
+at::Tensor quantized_experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& scales,
+                             const at::Tensor& ends, const OptionalTensor& codes,
+                             const OptionalTensor& starts, int64_t bits) {
+  const char* const op = "quantized_experts";
+  const QuantizedWeight stack = check_quantized(op, values, scales, codes, starts, bits);
+  check_quantized_experts(op, stack, values, x, ends);
+  WANDA_CHECK_VALUE(ends.size(0) <= kMostMatrices, "ends must be of at most ", kMostMatrices,
+                    " experts, got ", ends.size(0));
+  if (x.size(0) > kQuantizedTokens * ends.size(0)) {
+    return grouped(x, unpack_quantized(values, scales, codes, starts, bits, x.scalar_type()), ends);
+  }
+  return multiply_quantized(op, stack, values, codes, x, {}, ends);
+}
+
 }  // namespace
 }  // namespace wanda::cuda
 
@@ -347,4 +432,7 @@ TORCH_LIBRARY_IMPL(wanda, CUDA, m) {
   m.impl("sparse24_experts", &wanda::cuda::sparse24_experts);
   m.impl("unpack_bitmap", &wanda::cuda::unpack_bitmap);
   m.impl("unpack_sparse24", &wanda::cuda::unpack_sparse24);
+  m.impl("quantized_linear", &wanda::cuda::quantized_linear);
+  m.impl("quantized_experts", &wanda::cuda::quantized_experts);
+  m.impl("unpack_quantized", &wanda::cuda::unpack_quantized);
 }

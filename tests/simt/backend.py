@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wanda_kernels.packed import pack_bitmap
 
-from . import operators
+from . import operators, quantized
 from .machine import ORDERS, Machine, load
 
 _orders = itertools.cycle(ORDERS)
@@ -168,3 +168,16 @@ def bitmap_experts(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, en
 
 def sparse24_experts(x: Tensor, values: Tensor, indices: Tensor, ends: Tensor) -> Tensor:
     return _experts(x, (values, indices), ends)
+
+
+def unpack_quantized(
+    values: Tensor, scales: Tensor, codes: Tensor | None, starts: Tensor | None, bits: int, dtype: torch.dtype
+) -> Tensor:
+    return quantized.unpack(_next_machine(), (values, scales, codes, starts), bits, dtype)
+
+
+def quantized_linear(
+    x: Tensor, values: Tensor, scales: Tensor, codes: Tensor | None = None, starts: Tensor | None = None,
+    bias: Tensor | None = None, bits: int = 8,
+) -> Tensor:  # fmt: skip
+    return quantized.linear(_next_machine(), x, (values, scales, codes, starts), bits, bias)

@@ -3,6 +3,7 @@
 #include "../../csrc/cuda/nm.cu"
 #include "../../csrc/cuda/pack_24.cu"
 #include "../../csrc/cuda/packed.cu"
+#include "../../csrc/cuda/quantized.cu"
 #include "../../csrc/cuda/refine.cu"
 #include "../../csrc/cuda/rows.cu"
 #include "../../csrc/cuda/sqnorm.cu"
@@ -45,6 +46,11 @@ void simt_linear_plan(const PackedWeight* weight, int64_t tokens, int rows, int 
   *plan = weight->starts != nullptr ? bitmap_plan(*weight, tokens, rows, warps)
                                     : sparse24_plan(*weight, tokens, rows, slices, warps);
 }
+// `room`: tokens at a time, 0 for the launcher's own; so are the `warps` at most.
+void simt_plan_quantized(const QuantizedLinearParams* params, const Device* device, int room, int warps,
+                         QuantizedPlan* plan) {
+  *plan = room == 0 ? plan_quantized(*params, *device) : quantized_plan(params->weight, room, warps);
+}
 int simt_rows_grid(int64_t rows, int64_t matrices, int64_t resident) {
   return static_cast<int>(rows_grid(rows, matrices, resident));
 }
@@ -76,6 +82,14 @@ void simt_unpack_bitmap(const PackedWeight* weight, void* dense, const LinearPla
 }
 void simt_unpack_sparse24(const PackedWeight* weight, void* dense) {
   launch_unpack_sparse24(*weight, dense, nullptr);
+}
+
+void simt_round(const RoundParams* params) { launch_round(*params, nullptr); }
+void simt_quantized_linear(const QuantizedLinearParams* params, const QuantizedPlan* plan) {
+  launch_quantized_linear(*params, *plan, nullptr);
+}
+void simt_unpack_quantized(const QuantizedWeight* weight, void* dense, int dtype, const QuantizedPlan* plan) {
+  launch_unpack_quantized(*weight, dense, static_cast<Dtype>(dtype), *plan, nullptr);
 }
 
 }  // extern "C"

@@ -110,6 +110,9 @@ inline uint32_t reduce_min(int site, uint32_t mask, uint32_t value) {
   }
   return least;
 }
+inline uint32_t reduce_max(int site, uint32_t mask, uint32_t value) {
+  return ~reduce_min(site, mask, ~value);
+}
 inline float canonical(float value) {  // the device's only NaN
   return value == value ? value : unpack<float>(0x7fffffffu);
 }
@@ -148,6 +151,7 @@ inline float canonical(float value) {  // the device's only NaN
 #define __shfl_up_sync(mask, value, step) SIMT_MASKED(shuffle, mask, value, ::simt::lane() - (step))
 #define __ballot_sync(mask, predicate) SIMT_MASKED(ballot, mask, predicate)
 #define __reduce_add_sync(mask, value) SIMT_MASKED(reduce_add, mask, value)
+#define __reduce_max_sync(mask, value) SIMT_MASKED(reduce_max, mask, value)
 #define __reduce_min_sync(mask, value) SIMT_MASKED(reduce_min, mask, value)
 
 struct uint2 {
@@ -179,15 +183,26 @@ inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline long long __double_as_longlong(double value) { return simt::unpack<long long>(simt::pack(value)); }
 inline double __longlong_as_double(long long bits) { return simt::unpack<double>(simt::pack(bits)); }
+inline float __fdiv_rn(float a, float b) { return simt::canonical(a / b); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline uint32_t __dp2a_lo(uint32_t halves, uint32_t bytes, uint32_t sum) {
   return sum + (halves & 0xffff) * (bytes & 255) + (halves >> 16) * (bytes >> 8 & 255);
+}
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return sum;
 }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value)); }
 inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32 | low) << (shift & 31)) >> 32);
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
+inline uint32_t __funnelshift_rc(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> std::min(shift, 32u));
 }
 template <class T>
 inline T __ldg(const T* address) {

@@ -20,9 +20,10 @@ def quantized_linear(
 ) -> Tensor:
     """``x @ unpack_quantized(..).T + bias``.
 
-    On the CPU few rows of ``x`` are rounded, too, to 16 bits beside values of 8, to 8 bits beside values of 4, for each
-    row and group of columns (max |x| / 32639, or / 127): sums of whole numbers are exact, the same bits on every
-    instruction set. More rows are multiplied with the unpacked weight, and so are those on CUDA.
+    Few rows of ``x`` (32 on the CPU, 16 on CUDA) are rounded, too, to 16 bits beside values of 8, to 8 bits beside
+    values of 4, for each row and group of columns (max |x| / 32639, or / 127). Sums of whole numbers are exact. Floats
+    are added in one order on every CPU, hence the same bits, and in another on CUDA, the same in every run. More rows
+    are multiplied with the unpacked weight.
 
     Args:
         x: [.., C_in], float32, bfloat16 or float16.
