@@ -105,12 +105,7 @@ def compress(
     for name in list(matrices):
         matrix = matrices.pop(name)  # or it would hold the dense weight
         stored = matrix.stored.detach()
-        special = _why_special(matrix) or used_outside(model, name, kind is not None)
-        form = None
-        if special is None and kind is not None:
-            special = why_not_pairs(matrix, kind)
-        if special is None:
-            form = _choose(_as_matrix(matrix), format, kind)
+        form, special = form_of(model, name, matrix, format, kind)
         report.formats[name] = "dense" if form is None else form if kind is None else f"{form} {kind.name}"
         report.dense_bytes += stored.nbytes
         report.weights += stored.numel()
@@ -133,6 +128,16 @@ def check_head(head: str) -> ValueType | None:
     if head not in ("float", "int8"):
         raise ValueError(f"head must be float or int8, got '{head}'")
     return None if head == "float" else ValueType.parse(head)
+
+
+def form_of(
+    model: nn.Module, name: str, matrix: Matrix, format: str, kind: ValueType | None
+) -> tuple[str | None, str | None]:
+    """How :func:`compress` packs a matrix: (the form or None, why whatever it holds it must stay dense or None)."""
+    special = _why_special(matrix) or used_outside(model, name, kind is not None)
+    if special is None and kind is not None:
+        special = why_not_pairs(matrix, kind)
+    return (None if special else _choose(_as_matrix(matrix), format, kind)), special
 
 
 def _choose(weight: Tensor, format: str, kind: ValueType | None) -> str | None:
