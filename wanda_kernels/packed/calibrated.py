@@ -14,18 +14,17 @@ from ..ops.solve import rows_of_tile
 from .values import ValueType, dequantize, quantize, spread
 
 DAMPING = 0.3
+PASSES = 3
 BLOCK = 64  # columns whose products with later ones wait for its end
 TILES = 16  # whose rows take a column's step together: a step of fewer rows is mostly the calls of it
 
 
-def quantize_rows(
-    weight: Tensor, kind: ValueType, gram: Tensor, damping: float = DAMPING
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, kind: ValueType, gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """As :func:`quantize`, for the least error of the layer's outputs in place of that of the weights.
 
     A row's error is ``d @ G @ d``: d what rounding changes, ``G = gram + damping * gram.diag()``. Scales are those of
-    the least squared error, each weight's times its channel's square. From the nearest levels one pass over the
-    columns gives each kept weight the level that is best beside all others as they are. A row that :func:`quantize`
+    the least squared error, each weight's times its channel's square. From the nearest levels three passes over the
+    columns give each kept weight the level that is best beside all others as they are. A row that :func:`quantize`
     serves better gets its levels and scales. Float32, in steps that give a row the same bits for any number of threads,
     and for any rows around it that begin at a multiple of ``rows_of_tile``.
 
@@ -43,7 +42,7 @@ def quantize_rows(
     Raises:
         ValueError: a weight is not finite, or ``gram`` is of another shape.
     """
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     if tuple(gram.shape) != (cols, cols):
         raise ValueError(f"gram must be [{cols}, {cols}] for a weight of {cols} columns, got {list(gram.shape)}")
     damped = gram.clone()
@@ -65,7 +64,7 @@ def _quantize_part(weight: Tensor, kind: ValueType, gram: Tensor) -> tuple[Tenso
 
 
 def _descend(target: Tensor, levels: Tensor, scales: Tensor, kind: ValueType, gram: Tensor) -> Tensor:
-    """The levels after one pass. Transposed, so that a column lies together.
+    """The levels after all passes. Transposed, so that a column lies together.
 
     A column's step is of products, sums and quotients that are rounded one by one, so that no vector's length shows.
     """
@@ -76,22 +75,20 @@ def _descend(target: Tensor, levels: Tensor, scales: Tensor, kind: ValueType, gr
     is_fixed = ((target == 0) | (scale == 0).t()).t().contiguous()
     now = levels.t().float()
     slope = _product((now * scale).t() - target, gram).t().contiguous()  # half the error's, by each level's weight
+    curvature = gram.diagonal()
+    unit.mul_(curvature.where(curvature > 0, 1.0)[:, None])
     moved, part = torch.empty_like(slope[:BLOCK]), torch.empty_like(slope[:BLOCK])
-    for begin in range(0, cols, BLOCK):
-        end = min(begin + BLOCK, cols)
-        own, steepness = slope[begin:end], gram[begin:end, begin:end]
-        for column in range(begin, end):
-            place = column - begin
-            curvature = gram[column, column]
-            best = now[column] - own[place] / curvature.where(curvature > 0, 1.0) / unit[column]
-            best = best.round_().clamp_(-most, most - 1)
-            best = torch.where(is_fixed[column], now[column], best)
-            torch.mul(best - now[column], scale[column], out=moved[place])
-            now[column] = best
-            later = part[place + 1 : end - begin]
-            torch.mul(steepness[place + 1 :, place, None], moved[place], out=later)
-            own[place + 1 :] += later
-        slope[end:] += _product(moved[: end - begin].t(), gram[begin:end, end:]).t()
+    for _ in range(PASSES):
+        for begin in range(0, cols, BLOCK):
+            end = min(begin + BLOCK, cols)
+            own, curvatures, change = slope[begin:end].clone(), gram[begin:end, begin:end], part[: end - begin]
+            for place, column in enumerate(range(begin, end)):
+                best = (now[column] - own[place] / unit[column]).round_().clamp_(-most, most - 1)
+                best = torch.where(is_fixed[column], now[column], best)
+                torch.mul(best - now[column], scale[column], out=moved[place])
+                now[column] = best
+                own += torch.mul(curvatures[:, place, None], moved[place], out=change)
+            slope += _product(moved[: end - begin].t(), gram[begin:end]).t()
     return now.t().to(torch.int8).contiguous()
 
 

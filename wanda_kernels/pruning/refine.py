@@ -1,5 +1,5 @@
-"""A better mask for the same weights, then better weights on that mask, after any method that leaves the weights as they
-are; then, after any method, weights of 4 bits.
+"""A better mask for the same weights, then better weights on that mask: after any method that leaves the weights as
+they are. Then, after any method, weights of 4 bits.
 
 Sources: SparseSwaps (arXiv 2512.10922), :mod:`wanda_kernels.ops.refine`; ALPS (arXiv 2406.07831),
 :mod:`wanda_kernels.ops.solve`; QuantEase (arXiv 2309.01885), :mod:`wanda_kernels.packed.calibrated`.

@@ -188,13 +188,13 @@ class PruningReport:
             if layer.damping is not None and asked is not None and layer.damping > asked:
                 yield Text(f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did")
         yield from map(Text, self._about_experts())
-        yield from map(Text, self._about_errors())
+        yield from map(Text, self.about_errors())
         stays = "; ".join(self._stays_dense())
         if stays:
             yield Text(f"stays dense: {stays}")
         yield Text(f"sparsity {percent(self.achieved_sparsity, 2)}; {parts}")
 
-    def _about_errors(self) -> list[str]:
+    def about_errors(self) -> list[str]:
         """What refinement and update have gained, and rounding has cost."""
         told = [layer for layer in self.layers if layer.gram_errors is not None]
         if not told:

@@ -207,8 +207,8 @@ class PruneSpec:
         kind = ValueType.parse(values, group_size)
         if kind is not None and kind.bits != 4:
             raise ValueError(
-                f"values must be float or int4, got '{values}': int8 to nearest, as compress rounds, loses nothing that "
-                "calibration could win back"
+                f"values must be float or int4, got '{values}': calibration wins nothing over the nearest of 8 bits, "
+                "which is what compress packs"
             )
         if experts == "all" and min_tokens != 1:
             raise ValueError(f"min_tokens is for experts 'routed', got {min_tokens}: with 'all' each gets every token")
