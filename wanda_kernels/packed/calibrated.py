@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..ops.solve import rows_of_tile
 from .values import ValueType, dequantize, quantize, spread
@@ -54,52 +55,62 @@ def quantize_rows(weight: Tensor, kind: ValueType, gram: Tensor, damping: float 
 
 
 def _quantize_part(weight: Tensor, kind: ValueType, gram: Tensor) -> tuple[Tensor, Tensor]:
-    target = weight.float()
-    levels, scales = quantize(weight, kind, gram.diagonal())
-    levels = _descend(target, levels, scales, kind, gram)
+    rows, size = len(weight), rows_of_tile(weight.device)
+    target = _transposed(weight, size)
     nearest = quantize(weight, kind)
-    ours, theirs = (_errors(dequantize(*one, kind) - target, gram) for one in ((levels, scales), nearest))
-    is_better = (ours < theirs)[:, None]
+    levels, scales = quantize(weight, kind, gram.diagonal())
+    steps = _transposed(spread(scales, kind, len(gram)), size)
+    found = _transposed(levels, size)
+    slope = _product(gram, found * steps - target, size)
+    for _ in range(PASSES):
+        _pass_(found, slope, steps, target, gram, 1 << (kind.bits - 1), size)
+    ours = _errors(found * steps - target, slope)
+    difference = _transposed(dequantize(*nearest, kind), size) - target
+    theirs = _errors(difference, _product(gram, difference, size))
+    is_better = (ours < theirs)[:rows, None]
+    levels = found.t()[:rows].to(torch.int8)
     return torch.where(is_better, levels, nearest[0]), torch.where(is_better, scales, nearest[1])
 
 
-def _descend(target: Tensor, levels: Tensor, scales: Tensor, kind: ValueType, gram: Tensor) -> Tensor:
-    """The levels after all passes. Transposed, so that a column lies together.
+def _transposed(rows: Tensor, size: int) -> Tensor:
+    """[C_in, C_out up to a multiple of ``size``], float32: a column lies together."""
+    return pad(rows.float(), (0, 0, 0, -len(rows) % size)).t().contiguous()
 
-    A column's step is of products, sums and quotients that are rounded one by one, so that no vector's length shows.
+
+def _pass_(levels: Tensor, slope: Tensor, steps: Tensor, target: Tensor, gram: Tensor, most: int, size: int) -> None:
+    """Over all columns, each of all rows at once; ``slope``, ``gram @ (levels * steps - target)``, is kept up to date.
+
+    A column's step is of operations on single numbers: what is beside a row does not show.
     """
-    cols = target.shape[1]
-    most = 1 << (kind.bits - 1)
-    scale = spread(scales, kind, cols).t().contiguous()
-    unit = scale.where(scale > 0, 1.0)
-    is_fixed = ((target == 0) | (scale == 0).t()).t().contiguous()
-    now = levels.t().float()
-    slope = _product((now * scale).t() - target, gram).t().contiguous()  # half the error's, by each level's weight
-    curvature = gram.diagonal()
-    unit.mul_(curvature.where(curvature > 0, 1.0)[:, None])
-    moved, part = torch.empty_like(slope[:BLOCK]), torch.empty_like(slope[:BLOCK])
-    for _ in range(PASSES):
-        for begin in range(0, cols, BLOCK):
-            end = min(begin + BLOCK, cols)
-            own, curvatures, change = slope[begin:end].clone(), gram[begin:end, begin:end], part[: end - begin]
-            for place, column in enumerate(range(begin, end)):
-                best = (now[column] - own[place] / unit[column]).round_().clamp_(-most, most - 1)
-                best = torch.where(is_fixed[column], now[column], best)
-                torch.mul(best - now[column], scale[column], out=moved[place])
-                now[column] = best
-                own += torch.mul(curvatures[:, place, None], moved[place], out=change)
-            slope += _product(moved[: end - begin].t(), gram[begin:end]).t()
-    return now.t().to(torch.int8).contiguous()
+    diagonal = gram.diagonal()
+    units = steps.where(steps > 0, 1.0) * diagonal.where(diagonal > 0, 1.0)[:, None]
+    is_free = (target != 0) & (steps > 0)
+    low, high = is_free * float(-most), is_free * float(most - 1)
+    moved = torch.empty_like(slope[:BLOCK])
+    for begin in range(0, len(gram), BLOCK):
+        block = slice(begin, begin + BLOCK)
+        own, within = slope[block].clone(), gram[block, block].unsqueeze(2)
+        columns = (levels[block], steps[block], units[block], low[block], high[block], own, moved[: len(own)])
+        rows = zip(*(one.unbind() for one in columns), strict=True)
+        for place, (level, step, unit, least, largest, descent, change) in enumerate(rows):
+            best = (level - descent / unit).round_().clamp_(least, largest)
+            torch.mul(best - level, step, out=change)
+            level.copy_(best)
+            own[place + 1 :].addcmul_(within[place + 1 :, place], change)
+        for tile in range(0, slope.shape[1], size):
+            one = slice(tile, tile + size)
+            slope[:, one].addmm_(gram[:, block], moved[: len(own), one])
 
 
-def _product(rows: Tensor, gram: Tensor) -> Tensor:
-    """``rows @ gram`` in tiles of one size: a BLAS may add in another order for fewer rows or other threads."""
-    size = rows_of_tile(rows.device)
-    whole = torch.zeros(-(-len(rows) // size) * size, rows.shape[1], device=rows.device)
-    whole[: len(rows)] = rows
-    return torch.cat([tile @ gram for tile in whole.split(size)])[: len(rows)]
+def _product(gram: Tensor, columns: Tensor, size: int) -> Tensor:
+    """``gram @ columns``, in tiles of one size: a BLAS may add in another order for others."""
+    product = torch.empty_like(columns)
+    for tile in range(0, columns.shape[1], size):
+        one = slice(tile, tile + size)
+        torch.mm(gram, columns[:, one], out=product[:, one])
+    return product
 
 
-def _errors(rows: Tensor, gram: Tensor) -> Tensor:
-    """``d @ gram @ d`` of each row d: [C_out], float64."""
-    return (_product(rows, gram).double() * rows).sum(dim=1)
+def _errors(difference: Tensor, slope: Tensor) -> Tensor:
+    """``d @ gram @ d`` of each row d, transposed in ``difference``: float64."""
+    return (difference.double() * slope).sum(dim=0)

@@ -73,7 +73,8 @@ def compress(
         model: pruned; float32, bfloat16 or float16.
         format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap.
         values: ``float``: as they are, lossless; ``int8``, ``int4``: the nearest whole numbers, with a scale for a row
-            or some columns of it (:mod:`wanda_kernels.packed.values`).
+            or some columns of it (:mod:`wanda_kernels.packed.values`). A weight that consists of such numbers already,
+            as ``prune(values="int4")`` leaves it, is packed without loss.
         group_size: columns for a scale: 32, 64 or 128, or 0: a row's. None: 0 of int8, 128 of int4.
         head: ``int8``: so also the output layer, which reads as much as some blocks of a small model. One that shares
             its weight with the embedding gets one of its own.

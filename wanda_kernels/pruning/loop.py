@@ -21,7 +21,7 @@ from ..methods import LayerInputs, Method, Needs, Outcome, Pattern
 from ..methods.owl import outlier_ratio
 from ..models import evaluating
 from ..ops.solve import rows_of_tile
-from .blocks import MOST_DENSE, count_zeros
+from .blocks import MOST_DENSE, count_zeros, unwrapped
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
 from .grams import Grams
@@ -370,7 +370,7 @@ class Loop:
 
         weight, dense, spec = matrix.weight.data, matrix.view(stored), self.spec
         values = spec.values
-        if values is not None and form_of(self.model, name, matrix, "auto", values)[0] is None:
+        if values is not None and form_of(unwrapped(self.model), name, matrix, "auto", values)[0] is None:
             values = None  # 4 bits would cost accuracy and win nothing
         # Of a transposed matrix rows do not lie apart: each process improves all of it, to the same bits.
         processes = None if matrix.is_transposed and matrix.experts is None else self.processes
