@@ -77,7 +77,8 @@ def compress_command(
     sources = calibration or CALIBRATION
     drawing = {"pack": pack, "column": column, "split": split}
     with usage():
-        if not calibrate and (calibration or samples or length or seed or batch_size or pack):
+        of_calibration = (calibration, samples, length, pack, column, split, seed, batch_size)
+        if not calibrate and of_calibration != (None, None, None, False, "text", "train", 0, None):
             raise ValueError("options of the calibration data need --calibrate")
         check_sources(sources, samples)
         spec = spec_of_values(calibrate, values, group_size, batch_size=batch_size, sparsity=0)
