@@ -14,7 +14,10 @@ from torch.nn.functional import pad
 from ..ops.solve import rows_of_tile
 from .values import ValueType, dequantize, quantize, spread
 
-DAMPING = 0.3
+# SmolLM2 at 50 %, refined and updated, groups of 64: perplexity on help texts and on source. Float values 36.6, 12.3;
+# nearest 47.6, 17.4; with scales by weighted squares 44.0, 15.2. From there GPTQ 42.7, 15.8; three passes with damping
+# 0 39.7, 14.4, with 0.3 39.4, 14.0, with 1 39.1, 13.9; with 0.3 one pass 40.3, 14.9, six 39.1, 13.8.
+DAMPING = 1.0
 PASSES = 3
 BLOCK = 64  # columns whose products with later ones wait for its end
 TILES = 16  # whose rows take a column's step together: a step of fewer rows is mostly the calls of it
@@ -24,8 +27,8 @@ def quantize_rows(weight: Tensor, kind: ValueType, gram: Tensor, damping: float 
     """As :func:`quantize`, for the least error of the layer's outputs in place of that of the weights.
 
     A row's error is ``d @ G @ d``: d what rounding changes, ``G = gram + damping * gram.diag()``. Scales are those of
-    the least squared error, each weight's times its channel's square. From the nearest levels three passes over the
-    columns give each kept weight the level that is best beside all others as they are. A row that :func:`quantize`
+    the least squared error, each weight's counted by its channel's square. From the nearest levels three passes over
+    the columns give each kept weight the level that is best beside all others as they are. A row that :func:`quantize`
     serves better gets its levels and scales. Float32, in steps that give a row the same bits for any number of threads,
     and for any rows around it that begin at a multiple of ``rows_of_tile``.
 
