@@ -43,6 +43,8 @@ RUNS = [
     {"batch_size": 1, "update": True, "exact_error": True, "changes": {"intermediate_size": 1088}},  # 5 tiles
     {"family": "mixtral", "batch_size": 2, "refine": True, "update": True, "pattern": "2:4", "dtype": "bfloat16"},
     {"family": "gpt2", "batch_size": 2, "update": True, "update_damping": 0.1, "owl": True},
+    {"batch_size": 1, "update": True, "values": "int4", "group_size": 32, "changes": {"intermediate_size": 1088}},
+    {"family": "mixtral", "batch_size": 2, "method": "sparsegpt", "values": "int4", "dtype": "bfloat16"},
 ]
 
 

@@ -61,6 +61,7 @@ RUNS = [
     {"method": "magnitude"},
     {"owl": True, "sparsity": 0.6, "batch_size": 2},
     {"refine": True, "update": True, "update_steps": 3},
+    {"values": "int4", "group_size": 64},
 ]
 
 

@@ -99,6 +99,7 @@ OPTIONS = [
     {"refine": True, "refine_damping": 1.0},
     {"update": True, "update_steps": 3, "exact_error": True},
     {"refine": True, "update": True, "update_damping": 0.1, "pattern": "2:4"},
+    {"refine": True, "values": "int4", "group_size": 32},
 ]
 
 

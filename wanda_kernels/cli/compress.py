@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, usage
+from .options import (
+    CALIBRATION,
+    BatchSize,
+    Calibration,
+    Column,
+    Debug,
+    Length,
+    Pack,
+    Samples,
+    Seed,
+    Split,
+    check_length,
+    usage,
+)
+
+if TYPE_CHECKING:
+    from ..pruning import PruneSpec
+    from .session import Session
 
 Source = Annotated[str, typer.Argument(metavar="DIR", help="A folder as `prune` or save_pretrained writes it.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR2", help="Folder to write to.")]
 Values = Annotated[
     str,
-    typer.Option("--values", metavar="float|int8|int4", help="float: as they are; else the nearest of 8 or 4 bits."),
+    typer.Option("--values", metavar="float|int8|int4", help="float: as they are; else rounded to 8 or 4 bits."),
 ]
 GroupSize = Annotated[
     int | None,
@@ -35,6 +52,17 @@ def compress_command(
     values: Values = "float",
     group_size: GroupSize = None,
     head: Head = "float",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Choose int4 values by the layers' outputs on calibration data.")
+    ] = False,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
+    pack: Pack = False,
+    column: Column = "text",
+    split: Split = "train",
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -43,15 +71,28 @@ def compress_command(
     from ..packed.format import check_format
     from ..packed.model import check_head
     from ..packed.values import ValueType
+    from ..text.calibration import check_sources, expected_length
     from .display import say
 
+    sources = calibration or CALIBRATION
+    drawing = {"pack": pack, "column": column, "split": split}
     with usage():
+        of_calibration = (calibration, samples, length, pack, column, split, seed, batch_size)
+        if not calibrate and of_calibration != (None, None, None, False, "text", "train", 0, None):
+            raise ValueError("options of the calibration data need --calibrate")
+        check_sources(sources, samples)
+        spec = spec_of_values(calibrate, values, group_size, batch_size=batch_size, sparsity=0)
         check_format(format)
         ValueType.parse(values, group_size)
         check_head(head)
     how: dict[str, Any] = {"format": format, "values": values, "group_size": group_size, "head": head}
-    _begin(model, out, overwrite)
-    report = _convert(model, out, overwrite, "packing", lambda loaded: compress(loaded, **how))
+    session = _begin(model, out, overwrite)
+    if calibrate:
+        session.check(spec, length=expected_length(sources, length), head=head)
+        input_ids = session.calibration(sources, samples, length, seed, **drawing)
+        check_length(input_ids.shape[1], session.config)
+        say("\n".join(session.choose_values(input_ids, spec).about_errors()))
+    report = _convert(session, out, overwrite, "packing", lambda loaded: compress(loaded, **how))
     say(f"{report}\nsaved to {out}; load it after `import wanda_kernels`")
 
 
@@ -60,30 +101,39 @@ def decompress_command(model: Source, out: Out, overwrite: Overwrite = False, de
     from ..packed import decompress
     from .display import say
 
-    _begin(model, out, overwrite)
-    _convert(model, out, overwrite, "unpacking", decompress)
+    _convert(_begin(model, out, overwrite), out, overwrite, "unpacking", decompress)
     say(f"saved to {out}")
 
 
-def _begin(model: str, out: Path, overwrite: bool) -> None:
-    from ..models.load import choose_device
+def spec_of_values(is_calibrated: bool, values: str, group_size: int | None, **arguments: Any) -> PruneSpec:
+    """Of a run that chooses values on calibration data, if that is wanted. Raises ValueError where there are none."""
+    from ..pruning import PruneSpec
+
+    if not is_calibrated:
+        return PruneSpec(**arguments)
+    if values == "float":
+        raise ValueError("--calibrate needs --values int4")
+    return PruneSpec(values=values, group_size=group_size, **arguments)
+
+
+def _begin(model: str, out: Path, overwrite: bool) -> Session:
     from ..models.save import check_output
-    from .display import quiet_libraries, tell_reference
+    from .session import Session
 
     check_output(out, overwrite, model)
-    quiet_libraries()
-    tell_reference(choose_device("cpu"))
+    session = Session(model, "auto", "cpu")
+    session.begin()
+    return session
 
 
-def _convert(model: str, out: Path, overwrite: bool, what: str, convert: Callable[[Any], Any]) -> Any:
+def _convert(session: Session, out: Path, overwrite: bool, what: str, convert: Callable[[Any], Any]) -> Any:
     """From folder to folder; what pruning said of the model goes with it. Returns what ``convert`` does."""
-    from ..models import load_model, load_tokenizer, save_pretrained
+    from ..models import save_pretrained
     from ..models.load import processor_files
     from ..models.save import DROP_REPORT, REPORT
     from .display import working
 
-    with working(f"loading {model}"):
-        tokenizer, loaded = load_tokenizer(model), load_model(model, "auto", "cpu")
+    model, tokenizer, loaded = session.name, session.tokenizer, session.model
     with working(what):
         result = convert(loaded)
     reports = [Path(model).expanduser() / name for name in (REPORT, DROP_REPORT)]

@@ -9,7 +9,7 @@ import typer
 
 from . import method_options as methods
 from . import ranks
-from .compress import GroupSize, Head, Values
+from .compress import GroupSize, Head, Values, spec_of_values
 from .options import (
     CALIBRATION,
     BatchSize,
@@ -131,6 +131,14 @@ def prune_command(
     values: Values = "float",
     group_size: GroupSize = None,
     head: Head = "float",
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Choose int4 values by the layers' outputs, not the nearest. \\[default: where --refine, --update or "
+            "the method gathers Gram matrices anyway]",
+        ),
+    ] = None,
     stream: Annotated[
         bool,
         typer.Option(
@@ -153,6 +161,7 @@ def prune_command(
     debug: Debug = False,
 ) -> None:
     """Prune MODEL and save it as a Hugging Face folder."""
+    from ..methods import Needs
     from ..models.save import check_output, check_space
     from ..packed.model import check_head
     from ..packed.values import ValueType
@@ -166,13 +175,17 @@ def prune_command(
     sources = calibration or CALIBRATION
     with usage():
         check_sources(sources, samples)
-        spec = PruneSpec(
+        arguments = dict(
             sparsity=sparsity, pattern=pattern, method=method, propagate=propagate, batch_size=batch_size,
             exact_error=exact_error, fuse_statistics=fuse_statistics, experts=experts, min_tokens=min_tokens,
             require_all=require_all, refine=refine, refine_damping=refine_damping, update=update,
             update_damping=update_damping, update_steps=update_steps,
             owl=methods.owl_of(owl, owl_limit, owl_outlier), **method_options,
         )  # fmt: skip
+        spec = PruneSpec(**arguments)
+        if calibrate is None:
+            calibrate = values == "int4" and spec.needs is Needs.GRAM
+        spec = spec_of_values(calibrate, values, group_size, **arguments)
         ValueType.parse(values, group_size)
         check_head(head)
         packing_options = {"values": values, "group_size": group_size, "head": head}

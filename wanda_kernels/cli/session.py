@@ -124,6 +124,12 @@ class Session:
         with bar() as shown:
             return prune(model, input_ids, spec=spec, processes=processes, progress=PruningDisplay(shown))
 
+    def choose_values(self, input_ids: torch.Tensor, spec: PruneSpec) -> PruningReport:
+        """Of a model that is pruned already: ``spec`` prunes nothing."""
+        model = self.model
+        with bar() as shown, pruning_bar(shown, "choosing values") as progress:
+            return prune(model, input_ids, spec=spec, progress=progress)
+
     def drop_experts(self, input_ids: torch.Tensor, share: float, batch_size: int | None) -> DropReport:
         model = self.model
         with bar() as shown, pruning_bar(shown, "scoring experts") as progress:

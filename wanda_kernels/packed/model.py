@@ -73,7 +73,8 @@ def compress(
         model: pruned; float32, bfloat16 or float16.
         format: ``bitmap`` (any sparsity), ``2:4``, or ``auto``: 2:4 where a weight is, else a bitmap.
         values: ``float``: as they are, lossless; ``int8``, ``int4``: the nearest whole numbers, with a scale for a row
-            or some columns of it (:mod:`wanda_kernels.packed.values`).
+            or some columns of it (:mod:`wanda_kernels.packed.values`). A weight that consists of such numbers already,
+            as ``prune(values="int4")`` leaves it, is packed without loss.
         group_size: columns for a scale: 32, 64 or 128, or 0: a row's. None: 0 of int8, 128 of int4.
         head: ``int8``: so also the output layer, which reads as much as some blocks of a small model. One that shares
             its weight with the embedding gets one of its own.
@@ -105,12 +106,7 @@ def compress(
     for name in list(matrices):
         matrix = matrices.pop(name)  # or it would hold the dense weight
         stored = matrix.stored.detach()
-        special = _why_special(matrix) or used_outside(model, name, kind is not None)
-        form = None
-        if special is None and kind is not None:
-            special = why_not_pairs(matrix, kind)
-        if special is None:
-            form = _choose(_as_matrix(matrix), format, kind)
+        form, special = form_of(model, name, matrix, format, kind)
         report.formats[name] = "dense" if form is None else form if kind is None else f"{form} {kind.name}"
         report.dense_bytes += stored.nbytes
         report.weights += stored.numel()
@@ -133,6 +129,16 @@ def check_head(head: str) -> ValueType | None:
     if head not in ("float", "int8"):
         raise ValueError(f"head must be float or int8, got '{head}'")
     return None if head == "float" else ValueType.parse(head)
+
+
+def form_of(
+    model: nn.Module, name: str, matrix: Matrix, format: str, kind: ValueType | None
+) -> tuple[str | None, str | None]:
+    """How :func:`compress` packs a matrix: (the form or None, why whatever it holds it must stay dense or None)."""
+    special = _why_special(matrix) or used_outside(model, name, kind is not None)
+    if special is None and kind is not None:
+        special = why_not_pairs(matrix, kind)
+    return (None if special else _choose(_as_matrix(matrix), format, kind)), special
 
 
 def _choose(weight: Tensor, format: str, kind: ValueType | None) -> str | None:

@@ -21,7 +21,7 @@ from ..methods import LayerInputs, Method, Needs, Outcome, Pattern
 from ..methods.owl import outlier_ratio
 from ..models import evaluating
 from ..ops.solve import rows_of_tile
-from .blocks import MOST_DENSE, count_zeros
+from .blocks import MOST_DENSE, count_zeros, unwrapped
 from .exact_error import exact_errors, mean_threshold
 from .fusion import Plan, kind_of, observe
 from .grams import Grams
@@ -301,11 +301,12 @@ class Loop:
             start = time.perf_counter()
             swaps = errors = None
             with self.stopwatch.measure("selection"):
-                dense = matrix.stored.detach().clone() if self.spec.improves and sparsity > 0 else None
+                is_to_improve = self.spec.improves and (sparsity > 0 or self.spec.values is not None)
+                dense = matrix.stored.detach().clone() if is_to_improve else None
                 outcome = self._prune(matrix, known, sparsity)
                 pruned, total = outcome.sums.double().sum(dim=0).tolist()
             if dense is not None and known is not None:
-                swaps, errors = self._improve(matrix, dense, known)
+                swaps, errors = self._improve(f"{block.name}.{name}", matrix, dense, known)
             to_come[id(known)] -= 1
             if known is not None and not to_come[id(known)]:
                 known.let_go()
@@ -359,11 +360,18 @@ class Loop:
         outcome = Outcome(sums, damping)
         return outcome if self.processes is None else self._exchange(matrix, mine, outcome, self.processes)
 
-    def _improve(self, matrix: Matrix, stored: Tensor, inputs: LayerInputs) -> tuple[int | None, list[float]]:
+    def _improve(
+        self, name: str, matrix: Matrix, stored: Tensor, inputs: LayerInputs
+    ) -> tuple[int | None, list[float]]:
         """A better mask and better weights for a matrix that was pruned, in shares of experts, or of rows by tiles;
         ``stored``: as it was before. Returns the swaps of a refinement, and the layer's relative error before and after
         each step."""
+        from ..packed.model import form_of  # which imports .blocks
+
         weight, dense, spec = matrix.weight.data, matrix.view(stored), self.spec
+        values = spec.values
+        if values is not None and form_of(unwrapped(self.model), name, matrix, "auto", values)[0] is None:
+            values = None  # 4 bits would cost accuracy and win nothing
         # Of a transposed matrix rows do not lie apart: each process improves all of it, to the same bits.
         processes = None if matrix.is_transposed and matrix.experts is None else self.processes
         size = rows_of_tile(weight.device) if matrix.experts is None else 1
@@ -375,16 +383,18 @@ class Loop:
         if matrix.experts is not None:
             for expert in mine:
                 known = inputs.of_expert(expert)
-                found[expert] = improve_(weight[expert], dense[expert], known, spec, self.stopwatch).sum(dim=0)
+                found[expert] = improve_(weight[expert], dense[expert], known, spec, self.stopwatch, values).sum(dim=0)
         elif len(mine):
             rows = slice(mine.start, mine.stop)
-            found[rows] = improve_(weight[rows], dense[rows], inputs, spec, self.stopwatch)
+            found[rows] = improve_(weight[rows], dense[rows], inputs, spec, self.stopwatch, values)
         if processes is not None:
             with self.stopwatch.measure("exchange"):
                 for tensor in (matrix.stored.data[: len(weight)], found):
                     processes.exchange_rows_(tensor, shares)
-        swaps, method, refined, updated, whole = found.sum(dim=0).tolist()
+        swaps, method, refined, updated, quantized, whole = found.sum(dim=0).tolist()
         errors = [method, *([refined] if spec.refine else []), *([updated] if spec.update else [])]
+        if spec.values is not None:
+            errors.append(errors[-1] if values is None else quantized)
         relative = [relative_error(max(0.0, error), whole) for error in errors]
         return int(swaps) if spec.refine else None, relative
 

@@ -1,8 +1,8 @@
 """A better mask for the same weights, then better weights on that mask: after any method that leaves the weights as
-they are.
+they are. Then, after any method, weights of 4 bits.
 
 Sources: SparseSwaps (arXiv 2512.10922), :mod:`wanda_kernels.ops.refine`; ALPS (arXiv 2406.07831),
-:mod:`wanda_kernels.ops.solve`.
+:mod:`wanda_kernels.ops.solve`; QuantEase (arXiv 2309.01885), :mod:`wanda_kernels.packed.calibrated`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,48 @@ from torch import Tensor
 from ..methods import LayerInputs, Pattern
 from ..ops import refine_nm_, refine_rows_, solve_rows_
 from ..ops.solve import rows_of_tile
+from ..packed.calibrated import quantize_rows
+from ..packed.values import ValueType, dequantize
 from .spec import PruneSpec
 from .stopwatch import Stopwatch
 
-FOUND = ("swaps", "method", "refined", "updated", "dense")  # of each row: a count, errors, the square of its outputs
+# Of each row: a count, errors, the square of its outputs
+FOUND = ("swaps", "method", "refined", "updated", "quantized", "dense")
 
 
-def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec, stopwatch: Stopwatch) -> Tensor:
+def improve_(
+    weight: Tensor,
+    dense: Tensor,
+    inputs: LayerInputs,
+    spec: PruneSpec,
+    stopwatch: Stopwatch,
+    values: ValueType | None = None,
+) -> Tensor:
     """Prune other weights of ``weight``, [C_out, C_in], as many of each row or group, then change what is kept, both as
-    far as ``spec`` says and where it makes the layer's error smaller.
+    far as ``spec`` says and where it makes the layer's error smaller; then round it to ``values``.
 
     Args:
-        weight: pruned; what is kept is as in ``dense``. Of a larger matrix, whole tiles (``ops.solve.rows_of_tile``).
+        weight: pruned; with ``refine`` or ``update`` what is kept is as in ``dense``. Of a larger matrix, whole tiles
+            (``ops.solve.rows_of_tile``).
+        values: what it is rounded to, each level times its scale rounded to the weight's dtype; None: it is not.
 
     Returns:
-        [C_out, 5], float64, see ``FOUND``: swaps; the error ``d @ H @ d`` with H the inputs' Hessian, as it was, with
-        the refined mask and with the updated weights, where there are; ``w @ H @ w`` of the dense weights w.
+        [C_out, 6], float64, see ``FOUND``: swaps; the error ``d @ H @ d`` with H the inputs' Hessian, as it was, with
+        the refined mask, with the updated weights and with the rounded ones, where there are; ``w @ H @ w`` of the
+        dense weights w.
     """
     assert inputs.hessian is not None  # 2 / sequences * X^T X: the factor changes no mask and no weight
     hessian, pattern, rows = inputs.hessian, spec.pattern, len(weight)
     found = torch.zeros(rows, len(FOUND), dtype=torch.float64, device=weight.device)
     sums = found.new_empty(rows, 2)  # with damping: what it has added is taken out again
 
-    with stopwatch.measure("refinement" if spec.refine else "update"):
-        mask = (weight == 0 if pattern is None else mask_of_groups(weight, dense, pattern)).contiguous()
-        squares = own_errors(weight, dense, hessian)
-        solve_rows_(torch.empty_like(weight), torch.ones_like(mask), hessian, dense, 0.0, 0, sums)
-        found[:, 4] = sums[:, 0]  # nothing is kept, and nothing solved
+    with stopwatch.measure("refinement" if spec.refine else "update" if spec.update else "quantisation"):
+        found[:, 5] = errors(dense, hessian)
+        if spec.refine or spec.update:
+            mask = (weight == 0 if pattern is None else mask_of_groups(weight, dense, pattern)).contiguous()
+            squares = own_errors(weight, dense, hessian)
+        else:
+            found[:, 1] = errors(weight.float() - dense.float(), hessian)
     if spec.refine:
         with stopwatch.measure("refinement"):
             if pattern is None:
@@ -58,7 +73,19 @@ def improve_(weight: Tensor, dense: Tensor, inputs: LayerInputs, spec: PruneSpec
             # By differences, so that rows that did not change have the error that they had, whatever the damping
             gain = sums[:, 0] - sums[:, 1] - spec.update_damping * (squares - own_errors(weight, dense, hessian))
             found[:, 3] = found[:, 2 if spec.refine else 1] - gain
+    if values is not None:
+        with stopwatch.measure("quantisation"):
+            weight.copy_(dequantize(*quantize_rows(weight, values, hessian), values))
+            found[:, 4] = errors(weight.float() - dense.float(), hessian)
     return found
+
+
+def errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """``d @ H @ d`` of each row d of ``difference``: [C_out], float64."""
+    sums = torch.empty(len(difference), 2, dtype=torch.float64, device=difference.device)
+    nothing_kept = torch.ones(difference.shape, dtype=torch.bool, device=difference.device)
+    solve_rows_(torch.empty_like(difference), nothing_kept, hessian, difference, 0.0, 0, sums)  # and nothing solved
+    return sums[:, 0]
 
 
 def own_errors(weight: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ class LayerReport:
         damping: of the Hessian, where the method has one: more than asked for where it could not be factorised.
         tokens: of experts: how many calibration tokens the router sent to each.
         swaps: of weights, where the mask was refined.
-        gram_errors: where the mask was refined or the weights updated: ||X (W - W')^T||_F / ||X W^T||_F on the
+        gram_errors: where the mask was refined, the weights updated or rounded: ||X (W - W')^T||_F / ||X W^T||_F on the
             calibration data, by the Gram matrices (of experts, of all together): of the method's mask, then after the
-            refinement, then after the update.
+            refinement, then after the update, then after rounding.
         pooled: of experts: those with fewer than ``min_tokens``, which took the mean over all experts.
     """
 
@@ -92,8 +92,8 @@ class PruningReport:
         spec: what was asked for.
         samples, length: calibration sequences and tokens in each (0 where the method uses none).
         layers: one :class:`LayerReport` per pruned linear layer, in the model's order.
-        seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``, ``refinement``, ``update``; the
-            command line adds ``load`` and ``saving``).
+        seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``, ``refinement``, ``update``,
+            ``quantisation``; the command line adds ``load`` and ``saving``).
         dense: tensor or layer of the blocks that stays dense -> its share of its block's weights.
     """
 
@@ -142,6 +142,8 @@ class PruningReport:
             data["refine_damping"] = self.spec.refine_damping
         if self.spec.update:
             data |= {"update_damping": self.spec.update_damping, "update_steps": self.spec.update_steps}
+        if self.spec.values is not None:
+            data |= {"values": self.spec.values.name, "group_size": self.spec.values.group}
         if not seconds:
             del data["seconds"]
             for layer in data["layers"]:
@@ -186,14 +188,14 @@ class PruningReport:
             if layer.damping is not None and asked is not None and layer.damping > asked:
                 yield Text(f"{layer.name}: the Hessian could not be factorised; damping {layer.damping:g} did")
         yield from map(Text, self._about_experts())
-        yield from map(Text, self._about_errors())
+        yield from map(Text, self.about_errors())
         stays = "; ".join(self._stays_dense())
         if stays:
             yield Text(f"stays dense: {stays}")
         yield Text(f"sparsity {percent(self.achieved_sparsity, 2)}; {parts}")
 
-    def _about_errors(self) -> list[str]:
-        """What refinement and update have gained."""
+    def about_errors(self) -> list[str]:
+        """What refinement and update have gained, and rounding has cost."""
         told = [layer for layer in self.layers if layer.gram_errors is not None]
         if not told:
             return []
@@ -208,6 +210,8 @@ class PruningReport:
             steps.append(f"refined (damping {spec.refine_damping:g}): {swaps} swaps")
         if spec.update:
             steps.append(f"updated (damping {spec.update_damping:g}, {spec.update_steps} steps)")
+        if spec.values is not None:
+            steps.append(f"rounded to {spec.values.name} (groups of {spec.values.group})")
         return [f"{step}; {change}" for step, change in zip(steps, changes, strict=True)]
 
     def _about_experts(self) -> list[str]:

@@ -14,6 +14,7 @@ from .._words import percent
 from ..methods import Method, Needs, Pattern, create
 from ..methods.owl import Owl
 from ..methods.select import Group
+from ..packed.values import ValueType
 
 PROPAGATE = ("pruned", "dense")
 EXPERTS = ("routed", "all")
@@ -44,6 +45,8 @@ class SpecArguments(TypedDict, total=False):
     update: bool
     update_damping: float | None
     update_steps: int | None
+    values: str
+    group_size: int | None
     group: str | Group | None
     variant: bool
     weight_update: bool | None
@@ -104,6 +107,11 @@ class PruneSpec:
             (:func:`wanda_kernels.ops.solve_rows_`).
         update_damping: as ``refine_damping``, of the update, 0.3; a large one leaves the weights as they are.
         update_steps: conjugate gradient steps of the update, 10.
+        values: ``"int4"``: then round what is kept to 4 bits, the levels chosen so that a layer's error on the
+            calibration data stays small (:func:`wanda_kernels.packed.calibrated.quantize_rows`); of layers that
+            :func:`wanda_kernels.compress` packs as int4, which finds the same values again. With ``sparsity=0`` of a
+            model that is pruned already. Needs the Gram matrix of each input. ``"float"``: do not.
+        group_size: (``"int4"``) columns for a scale: 32, 64 or 128, the default.
         require_all: refuse models with tensors that would stay dense in their blocks, as routers and convolutions.
         group: (wanda, magnitude, ria, sparsegpt without update) what weights are compared with: ``"row"``,
             ``"layer"``, ``"column"``, or ``"row:N"``, ``"column:N"`` for N neighbours together.
@@ -134,6 +142,7 @@ class PruneSpec:
     update: bool
     update_damping: float
     update_steps: int
+    values: ValueType | None
 
     def __init__(
         self,
@@ -154,6 +163,8 @@ class PruneSpec:
         update: bool = False,
         update_damping: float | None = None,
         update_steps: int | None = None,
+        values: str = "float",
+        group_size: int | None = None,
         **options: Any,
     ) -> None:
         if isinstance(method, str):
@@ -193,14 +204,20 @@ class PruneSpec:
             if not update:
                 raise ValueError(f"update_steps {update_steps} needs update=True")
             check_whole("update_steps", update_steps)
+        kind = ValueType.parse(values, group_size)
+        if kind is not None and kind.bits != 4:
+            raise ValueError(
+                f"values must be float or int4, got '{values}': calibration wins nothing over the nearest of 8 bits, "
+                "which is what compress packs"
+            )
         if experts == "all" and min_tokens != 1:
             raise ValueError(f"min_tokens is for experts 'routed', got {min_tokens}: with 'all' each gets every token")
-        values = (
+        fields = (
             method, share, parsed, owl, propagate, batch_size, bool(exact_error), bool(fuse_statistics), experts,
             min_tokens, bool(require_all), bool(refine), refine_damping, bool(update), update_damping,
-            UPDATE_STEPS if update_steps is None else update_steps,
+            UPDATE_STEPS if update_steps is None else update_steps, kind,
         )  # fmt: skip
-        for one, value in zip(dataclasses.fields(self), values, strict=True):
+        for one, value in zip(dataclasses.fields(self), fields, strict=True):
             object.__setattr__(self, one.name, value)
 
     @classmethod
@@ -229,7 +246,7 @@ class PruneSpec:
     @property
     def improves(self) -> bool:
         """Whether anything follows the method's mask."""
-        return self.refine or self.update
+        return self.refine or self.update or self.values is not None
 
     def options(self) -> dict[str, Any]:
         """Of the method and ``owl``, those that are not the default, as plain data."""
@@ -253,6 +270,8 @@ class PruneSpec:
             "update": self.update,
             "update_damping": self.update_damping if self.update else None,
             "update_steps": self.update_steps if self.update else None,
+            "values": None if self.values is None else self.values.name,
+            "group_size": None if self.values is None else self.values.group,
         }
 
     def check_experts(self, has_experts: bool) -> None:
