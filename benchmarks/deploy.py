@@ -30,7 +30,7 @@ PRUNED = "pruned"
 PACKED: dict[str, list[str]] = {
     "bitmap": [],
     "bitmap-int8": ["--values", "int8", "--head", "int8"],
-    "bitmap-int4": ["--values", "int4", "--group-size", "64", "--head", "int8"],
+    "bitmap-int4": ["--values", "int4", "--group-size", "64", "--head", "int8", "--calibrate"],
 }
 FORMATS = ("BF16", "Q8_0", "Q4_K_M", "Q3_K_M")
 PROMPT, TOKENS = 64, 32
@@ -47,15 +47,16 @@ def wanda(*arguments: Argument) -> None:
 def make(model: ModuleType, out: Path, samples: int, length: int) -> None:
     """The folders."""
     calibration, *_ = texts.write(out)
+    given: list[Argument] = ["--calibration", calibration, "--samples", samples, "--length", length]
     if not (out / "dense").exists():
         source = str(model.model_file())
         save_pretrained(out / "dense", load_model(source, "bfloat16", "cpu"), load_tokenizer(source))
     if not (out / PRUNED).exists():
-        given: list[Argument] = ["--calibration", calibration, "--samples", samples, "--length", length]
         wanda("prune", out / "dense", "--out", out / PRUNED, "--sparsity", 0.5, "--refine", "--update", *given)
     for name, options in PACKED.items():
         if not (out / name).exists():
-            wanda("compress", out / PRUNED, "--out", out / name, *options)
+            calibrated = given if "--calibrate" in options else []
+            wanda("compress", out / PRUNED, "--out", out / name, *options, *calibrated)
 
 
 def make_gguf(model: ModuleType, out: Path) -> list[Path]:
