@@ -90,12 +90,12 @@ JSON = {
 
 # The README has what a user decides by.
 PAGES = {
-    README: ("headline", "masks", "deploy"),
+    README: ("headline", "masks", "generate"),
     MEASURED: (
         "demo",
         "all masks",
         "prune",
-        "generate",
+        "deploy",
         "products",
         "layers",
         "kernels",
