@@ -122,10 +122,10 @@ CHANGES = [
     ({"pattern": "2:4"}, "option pattern was None, now it is 2:4"),
     ({"method": "magnitude"}, "option method was wanda, now it is magnitude"),
     ({"propagate": "dense", "batch_size": 1}, "propagate was pruned, now it is dense; option batch_size was 42, now"),
-    ({"refine": True}, r"option refine was None, now it is 0\.3"),
+    ({"refine": True}, r"option refine was False, now it is True; option refine_damping was None, now it is 0\.3"),
     (
         {"update": True, "update_steps": 7},
-        r"update was None, now it is 0\.3; option update_steps was None, now it is 7",
+        r"option update_damping was None, now it is 0\.3; option update_steps was None, now it is 7",
     ),
     ({"input_ids": tiny.ids(4)}, r"calibration shape was \[5, 24\], now it is \[4, 24\]"),
     ({"input_ids": tiny.ids() % 100 + 3}, "calibration tokens was"),
