@@ -93,6 +93,29 @@ def products(rows: list[Row]) -> str:
     return table(headings, sorted(cells, key=lambda line: (_area(line[0]), line[0], line[1], int(line[2]))))
 
 
+def values(rows: list[Row]) -> str:
+    """Values of 8 and 4 bits beside a bitmap of the weight's dtype, one token."""
+    cells = []
+    kinds = ("int8", "int4, groups of 128", "int4, groups of 64")
+    ours = [row for row in native(rows) if row["implementation"] == OURS and row["tokens"] == "1"]
+    for (shape, threads), group in _groups(ours, "shape", "threads").items():
+        by_name = {row["operator"]: row for row in group}
+        found = [by_name.get(f"quantized_linear {kind}") for kind in kinds]
+        bitmap = by_name.get("bitmap_linear")
+        if bitmap is None or not any(found):
+            continue
+        line = [shape, threads, _ms(bitmap)]
+        for row in found:
+            line += ["", ""] if row is None else [_ms(row), f"{_seconds(bitmap) / _seconds(row):.2f} x"]
+        cells.append(line)
+    if not cells:
+        return NOT_MEASURED
+    headings = ["weight", "threads", "bitmap ms"]
+    for kind in kinds:
+        headings += [f"{kind} ms", "faster than that"]
+    return table(headings, cells)
+
+
 def layers(rows: list[Row]) -> str:
     """More tokens than the packed product takes at a time: what a packed layer then does, against nn.Linear."""
     cells = []

@@ -112,6 +112,14 @@ def test_the_masks(results):
     assert "| A | Wanda | 2:4 | 2 | 20.00 (10.00-30.00) | 1010.00 (20.00-2000.00) | 1.5 | 1.0 |  |  | 2.0 |  |" in page
 
 
+def test_values_beside_the_bitmap(results):
+    folder = report.newest(results, report.SECTIONS["values"]).folder
+    where = {"shape": "4096 x 4096", "threads": "2", "tokens": "1", "implementation": "wanda_kernels"}
+    change(folder / "sparse.csv", "median_ms", "3.0", operator="bitmap_linear", **where)
+    change(folder / "sparse.csv", "median_ms", "2.0", operator="quantized_linear int8", **where)
+    assert "| 4096 x 4096 | 2 | 3.00 | 2.00 | 1.50 x |" in report.render(report.MEASURED, results)
+
+
 def test_what_people_run_instead(results):
     """A row a model and way, by what it decodes; perplexity where it is known."""
     folder = min(results.glob("*/demo.json")).parent
