@@ -175,10 +175,7 @@ def test_on_the_command_line(tmp_path, capsys):
     assert "rounded to int4 (groups of 64); mean error of a layer 0.000 before, " in said
     assert "21 bitmap int4" in said
     for wrong, message in (
-        (
-            [*command, "--calibrate", *int8],
-            "--values must be float or int4, got 'int8'",
-        ),
+        ([*command, "--calibrate", *int8], "--calibrate needs --values int4, got int8"),
         (["prune", tmp_path / "model", "--calibrate"], "--calibrate needs --values int4"),
         (["compress", tmp_path / "pruned", "--calibrate"], "--calibrate needs --values int4"),
         ([*compressed, *data], "options of the calibration data need --calibrate"),

@@ -111,8 +111,8 @@ def spec_of_values(is_calibrated: bool, values: str, group_size: int | None, **a
 
     if not is_calibrated:
         return PruneSpec(**arguments)
-    if values == "float":
-        raise ValueError("--calibrate needs --values int4")
+    if values in ("float", "int8"):  # of 8 bits the nearest are as good
+        raise ValueError(f"--calibrate needs --values int4, got {values}")
     return PruneSpec(values=values, group_size=group_size, **arguments)
 
 
