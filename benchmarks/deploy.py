@@ -4,9 +4,8 @@ python -m benchmarks.deploy --out DIR [--model qwen|smollm2] [--samples 16] [--w
 
 Makes in DIR, where it is not there yet: the dense model, the model pruned to 50 % (refined, updated, calibrated on
 help texts), packed as bfloat16, int8 and int4, and llama.cpp's formats, where llama-quantize and llama-bench are there.
-Then the perplexities of all folders, `wanda-kernels speed` with all of them in turns, and deploy.json. The models come
-from 4-bit files: what llama.cpp makes of those in 4 bits and more loses next to nothing, and its perplexity is called
-that of the dense model.
+Then the perplexities of all of them, `wanda-kernels speed` with all of them in turns, and deploy.json. The models come
+from 4-bit files, which flatters llama.cpp's formats of 4 bits and more: they lose next to nothing.
 """
 
 from __future__ import annotations
@@ -75,15 +74,16 @@ def make_gguf(model: ModuleType, out: Path) -> list[Path]:
     return found
 
 
-def perplexities(out: Path, windows: int, length: int) -> dict[str, list[float]]:
-    """Of each folder, on both texts."""
+def perplexities(out: Path, files: list[Path], windows: int, length: int) -> dict[str, list[float]]:
+    """Of each folder and file, on both texts, by the same program: transformers dequantises llama.cpp's formats."""
     found = {}
-    for name in ("dense", *PACKED):
-        figures = out / f"{name}.{windows}x{length}.json"
+    for path in (out / "dense", *(out / name for name in PACKED), *files):
+        figures = out / f"{path.stem}.{windows}x{length}.json"
         if not figures.exists():
             given = [part for text in (texts.HELP, texts.SOURCE) for part in ("--text", out / text)]
-            wanda("eval", out / name, *given, "--windows", windows, "--length", length, "--json", figures)
-        found[name] = [entry["perplexity"] for entry in json.loads(figures.read_text())["texts"]]
+            given += ["--windows", windows, "--length", length, "--dtype", "bfloat16"]
+            wanda("eval", path, *given, "--json", figures)
+        found[path.stem] = [entry["perplexity"] for entry in json.loads(figures.read_text())["texts"]]
     return found
 
 
@@ -118,10 +118,10 @@ def main() -> None:
     model, length = MODELS[options.model], 512
     make(model, options.out, options.samples, length)
     files = make_gguf(model, options.out)
-    found = perplexities(options.out, options.windows, length)
+    found = perplexities(options.out, files, options.windows, length)
     rows = measure(options.out, files, options.rounds)
     for row in rows:
-        row["perplexities"] = found.get(row["model"])
+        row["perplexities"] = found[row["model"]]
     settings = {"samples": options.samples, "windows": options.windows, "length": length, "rounds": options.rounds,
                 "prompt": PROMPT, "tokens": TOKENS}  # fmt: skip
     print(write_result("deploy", {"model": model.NAME, "settings": settings, "rows": rows}))
