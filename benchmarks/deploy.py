@@ -80,7 +80,7 @@ def perplexities(out: Path, files: list[Path], windows: int, length: int) -> dic
     for path in (out / "dense", *(out / name for name in PACKED), *files):
         figures = out / f"{path.stem}.{windows}x{length}.json"
         if not figures.exists():
-            given = [part for text in (texts.HELP, texts.SOURCE) for part in ("--text", out / text)]
+            given: list[Argument] = [part for text in (texts.HELP, texts.SOURCE) for part in ("--text", out / text)]
             given += ["--windows", windows, "--length", length, "--dtype", "bfloat16"]
             wanda("eval", path, *given, "--json", figures)
         found[path.stem] = [entry["perplexity"] for entry in json.loads(figures.read_text())["texts"]]
@@ -102,7 +102,7 @@ def measure(out: Path, files: list[Path], rounds: int) -> list[dict[str, Any]]:
         "--json",
         figures,
     ]
-    wanda("speed", *(out / name for name in ("dense", *PACKED)), *peers, *given)
+    wanda("speed", *(out / name for name in ("dense", *PACKED)), "--static", *peers, *given)
     rows = json.loads(figures.read_text())["rows"]
     return [row | {"model": Path(row["model"]).name} for row in rows]
 

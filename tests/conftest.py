@@ -31,6 +31,12 @@ def machine():
     return Machine(load())
 
 
+@pytest.fixture
+def plain_steps(monkeypatch):
+    """A static decoder's steps as they are: to compile one takes seconds."""
+    monkeypatch.setattr("wanda_kernels.static.one_graph", lambda step, device: step)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Tensors of tiny models gain nothing from two, and lose much where the machine has other work."""

@@ -13,16 +13,12 @@ import tiny
 import torch
 from test_speed import packed_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
+from transformers import StaticCache, masking_utils
 
 from wanda_kernels import static
 from wanda_kernels.models import save_pretrained
 
-WIDE = {"sliding_window": 64, "max_window_layers": 1}  # wider than what is generated
-
-
-def model_of(family: str, **changes):
-    return tiny.model(family, **((WIDE if "sliding_window" in tiny.FAMILIES[family][1] else {}) | changes))
+pytestmark = pytest.mark.usefixtures("plain_steps")
 
 
 def tokens_of_generate(model, prompt, tokens):
@@ -34,8 +30,8 @@ def tokens_of_generate(model, prompt, tokens):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_tokens_are_those_of_generate(family):
-    model, prompt = model_of(family), tiny.ids(3, 7)
-    decoder = static.StaticDecoder(model, prompt, 12)
+    model, prompt = tiny.model(family), tiny.ids(3, 7)
+    decoder = static.StaticDecoder(model, prompt, 12)  # longer than the windows of these families
     for ids in (prompt, prompt.flip(1), prompt):  # a decoder is used again
         found, times = decoder.generate(ids)
         assert static.first_difference(found, tokens_of_generate(model, ids, 12)) is None
@@ -77,7 +73,7 @@ class OnTheDevice(TorchDispatchMode):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("attention", [None, "eager"])
 def test_a_step_asks_the_host_for_nothing(family, attention, monkeypatch):
-    model, prompt = model_of(family), tiny.ids(2, 5)
+    model, prompt = tiny.model(family), tiny.ids(2, 5)
     if attention == "eager" and "torch.tensor(" in inspect.getsource(masking_utils.eager_mask):
         pytest.skip("this transformers makes the mask of eager attention on the host, and capturing it is an error")
     if attention is not None:  # Gemma 2 has no other
@@ -98,21 +94,54 @@ def test_what_the_mode_refuses():
         bool(torch.ones(1) > 0)
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [("mistral", "its attention reaches over 8 tokens, and would roll in a cache of 9"), ("gemma2", "over 8 tokens")],
-)
-def test_windows_that_roll_are_refused(family, message):
-    with pytest.raises(ValueError, match=message):
-        static.StaticDecoder(tiny.model(family), tiny.ids(1, 5), 4)
-    static.check_static(tiny.model(family), 8)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt"])
+def test_one_graph_serves_every_token(family, monkeypatch):
+    """Nothing that a graph would keep comes from the host, such as a count of tokens: traced once, for all."""
+    monkeypatch.setattr(static, "one_graph", static.compiled)
+    monkeypatch.setattr(static, "COMPILER", "eager")
+    model, prompt = tiny.model(family), tiny.ids(2, 5)
+    decoder = static.StaticDecoder(model, prompt, 12)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ids in (prompt, prompt.flip(1)):
+            found, _ = decoder.generate(ids)
+            assert torch.equal(found, tokens_of_generate(model, ids, 12))
+
+
+def test_a_step_that_counts_on_the_host_is_refused(monkeypatch):
+    monkeypatch.setattr(static, "one_graph", static.compiled)
+    monkeypatch.setattr(static, "COMPILER", "eager")
+    monkeypatch.setattr(
+        static, "static_cache", lambda model, length: StaticCache(config=model.config, max_cache_len=length)
+    )
+    with pytest.raises(static.CaptureError, match=r"a decode step cannot be compiled on cpu: (?s:.)*[Rr]ecompil"):
+        static.StaticDecoder(tiny.model("mistral"), tiny.ids(2, 5), 12)
+
+
+@pytest.mark.slow
+def test_a_packed_model_compiled(monkeypatch):
+    monkeypatch.setattr(static, "one_graph", static.compiled)
+    model, prompt = packed_model(), tiny.ids(2, 5)
+    found, _ = static.StaticDecoder(model, prompt, 9).generate(prompt)
+    assert torch.equal(found, tokens_of_generate(model, prompt, 9))
+
+
+def test_without_a_compiler(monkeypatch):
+    def fails(step, **_):
+        def call():
+            raise torch._dynamo.exc.Unsupported("No working C++ compiler found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(static.CaptureError, match="cannot be compiled on cpu: No working C"):
+        static.compiled(lambda: None, torch.device("cpu"))
 
 
 def test_models_without_a_static_cache_are_refused(monkeypatch):
     model = tiny.model()
     monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
     with pytest.raises(ValueError, match="transformers has no static cache for LlamaForCausalLM"):
-        static.check_static(model, 8)
+        static.check_static(model)
 
 
 class FakeGraphs:

@@ -1,5 +1,5 @@
 """How fast models generate: prefill and decode apart, the models in turns, with transformers' own ``generate`` or with
-a static cache, one CUDA graph a token (:mod:`wanda_kernels.static`)."""
+a static cache and one graph for all tokens (:mod:`wanda_kernels.static`)."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def measure(
         prompt, tokens: length of the prompts, the same random ids for all models, and of what is generated.
         on_step: called after each of ``len(batches) * (rounds + 2) * len(models) * len(ways)`` generations, and each
             of ``rounds + 2`` turns of a peer.
-        ways: ``generate``, eager, and ``static``: :class:`StaticDecoder`, which refuses some models.
+        ways: ``generate``, eager, and ``static``, :class:`StaticDecoder`, which refuses some models and compiles on the CPU.
         peers: name -> what else takes turns, at its batch (:class:`wanda_kernels.llama_cpp.LlamaBench`).
 
     Returns:

@@ -1,5 +1,5 @@
-"""Greedy decoding without the host: transformers' ``StaticCache`` keeps every shape and address the same, so that on
-CUDA one step is captured as a graph and replayed for every token. On a CPU the same step runs as it is.
+"""Greedy decoding without the host: transformers' ``StaticCache`` keeps every shape and address the same, so that one
+step serves every token: on CUDA captured as a graph, on a CPU compiled by torch.compile, which needs a C++ compiler.
 
 A decode step of ``generate`` is about a thousand launches from Python, which a packed model's shorter kernels do not
 make fewer. Three things cannot happen while a graph is captured, and must have happened before: the first launch of a
@@ -19,22 +19,35 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 WARM_UPS = 2  # eager steps; the shortest cache has room for three
+COMPILER = "inductor"  # of a CPU's step
 
 
 class CaptureError(ValueError):
-    """A step does what a graph cannot hold, such as a decision, or a tensor made, on the host."""
+    """A step does what a graph cannot hold, such as a decision, or a tensor made, on the host; or what torch.compile
+    cannot compile here."""
 
 
-def check_static(model: Any, length: int) -> None:
-    """Raises ValueError where a step for caches of ``length`` tokens would not be the same for every token."""
+def check_static(model: Any) -> None:
+    """Raises ValueError where a step would not be the same for every token."""
     if not getattr(model, "_can_compile_fullgraph", False):  # transformers' own word for it
         raise ValueError(f"transformers has no static cache for {type(model).__name__}")
-    for layer in StaticCache(config=model.config, max_cache_len=length).layers:
-        window = getattr(layer, "max_cache_len", length)
-        if window < length:  # it would roll from some token on
-            raise ValueError(f"its attention reaches over {window} tokens, and would roll in a cache of {length}")
+
+
+def static_cache(model: Any, length: int) -> StaticCache:
+    """transformers' cache for ``length`` tokens, with layers of that length where attention has a window.
+
+    Its own layers for windows count tokens on the host, and the mask is made from that count: a captured step would
+    keep the mask of one token, a compiled one be compiled again for each. With all keys there, the mask alone makes the
+    window.
+    """
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, StaticSlidingWindowLayer):
+            cache.layers[number] = StaticLayer(max_cache_len=length)
+    return cache
 
 
 class StaticDecoder:
@@ -46,14 +59,15 @@ class StaticDecoder:
         tokens: that will be generated, at least 2.
 
     Raises:
-        ValueError: :func:`check_static` refuses the model, or its step cannot be captured (:class:`CaptureError`).
+        ValueError: :func:`check_static` refuses the model, or its step cannot be captured or compiled
+            (:class:`CaptureError`).
     """
 
     def __init__(self, model: Any, prompt: Tensor, tokens: int) -> None:
         batch, length = prompt.shape
-        check_static(model, length + tokens)
+        check_static(model)
         self._model, self._tokens = model, tokens
-        self._cache = StaticCache(config=model.config, max_cache_len=length + tokens)
+        self._cache = static_cache(model, length + tokens)
         named = inspect.signature(model.forward).parameters
         self._shared: dict[str, Any] = {
             "cache" if "cache" in named else "past_key_values": self._cache, "use_cache": True,
@@ -67,13 +81,11 @@ class StaticDecoder:
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = [ends] if isinstance(ends, int) else list(ends or ())
         self._ends = torch.tensor(ends, dtype=torch.int64, device=prompt.device)
-        self._advance: Callable[[], None] = self._step
-        if prompt.device.type == "cuda":
-            with torch.no_grad():
-                self._prefill(prompt)  # allocates the cache, checks the weights
-                self._cache.reset()
-                self._position.zero_()
-                self._advance = captured(self._step, prompt.device)
+        with torch.no_grad():
+            self._prefill(prompt)  # allocates the cache, checks the weights
+            self._cache.reset()
+            self._position.zero_()
+            self._advance = one_graph(self._step, prompt.device)
 
     def generate(self, prompt: Tensor) -> tuple[Tensor, list[float]]:
         """As ``generate(do_sample=False)`` with as many tokens at least as at most: none ends a sequence early.
@@ -116,6 +128,11 @@ class StaticDecoder:
         self._token.copy_(scores.argmax(-1, keepdim=True))
 
 
+def one_graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``step`` without Python: :func:`captured` on CUDA, elsewhere :func:`compiled`."""
+    return (captured if device.type == "cuda" else compiled)(step, device)
+
+
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """``step`` as the replay of a CUDA graph, after it ran ``WARM_UPS`` times on a side stream.
 
@@ -137,6 +154,27 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
             raise CaptureError(f"a decode step cannot be captured as a CUDA graph: {error}") from error
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def compiled(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``step`` as one compiled graph, after it ran twice. torch keeps what it compiled: a step of the same shapes is
+    compiled in seconds, in another process, too.
+
+    Raises:
+        CaptureError: it cannot be compiled; torch finds no C++ compiler, for example.
+    """
+    import torch._dynamo  # takes a second
+
+    whole = torch.compile(step, fullgraph=True, dynamic=False, backend=COMPILER)
+    try:
+        # The steps of all models and batches are one code, of which torch refuses the ninth graph.
+        with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+            whole()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            whole()  # another token, the same graph
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise CaptureError(f"a decode step cannot be compiled on {device}: {str(error).strip()}") from error
+    return whole
 
 
 def first_difference(left: Tensor, right: Tensor) -> int | None:
