@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,15 +277,15 @@ def _measure_triton(arch: int, directory: Path) -> list[dict]:
     return rows
 
 
-def measure() -> list[dict]:
-    """All rows; the architectures side by side, as compiling takes minutes and one core each."""
+def measure(architectures: Sequence[int] = ARCHITECTURES) -> list[dict]:
+    """Their rows; the architectures side by side, as compiling takes minutes and one core each."""
 
     def measured(arch: int) -> list[dict]:
         with tempfile.TemporaryDirectory() as directory:
             return _measure_cuda(arch, Path(directory)) + _measure_triton(arch, Path(directory))
 
-    with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
-        rows = list(itertools.chain.from_iterable(pool.map(measured, ARCHITECTURES)))
+    with ThreadPoolExecutor(len(architectures)) as pool:
+        rows = list(itertools.chain.from_iterable(pool.map(measured, architectures)))
     return sorted(rows, key=lambda row: (str(row["kernel"]), row["arch"]))
 
 

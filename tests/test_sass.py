@@ -72,8 +72,9 @@ def test_the_checked_in_table_meets_the_bars() -> None:
 def test_the_table_is_what_the_compilers_make() -> None:
     if sass.missing():
         pytest.skip(f"{sass.missing()} is not installed: the kernels cannot be compiled here")
-    old, new = rows(sass.RESULT.read_text()), rows(sass.table(sass.measure()))
-    check_bars(new)
+    # One architecture: each takes minutes. `python -m benchmarks.sass --check` compiles for both.
+    old = [row for row in rows(sass.RESULT.read_text()) if row["arch"] == "90"]
+    new = rows(sass.table(sass.measure((90,))))
     assert [row["kernel"] for row in old] == [row["kernel"] for row in new]
     here = (sass.nvcc_version(), sass.triton_version())
     for before, now in zip(old, new, strict=True):

@@ -155,7 +155,7 @@ def measure(
         prompt, tokens: length of the prompts, the same random ids for all models, and of what is generated.
         on_step: called after each of ``len(batches) * (rounds + 2) * len(models) * len(ways)`` generations, and each
             of ``rounds + 2`` turns of a peer.
-        ways: ``generate``, eager, and ``static``, :class:`StaticDecoder`, which refuses some models and compiles on the CPU.
+        ways: ``generate``, eager, and ``static``: :class:`StaticDecoder`, which refuses some models.
         peers: name -> what else takes turns, at its batch (:class:`wanda_kernels.llama_cpp.LlamaBench`).
 
     Returns:
