@@ -91,12 +91,12 @@ JSON = {
 
 # The README has what a user decides by.
 PAGES = {
-    README: ("headline", "masks", "generate"),
+    README: ("headline", "masks", "deploy"),
     MEASURED: (
         "demo",
         "all masks",
         "prune",
-        "deploy",
+        "generate",
         "products",
         "values",
         "layers",

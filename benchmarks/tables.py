@@ -281,20 +281,28 @@ _DEPLOYED = {
     "dense": "dense, bfloat16", "bitmap": "50 %, bitmap, bfloat16", "bitmap-int8": "50 %, int8, head int8",
     "bitmap-int4": "50 %, int4 in groups of 64, head int8",
 }  # fmt: skip
-_WAYS = {"generate": "generate", "static": "static cache", "llama.cpp": "llama.cpp"}
 
 
 def deploy(result: dict[str, Any]) -> str:
-    """A row a model and way, the fastest decoding last."""
+    """A row a model, by their slowest way, the slowest first. Bits a weight: of the dense model's 16, by the bytes."""
+    rows = result["rows"]
+    dense = next(row["weight_bytes"] for row in rows if row["model"] == "dense")
     cells = []
-    for row in sorted(result["rows"], key=lambda row: float(row["decode_tokens_s"])):
+    for name in dict.fromkeys(row["model"] for row in sorted(rows, key=_decodes)):
+        ways = {row["way"]: row for row in rows if row["model"] == name}
+        row, static = next(iter(ways.values())), ways.get("static")
         cells.append([
-            _DEPLOYED.get(row["model"], row["model"]), _WAYS[row["way"]], f"{row['weight_bytes'] / 2**20:.0f}",
-            f"{row['prefill_tokens_s']:.0f}", f"{row['decode_tokens_s']:.1f}",
-            "" if row["perplexities"] is None else _texts(row["perplexities"]),
+            _DEPLOYED.get(name, f"llama.cpp {name}"), f"{row['weight_bytes'] / 2**20:.0f}",
+            f"{16 * row['weight_bytes'] / dense:.1f}", _texts(row["perplexities"]), f"{row['prefill_tokens_s']:.0f}",
+            f"{row['decode_tokens_s']:.1f}", "" if static is None else f"{static['decode_tokens_s']:.1f}",
         ])  # fmt: skip
-    headings = [result["model"], "by", "weights MiB", "prefill tokens/s", "decode tokens/s", "perplexity"]
+    headings = [result["model"], "weights MiB", "bits a weight", "perplexity", "prefill tokens/s", "decode tokens/s",
+                "compiled step"]  # fmt: skip
     return table(headings, cells)
+
+
+def _decodes(row: dict[str, Any]) -> float:
+    return float(row["decode_tokens_s"])
 
 
 def _means(values: Sequence[Sequence[float]]) -> list[float]:

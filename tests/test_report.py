@@ -124,17 +124,21 @@ def test_what_people_run_instead(results):
     """A row a model and way, by what it decodes; perplexity where it is known."""
     folder = min(results.glob("*/demo.json")).parent
     about = json.loads((folder / "demo.json").read_text())["circumstances"] | {"date": "2100-01-01 00:00 UTC"}
-    row = {"weight_bytes": 3 * 2**20, "prefill_tokens_s": 40.4}
+    row = {"weight_bytes": 3 * 2**20, "prefill_tokens_s": 40.4, "way": "generate", "perplexities": [10.0, 20.0]}
     rows = [
-        row | {"model": "Q8_0", "way": "llama.cpp", "decode_tokens_s": 12.34, "perplexities": None},
-        row | {"model": "bitmap-int8", "way": "static", "decode_tokens_s": 2.0, "perplexities": [10.0, 20.0]},
+        row | {"model": "Q8_0", "way": "llama.cpp", "decode_tokens_s": 12.34},
+        row | {"model": "bitmap-int8", "decode_tokens_s": 2.0},
+        row | {"model": "bitmap-int8", "way": "static", "decode_tokens_s": 13.0},
+        row | {"model": "dense", "decode_tokens_s": 1.0, "weight_bytes": 6 * 2**20},
     ]
     (folder / "deploy.json").write_text(json.dumps({"circumstances": about, "model": "A", "rows": rows}))
-    lines = report.render(report.MEASURED, results).splitlines()
-    first = lines.index("| A | by | weights MiB | prefill tokens/s | decode tokens/s | perplexity |")
-    assert lines[first + 2 : first + 4] == [
-        "| 50 %, int8, head int8 | static cache | 3 | 40 | 2.0 | 10.0 / 20.0 |",
-        "| Q8_0 | llama.cpp | 3 | 40 | 12.3 |  |",
+    lines = report.render(report.README, results).splitlines()
+    heading = "| A | weights MiB | bits a weight | perplexity | prefill tokens/s | decode tokens/s | compiled step |"
+    first = lines.index(heading)
+    assert lines[first + 2 : first + 5] == [
+        "| dense, bfloat16 | 6 | 16.0 | 10.0 / 20.0 | 40 | 1.0 |  |",
+        "| 50 %, int8, head int8 | 3 | 8.0 | 10.0 / 20.0 | 40 | 2.0 | 13.0 |",
+        "| llama.cpp Q8_0 | 3 | 8.0 | 10.0 / 20.0 | 40 | 12.3 |  |",
     ]
 
 
