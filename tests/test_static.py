@@ -14,6 +14,7 @@ import torch
 from test_speed import packed_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache, masking_utils
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 from wanda_kernels import static
 from wanda_kernels.models import save_pretrained
@@ -142,6 +143,19 @@ def test_models_without_a_static_cache_are_refused(monkeypatch):
     monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
     with pytest.raises(ValueError, match="transformers has no static cache for LlamaForCausalLM"):
         static.check_static(model)
+
+
+def test_windows_beside_another_state_are_refused(monkeypatch):
+    class Both(StaticSlidingWindowLayer):
+        pass
+
+    class Cache:
+        def __init__(self, config, max_cache_len):
+            self.layers = [Both(max_cache_len, 4)]
+
+    monkeypatch.setattr(static, "StaticCache", Cache)
+    with pytest.raises(ValueError, match="cache for LlamaForCausalLM counts tokens on the host"):
+        static.check_static(tiny.model())
 
 
 class FakeGraphs:

@@ -34,6 +34,7 @@ def check_static(model: Any) -> None:
     """Raises ValueError where a step would not be the same for every token."""
     if not getattr(model, "_can_compile_fullgraph", False):  # transformers' own word for it
         raise ValueError(f"transformers has no static cache for {type(model).__name__}")
+    static_cache(model, 2)  # no memory yet
 
 
 def static_cache(model: Any, length: int) -> StaticCache:
@@ -42,11 +43,16 @@ def static_cache(model: Any, length: int) -> StaticCache:
     Its own layers for windows count tokens on the host, and the mask is made from that count: a captured step would
     keep the mask of one token, a compiled one be compiled again for each. With all keys there, the mask alone makes the
     window.
+
+    Raises:
+        ValueError: the model has a window together with another state.
     """
     cache = StaticCache(config=model.config, max_cache_len=length)
     for number, layer in enumerate(cache.layers):
-        if isinstance(layer, StaticSlidingWindowLayer):
+        if type(layer) is StaticSlidingWindowLayer:
             cache.layers[number] = StaticLayer(max_cache_len=length)
+        elif isinstance(layer, StaticSlidingWindowLayer):
+            raise ValueError(f"transformers' cache for {type(model).__name__} counts tokens on the host")
     return cache
 
 
