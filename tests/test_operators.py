@@ -73,6 +73,7 @@ CALLS = {
     "quantized_experts": lambda: (WEIGHT, *quantized(4)[:2], ENDS, *quantized(4)[2:], 4),
     "unpack_quantized": lambda: (*quantized(4), 4, torch.bfloat16),
     "quantize": lambda: (HALF, 4, 32, NORM),
+    "exact_levels": lambda: (reference.unpack_quantized(*quantized(4), 4, torch.bfloat16), 4, 32),
     "pack_kept_": lambda: kept(4),
     "gelu_tanh_mul_sqnorm": lambda: (HALF, HALF.flip(0), torch.zeros(4, 64), None),
 }
@@ -271,6 +272,8 @@ BAD = [
             ((WEIGHT, 4, 32, NORM[:63]), ValueError, r"importance must be \[64\], got \[63\]"),
         )
     ),
+    ("exact_levels", (WEIGHT.int(), 4), TypeError, "weight must be float32, bfloat16 or float16, got .*[Ii]nt"),
+    ("exact_levels", (WEIGHT, 4, 16), ValueError, r"group must be 0 \(a whole row\), 32, 64 or 128, got 16"),
     *(
         ("pack_kept_", tuple(change.get(i, one) for i, one in enumerate(kept(4))), kind, message)
         for change, kind, message in (

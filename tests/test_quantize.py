@@ -93,6 +93,50 @@ def test_any_number_of_threads_gives_the_same_bits(backend, rows, cols, group):
         torch.set_num_threads(threads)
 
 
+def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
+    """What its levels and scales stand for."""
+    levels, scales = reference.quantize(weight, bits, group)
+    steps = scales.float().repeat_interleave(min(group or weight.shape[1], weight.shape[1]), dim=1)
+    return (levels.float() * steps[:, : weight.shape[1]]).to(weight.dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_rounded_to_4_bits_is_found(backend, dtype):
+    weight = rounded(torch.randn(40, 200, generator=torch.Generator().manual_seed(0)).to(dtype), 4, 64)
+    levels, scales, are_exact = backends.implementation(backend, "exact_levels")(weight, 4, 64)
+    assert bool(are_exact)
+    assert same_tensors((levels, scales), reference.exact_levels(weight, 4, 64)[:2])
+    steps = scales.float().repeat_interleave(64, dim=1)[:, :200]
+    assert torch.equal((levels.float() * steps).to(dtype), weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=200)
+@given(
+    weight=weights(), bits=st.sampled_from([8, 4]), group=st.sampled_from([0, 32, 64, 128]),
+    change=st.sampled_from(["quantised", "one is not", "not"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_exact_levels_are_the_references(backend, weight, bits, group, change, seed):
+    if change != "not":
+        weight = rounded(weight, bits, group)
+        if change == "one is not" and weight.numel():
+            weight.view(-1)[seed % weight.numel()] += 3 * torch.finfo(weight.dtype).eps
+    *got, are_exact = backends.implementation(backend, "exact_levels")(weight, bits, group)
+    *expected, are_exact_there = reference.exact_levels(weight, bits, group)
+    assert bool(are_exact) == bool(are_exact_there)
+    assert not are_exact or same_tensors(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_has_no_levels(backend, bad):
+    weight = torch.ones(3, 70).bfloat16()
+    assert bool(backends.implementation(backend, "exact_levels")(weight, 4, 32)[2])
+    weight[2, 69] = bad
+    assert not bool(backends.implementation(backend, "exact_levels")(weight, 4, 32)[2])
+
+
 def by_one(weight: list[float], divisors: list[float], most: int) -> tuple[list[int], float]:
     """A group's levels and scale in plain Python, with exact sums."""
     best, least = 0.0, float("inf")
@@ -182,7 +226,7 @@ def test_starts_that_do_not_fit_are_refused_and_nothing_is_written_past_the_end(
     wrong = [starts - 1, starts.flip(0), starts * 1000, starts.clone()]
     wrong[-1][1] -= 1
     for one in wrong:
-        with pytest.raises(ValueError, match="wanda::pack_kept_: starts must be where the values of mask begin, . of"):
+        with pytest.raises(ValueError, match=r"wanda::pack_kept_: starts must be where the values of mask begin, . of"):
             backends.implementation(backend, "pack_kept_")(values, levels, mask, one, bits)
     with pytest.raises(ValueError, match="starts must be where the values of mask begin, 1 of its rows take other"):
         backends.implementation(backend, "pack_kept_")(values[: int(starts[-1]) - 1], levels, mask, starts, bits)

@@ -116,8 +116,9 @@ def check_quantize(op: str, weight: Tensor, bits: int, group: int = 0, importanc
 
 def check_pack_kept(op: str, values: Tensor, levels: Tensor, mask: Tensor, starts: Tensor, bits: int) -> None:
     _check_dtype(op, "levels", levels, (torch.int8,))
-    for name, tensor, dtype in (("values", values, torch.uint8), ("mask", mask, torch.bool), ("starts", starts, torch.int32)):
-        _check_beside(op, name, tensor, dtype, "levels", levels)
+    _check_beside(op, "values", values, torch.uint8, "levels", levels)
+    _check_beside(op, "mask", mask, torch.bool, "levels", levels)
+    _check_beside(op, "starts", starts, torch.int32, "levels", levels)
     if bits not in (8, 4):
         raise ValueError(f"wanda::{op}: bits must be 8 or 4, got {bits}")
     if levels.dim() != 2 or not levels.is_contiguous():

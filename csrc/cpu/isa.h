@@ -106,6 +106,9 @@ struct Kernels {
   // Rows [begin, end), as wanda_kernels/reference/quantize.py, to the bit. Returns how many groups hold NaN
   // or infinity; their levels and scales are not written. `scratch`: quantize_scratch(params) floats.
   int64_t (*quantize)(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
+
+  // Likewise; stops at a group that has no such levels, and returns whether all have.
+  bool (*exact_levels)(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
 };
 
 // A row as bytes, or the masks of a group of rows.

@@ -47,7 +47,8 @@ Kernels avx2_kernels() {
           &quantized_round,
           &quantized_product<Avx2>,
           &quantized_unpack<Avx2>,
-          &quantize_run<Avx2>};
+          &quantize_run<Avx2>,
+          &exact_levels_run};
 }
 
 }  // namespace wanda::cpu

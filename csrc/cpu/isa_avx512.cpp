@@ -46,6 +46,7 @@ Kernels avx512_kernels() {
   kernels.sqnorm = &sqnorm_run<Avx512>;
   kernels.product_sqnorm = &product_sqnorm_run;
   kernels.quantize = &quantize_run<Avx512>;
+  kernels.exact_levels = &exact_levels_run;
   if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
       __builtin_cpu_supports("avx512bf16")) {
     add_packed_avx512(kernels);

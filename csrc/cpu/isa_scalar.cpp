@@ -28,7 +28,8 @@ Kernels scalar_kernels() {
           &quantized_round,
           &quantized_product<Scalar>,
           &quantized_unpack<Scalar>,
-          &quantize_run<Scalar>};
+          &quantize_run<Scalar>,
+          &exact_levels_run};
 }
 
 }  // namespace wanda::cpu

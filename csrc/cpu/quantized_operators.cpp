@@ -1,6 +1,7 @@
 // The operators on packed weights with values of 8 or 4 bits on the CPU. As packed_operators.cpp, but rows of
 // x are rounded first.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
@@ -215,6 +216,19 @@ std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& weight, int64_t bi
   return {all.levels, all.scales};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> exact_levels(const at::Tensor& weight, int64_t bits,
+                                                            int64_t group) {
+  const Quantization all = check_quantize("exact_levels", weight, bits, group, {});
+  std::atomic<bool> are_exact{true};
+  over_rows(all.params.rows, all.params.cols, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(quantize_scratch(all.params)));
+    for (int64_t row = begin; row < end && are_exact; ++row) {
+      if (!kernels().exact_levels(all.params, row, row + 1, scratch.data())) are_exact = false;
+    }
+  });
+  return {all.levels, all.scales, at::full({}, are_exact.load(), weight.options().dtype(at::kBool))};
+}
+
 // The kept levels of a row, as they are stored, to `to`, which has room for one more. Without a branch: of
 // a mask at random it is mispredicted at every other column. Returns how many there are.
 int64_t gather_kept(const int8_t* levels, const bool* mask, int64_t cols, int8_t offset, uint8_t* to) {
@@ -226,8 +240,8 @@ int64_t gather_kept(const int8_t* levels, const bool* mask, int64_t cols, int8_t
   return count;
 }
 
-void pack_kept_(at::Tensor values, const at::Tensor& levels, const at::Tensor& mask,
-                const at::Tensor& starts, int64_t bits) {
+void pack_kept_(at::Tensor values, const at::Tensor& levels, const at::Tensor& mask, const at::Tensor& starts,
+                int64_t bits) {
   const char* const op = "pack_kept_";
   check_pack_kept(op, values, levels, mask, starts, bits);
   const int64_t rows = levels.size(0), cols = levels.size(1), stored = starts.size(0) - 1;
@@ -268,5 +282,6 @@ TORCH_LIBRARY_IMPL(wanda, CPU, m) {
   m.impl("quantized_experts", &wanda::cpu::quantized_experts);
   m.impl("unpack_quantized", &wanda::cpu::unpack_quantized);
   m.impl("quantize", &wanda::cpu::quantize);
+  m.impl("exact_levels", &wanda::cpu::exact_levels);
   m.impl("pack_kept_", &wanda::cpu::pack_kept_);
 }

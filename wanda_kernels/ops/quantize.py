@@ -12,8 +12,8 @@ from .._checks_quantized import check_pack_kept, check_quantize
 def quantize(weight: Tensor, bits: int, group: int = 0, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """To the nearest whole number, with the scale of the least squared error among some for each group.
 
-    Scales are a group's largest weight divided by 6.5, 6.75, .. 10.75 of 4 bits, by 127, 127.5, 128 or 129 of 8, rounded
-    to bfloat16. Levels of 4 bits are -8 to 7, of 8 bits -128 to 127. The same bits for any number of threads.
+    Scales are a group's largest weight divided by 6.5, 6.75, .. 10.75 of 4 bits, or by 127, 127.5, 128 or 129 of 8,
+    rounded to bfloat16. Levels of 4 bits are -8 to 7, of 8 bits -128 to 127. The same bits for any number of threads.
 
     Args:
         weight: [C_out, C_in], float32, bfloat16 or float16, finite.
@@ -28,6 +28,23 @@ def quantize(weight: Tensor, bits: int, group: int = 0, importance: Tensor | Non
         ValueError, TypeError: naming the argument, what is required and what came. ValueError: a weight is not finite.
     """
     return torch.ops.wanda.quantize(weight, bits, group, importance)
+
+
+def exact_levels(weight: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The levels and scales that a weight already consists of: each level times its scale, rounded to the weight's
+    dtype, is the weight to the bit (-0.0 counts as 0).
+
+    Args:
+        weight, bits, group: as in :func:`quantize`; NaN and infinity are no levels.
+
+    Returns:
+        levels [C_out, C_in] int8, scales [C_out, groups] bfloat16, and whether there are any, bool without dimensions:
+        where it is False, the others are unspecified.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what is required and what came.
+    """
+    return torch.ops.wanda.exact_levels(weight, bits, group)
 
 
 def pack_kept_(values: Tensor, levels: Tensor, mask: Tensor, starts: Tensor, bits: int) -> None:
@@ -48,7 +65,7 @@ def pack_kept_(values: Tensor, levels: Tensor, mask: Tensor, starts: Tensor, bit
     torch.ops.wanda.pack_kept_(values, levels, mask, starts, bits)
 
 
-def _empty_levels(weight: Tensor, _bits: int, group: int = 0, _importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _empty_levels(weight: Tensor, _bits: int, group: int = 0, *_: object) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     group = min(group or cols, cols)
     scales = weight.new_empty((rows, -(-cols // group)), dtype=torch.bfloat16)
@@ -56,4 +73,11 @@ def _empty_levels(weight: Tensor, _bits: int, group: int = 0, _importance: Tenso
 
 
 fake("quantize", check_quantize, _empty_levels)
+
+
+def _empty_exact(weight: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    return *_empty_levels(weight, bits, group), weight.new_empty((), dtype=torch.bool)
+
+
+fake("exact_levels", check_quantize, _empty_exact)
 fake("pack_kept_", check_pack_kept)

@@ -23,11 +23,9 @@ from torch.nn.functional import pad
 
 from .. import ops
 from .._checks_quantized import GROUPS, stored_counts
-from ..reference.quantize import PART, levels_of
 from .format import bitmap_of, check_indices, indices_of, kept, parts, population
 
 BYTES_AFTER = 64  # that kernels may read past the last value of a bitmap
-FIRST_ROWS = 16  # of a weight, which tell whether it was quantised before
 
 
 @dataclass(frozen=True)
@@ -97,39 +95,10 @@ def quantized_before(weight: Tensor, kind: ValueType) -> tuple[Tensor, Tensor] |
 
     So what was chosen with more than the weights at hand, or was unpacked, is packed as it was.
     """
-    if kind.bits == 8 or _exact(weight[:FIRST_ROWS], kind) is None:
+    if kind.bits == 8:
         return None
-    found = []
-    for part in weight.split(max(1, PART // weight.shape[1])):
-        one = _exact(part, kind)
-        if one is None:
-            return None
-        found.append(one)
-    levels, scales = (torch.cat(one) for one in zip(*found, strict=True))
-    return levels, scales
-
-
-def _exact(weight: Tensor, kind: ValueType) -> tuple[Tensor, Tensor] | None:
-    """A group's largest weight is a level times its scale, rounded to the weight's dtype: each level is tried, and each
-    scale that this rounding may hide."""
-    rows, cols = weight.shape
-    group = kind.columns(cols)
-    values = pad(weight, (0, -cols % group)).view(-1, group)
-    scale = torch.zeros(len(values), 1, dtype=torch.bfloat16, device=weight.device)
-    left = values.any(dim=1).nonzero()[:, 0]  # groups, by number
-    for level in range(1 << (kind.bits - 1), 0, -1):
-        near = (values[left].float().abs().amax(dim=1, keepdim=True) / level).bfloat16()
-        for step in (0, 1, -1):
-            tried = (near.view(torch.int16) + step).view(torch.bfloat16)
-            unit = tried.float()
-            is_exact = (levels_of(values[left].float(), unit, kind.bits) * unit).to(weight.dtype) == values[left]
-            is_found = is_exact.all(dim=1) & (tried > 0)[:, 0]
-            scale[left[is_found]] = tried[is_found]
-            left, near = left[~is_found], near[~is_found]
-    if len(left):
-        return None
-    levels = levels_of(values.float(), scale.float(), kind.bits).to(torch.int8).view(rows, -1)[:, :cols]
-    return levels.contiguous(), scale.view(rows, -1)
+    levels, scales, are_exact = ops.exact_levels(weight, kind.bits, kind.group)
+    return (levels, scales) if bool(are_exact) else None
 
 
 def pack_rows(levels: Tensor, bits: int) -> Tensor:
