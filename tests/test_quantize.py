@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, WIDTHS, same_bits, weight_of
 from torch import Tensor
 
-from wanda_kernels import ops, reference
+from wanda_kernels import _backend, ops, reference
+from wanda_kernels.packed.format import bitmap_of, counts_of
 from wanda_kernels.packed.values import ValueType, pack_kept
 from wanda_kernels.reference.quantize import sum_of
 
@@ -174,6 +175,7 @@ def test_what_is_not_finite_is_refused(backend, bad, place):
                 backends.implementation(backend, "quantize")(weight, bits, group)
 
 
+@pytest.mark.skipif(_backend.extension is None, reason="PyTorch's operations flush them")
 def test_flushed_denormals_change_nothing():
     weight = torch.randn(4, 64) * 1e-38
     expected = ops.quantize(weight, 8, 32)
@@ -237,3 +239,12 @@ def test_a_group_of_more_columns_than_there_are_is_a_row():
     weight = torch.randn(3, 40)
     assert same_tensors(ops.quantize(weight, 4, 64), ops.quantize(weight, 4, 0))
     assert ops.quantize(weight, 4, 64)[1].shape == (3, ValueType(4, 64).scales(40))
+
+
+@pytest.mark.parametrize("cols", [8, 64, 72, 512, 1000, 4096])
+def test_a_mask_is_counted_and_becomes_bits(cols):
+    mask = torch.rand(9, cols, generator=torch.Generator().manual_seed(cols)) < 0.5
+    mask[0], mask[1] = True, False
+    assert torch.equal(counts_of(mask), mask.sum(dim=1))
+    bits = (mask.view(9, -1, 8) << torch.arange(8)).sum(dim=2)
+    assert torch.equal(bitmap_of(mask), bits.to(torch.uint8))

@@ -3,7 +3,9 @@
 // divisions, and the sixteen running sums and the trees are the reference's for any width of a register.
 //
 // A group's values, as float32, stay in L1 (a whole row: in L2) while each of the 18 or 4 scales is tried.
-// Bytes moved: the weight once, and its levels; divisions bound the time.
+// Bytes moved: the weight once, and its levels; divisions bound the time. 13.8 M bfloat16 in groups of 64 to
+// 4 bits, CPU seconds of one thread: 0.13 with AVX-512, 0.14 with AVX2, 0.21 without; passes of PyTorch over
+// temporaries 0.95. With errors divided by the largest value, not by a power of two: 1.3 x as long.
 #pragma once
 
 #include "isa.h"

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from .. import ops
 from .._checks_quantized import GROUPS, stored_counts
-from .format import bitmap_of, check_indices, indices_of, kept, parts, population
+from .format import bitmap_of, check_indices, counts_of, indices_of, kept, parts, population
 
 BYTES_AFTER = 64  # that kernels may read past the last value of a bitmap
 
@@ -118,7 +118,7 @@ def pack_kept(levels: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: more bytes than int32 counts.
     """
-    counts = stored_counts(mask.sum(dim=1), bits)
+    counts = stored_counts(counts_of(mask), bits)
     total = int(counts.sum())
     if total > 2**31 - 1:
         raise ValueError(f"weight takes {total} bytes, a bitmap counts up to {2**31 - 1}")
@@ -185,6 +185,6 @@ def quantized_bytes(weight: Tensor, form: str, kind: ValueType) -> int:
         return kind.rows(rows) * cols + scales
     if form == "2:4":
         return kind.rows(rows) * (cols // 2) + rows * (cols // 8) + scales
-    counts = torch.cat([kept(part).sum(dim=1) for part in parts(weight)])
+    counts = torch.cat([counts_of(kept(part)) for part in parts(weight)])
     stored = int(stored_counts(counts, kind.bits).sum()) + BYTES_AFTER
     return stored + rows * (cols // 8) + 4 * (kind.rows(rows) + 1) + scales
