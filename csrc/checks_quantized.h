@@ -106,4 +106,70 @@ inline int64_t check_quantized_experts(const char* op, const QuantizedWeight& st
   return rows;
 }
 
+// `weight` and `importance`: contiguous copies where they are not. Fills in what the levels and scales are.
+struct Quantization {
+  QuantizeParams params;
+  at::Tensor weight, importance, levels, scales;
+};
+
+inline Quantization check_quantize(const char* op, const at::Tensor& weight, int64_t bits, int64_t group,
+                                   const OptionalTensor& importance) {
+  check_weight(op, weight);
+  const int64_t rows = weight.size(0), cols = weight.size(1);
+  WANDA_CHECK_VALUE(cols > 0, "weight must have columns, got ", weight.sizes());
+  WANDA_CHECK_VALUE(bits == 8 || bits == 4, "bits must be 8 or 4, got ", bits);
+  WANDA_CHECK_VALUE(group == 0 || group == 32 || group == 64 || group == 128,
+                    "group must be 0 (a whole row), 32, 64 or 128, got ", group);
+  Quantization all{};
+  QuantizeParams& params = all.params;
+  params.rows = rows;
+  params.cols = cols;
+  params.group = group == 0 || group > cols ? cols : group;
+  params.groups = (cols + params.group - 1) / params.group;
+  params.bits = bits;
+  params.dtype = dtype_of(op, "weight", weight);
+  if (importance) {
+    check_type(op, "importance", *importance, at::kFloat, "float32");
+    check_device(op, "importance", *importance, "weight is", weight);
+    WANDA_CHECK_VALUE(importance->dim() == 1 && importance->size(0) == cols, "importance must be [", cols,
+                      "], got ", importance->sizes());
+    all.importance = importance->contiguous();
+    params.importance = all.importance.const_data_ptr<float>();
+  }
+  all.weight = weight.contiguous();
+  all.levels = at::empty({rows, cols}, weight.options().dtype(at::kChar));
+  all.scales = at::empty({rows, params.groups}, weight.options().dtype(at::kBFloat16));
+  params.weight = all.weight.const_data_ptr();
+  params.levels = all.levels.mutable_data_ptr<int8_t>();
+  params.scales = static_cast<uint16_t*>(all.scales.mutable_data_ptr());
+  return all;
+}
+
+inline void check_pack_kept(const char* op, const at::Tensor& values, const at::Tensor& levels,
+                            const at::Tensor& mask, const at::Tensor& starts, int64_t bits) {
+  check_type(op, "levels", levels, at::kChar, "int8");
+  check_type(op, "values", values, at::kByte, "uint8");
+  check_type(op, "mask", mask, at::kBool, "bool");
+  check_type(op, "starts", starts, at::kInt, "int32");
+  check_device(op, "values", values, "levels are", levels);
+  check_device(op, "mask", mask, "levels are", levels);
+  check_device(op, "starts", starts, "levels are", levels);
+  WANDA_CHECK_VALUE(bits == 8 || bits == 4, "bits must be 8 or 4, got ", bits);
+  WANDA_CHECK_VALUE(levels.dim() == 2 && levels.is_contiguous(),
+                    "levels must be contiguous [C_out, C_in], got ", levels.sizes());
+  WANDA_CHECK_VALUE(mask.sizes() == levels.sizes() && mask.is_contiguous(), "mask must be contiguous ",
+                    levels.sizes(), ", got ", mask.sizes());
+  const int64_t stored = bits == 8 ? levels.size(0) : (levels.size(0) + 1) / 2;
+  WANDA_CHECK_VALUE(starts.dim() == 1 && starts.size(0) == stored + 1 && starts.is_contiguous(),
+                    "starts must be contiguous [", stored + 1, "], got ", starts.sizes());
+  WANDA_CHECK_VALUE(values.dim() == 1 && values.is_contiguous(), "values must be contiguous [bytes], got ",
+                    values.sizes());
+}
+
+// `uneven`: rows, or pairs of 4 bits, whose bytes are others than `starts` says.
+inline void check_kept(const char* op, int64_t uneven) {
+  WANDA_CHECK_VALUE(uneven == 0, "starts must be where the values of mask begin, ", uneven,
+                    " of its rows take other bytes");
+}
+
 }  // namespace wanda

@@ -35,6 +35,11 @@ def quantized(bits):
     return values, scales, pack_bitmap(SPARSE)[1], starts
 
 
+def kept(bits):
+    values, starts = pack_kept(LEVELS[0], SPARSE != 0, bits)
+    return torch.zeros_like(values), LEVELS[0], SPARSE != 0, starts, bits
+
+
 ROWS, GROUPS = reference.row_mask(WEIGHT, NORM, 0.5), reference.nm_mask(WEIGHT, NORM, 2, 4)
 
 CALLS = {
@@ -67,6 +72,9 @@ CALLS = {
     "quantized_linear of a head": lambda: (HALF[:3], pack_rows(LEVELS[0], 4), LEVELS[1], None, None, None, 4),
     "quantized_experts": lambda: (WEIGHT, *quantized(4)[:2], ENDS, *quantized(4)[2:], 4),
     "unpack_quantized": lambda: (*quantized(4), 4, torch.bfloat16),
+    "quantize": lambda: (HALF, 4, 32, NORM),
+    "exact_levels": lambda: (reference.unpack_quantized(*quantized(4), 4, torch.bfloat16), 4, 32),
+    "pack_kept_": lambda: kept(4),
     "gelu_tanh_mul_sqnorm": lambda: (HALF, HALF.flip(0), torch.zeros(4, 64), None),
 }
 
@@ -252,6 +260,34 @@ BAD = [
     ),
     ("sparse24_experts", (WEIGHT, *pack_sparse24(SPARSE), ENDS.flip(0)), ValueError, r"ends must ascend"),
     ("sparse24_experts", (WEIGHT, SPARSE, torch.zeros(32, 8), ENDS), TypeError, "indices must be uint8, got"),
+    *(
+        ("quantize", args, kind, message)
+        for args, kind, message in (
+            ((WEIGHT[0], 8), ValueError, r"weight must have 2 dimensions \[C_out, C_in\], got 1"),
+            ((WEIGHT.int(), 8), TypeError, "weight must be float32, bfloat16 or float16, got .*[Ii]nt"),
+            ((WEIGHT[:, :0], 8), ValueError, r"weight must have columns, got \[32, 0\]"),
+            ((WEIGHT, 3), ValueError, "bits must be 8 or 4, got 3"),
+            ((WEIGHT, 4, 48), ValueError, r"group must be 0 \(a whole row\), 32, 64 or 128, got 48"),
+            ((WEIGHT, 4, 32, NORM.double()), TypeError, "importance must be float32, got"),
+            ((WEIGHT, 4, 32, NORM[:63]), ValueError, r"importance must be \[64\], got \[63\]"),
+        )
+    ),
+    ("exact_levels", (WEIGHT.int(), 4), TypeError, "weight must be float32, bfloat16 or float16, got .*[Ii]nt"),
+    ("exact_levels", (WEIGHT, 4, 16), ValueError, r"group must be 0 \(a whole row\), 32, 64 or 128, got 16"),
+    *(
+        ("pack_kept_", tuple(change.get(i, one) for i, one in enumerate(kept(4))), kind, message)
+        for change, kind, message in (
+            ({0: torch.zeros(9)}, TypeError, "values must be uint8, got"),
+            ({0: torch.zeros(9, 9).byte()}, ValueError, r"values must be contiguous \[bytes\], got \[9, 9\]"),
+            ({1: LEVELS[0].int()}, TypeError, "levels must be int8, got"),
+            ({1: LEVELS[0].t()}, ValueError, r"levels must be contiguous \[C_out, C_in\], got \[64, 32\]"),
+            ({2: SPARSE}, TypeError, "mask must be bool, got"),
+            ({2: ROWS[:31]}, ValueError, r"mask must be contiguous \[32, 64\], got \[31, 64\]"),
+            ({3: torch.zeros(17)}, TypeError, "starts must be int32, got"),
+            ({3: ENDS}, ValueError, r"starts must be contiguous \[17\], got \[4\]"),
+            ({4: 2}, ValueError, "bits must be 8 or 4, got 2"),
+        )
+    ),
     (
         "add_sqnorm_",
         (NORM.clone(), WEIGHT, torch.ones(31, dtype=torch.bool)),

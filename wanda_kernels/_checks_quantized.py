@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ._checks import FLOATS, _check_beside, _check_device, _check_dtype, _check_like, _check_shape
+from ._checks import FLOATS, _check_beside, _check_device, _check_dtype, _check_like, _check_shape, _check_weight
 
 GROUPS = (32, 64, 128)  # columns that a scale is for, beside all of a row
 MOST_COLUMNS = 1 << 20  # int32 holds their sums
@@ -98,3 +99,45 @@ def check_quantized_experts(
         )
     if bits == 4 and rows // len(ends) % 2:
         raise ValueError(f"wanda::{op}: experts of 4 bits need an even number of rows, got {rows // len(ends)}")
+
+
+def check_quantize(op: str, weight: Tensor, bits: int, group: int = 0, importance: Tensor | None = None) -> None:
+    _check_weight(op, weight)
+    if weight.shape[1] == 0:
+        raise ValueError(f"wanda::{op}: weight must have columns, got {list(weight.shape)}")
+    if bits not in (8, 4):
+        raise ValueError(f"wanda::{op}: bits must be 8 or 4, got {bits}")
+    if group not in (0, *GROUPS):
+        raise ValueError(f"wanda::{op}: group must be 0 (a whole row), 32, 64 or 128, got {group}")
+    if importance is not None:
+        _check_beside(op, "importance", importance, torch.float32, "weight", weight)
+        _check_shape(op, "importance", importance, weight.shape[1])
+
+
+def check_pack_kept(op: str, values: Tensor, levels: Tensor, mask: Tensor, starts: Tensor, bits: int) -> None:
+    _check_dtype(op, "levels", levels, (torch.int8,))
+    _check_beside(op, "values", values, torch.uint8, "levels", levels)
+    _check_beside(op, "mask", mask, torch.bool, "levels", levels)
+    _check_beside(op, "starts", starts, torch.int32, "levels", levels)
+    if bits not in (8, 4):
+        raise ValueError(f"wanda::{op}: bits must be 8 or 4, got {bits}")
+    if levels.dim() != 2 or not levels.is_contiguous():
+        raise ValueError(f"wanda::{op}: levels must be contiguous [C_out, C_in], got {list(levels.shape)}")
+    _check_shape(op, "mask", mask, *levels.shape, contiguous=True)
+    stored = levels.shape[0] if bits == 8 else -(-levels.shape[0] // 2)
+    _check_shape(op, "starts", starts, stored + 1, contiguous=True)
+    if values.dim() != 1 or not values.is_contiguous():
+        raise ValueError(f"wanda::{op}: values must be contiguous [bytes], got {list(values.shape)}")
+
+
+def check_kept(op: str, uneven: int) -> None:
+    """``uneven``: rows, or pairs of 4 bits, whose bytes are others than ``starts`` says."""
+    if uneven:
+        raise ValueError(
+            f"wanda::{op}: starts must be where the values of mask begin, {uneven} of its rows take other bytes"
+        )
+
+
+def stored_counts(counts: Tensor, bits: int) -> Tensor:
+    """Of the values of each row: the bytes of each row, or of 4 bits of each pair."""
+    return counts if bits == 8 else pad(counts, (0, len(counts) % 2)).unflatten(0, (-1, 2)).amax(dim=1)

@@ -126,6 +126,20 @@ struct QuantizedWeight {
   int64_t bits;            // 8 or 4
 };
 
+// A weight as levels and scales (wanda_kernels/reference/quantize.py).
+struct QuantizeParams {
+  const void* weight;       // [rows, cols] contiguous
+  const float* importance;  // nullptr, or [cols]
+  int8_t* levels;           // [rows, cols]
+  uint16_t* scales;         // bfloat16, [rows, groups]
+  int64_t rows;
+  int64_t cols;
+  int64_t group;  // columns of a scale, at most cols
+  int64_t groups;
+  int64_t bits;  // 8 or 4
+  Dtype dtype;
+};
+
 // y = x W^T + bias on CUDA. `values`, `codes` and x are 16-byte aligned.
 struct PackedLinearParams {
   PackedWeight weight;

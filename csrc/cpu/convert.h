@@ -87,6 +87,13 @@ inline typename Element<dtype>::Bits from_float(float value) {
   }
 }
 
+constexpr float kStepOf1 = 12582912.0f;  // 2^23 + 2^22: beside it a float32 has steps of 1
+
+// To the nearest whole number, of two the even one; |value| <= 2^22.
+inline int32_t whole_of(float value) {
+  return static_cast<int32_t>(bits_of_float(value + kStepOf1)) - 0x4b400000;
+}
+
 // |w| * norm with one rounding. The sign of w cannot change the bits below the sign, so it is cleared first.
 inline float score_of(float w, float norm) { return float_of_bits(bits_of_float(w) & 0x7fffffffu) * norm; }
 

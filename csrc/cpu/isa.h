@@ -102,10 +102,20 @@ struct Kernels {
                             int64_t begin, int64_t end, void* scratch);
   void (*quantized_unpack)(const QuantizedWeight& weight, void* dense, Dtype dtype, int64_t begin,
                            int64_t end, void* scratch);
+
+  // Rows [begin, end), as wanda_kernels/reference/quantize.py, to the bit. Returns how many groups hold NaN
+  // or infinity; their levels and scales are not written. `scratch`: quantize_scratch(params) floats.
+  int64_t (*quantize)(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
+
+  // Likewise; stops at a group that has no such levels, and returns whether all have.
+  bool (*exact_levels)(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
 };
 
 // A row as bytes, or the masks of a group of rows.
 inline int64_t quantized_scratch(const QuantizedWeight& weight) { return weight.cols; }
+
+// A group's values and what they count, and sums of its blocks of columns.
+inline int64_t quantize_scratch(const QuantizeParams& params) { return 3 * params.group + 64; }
 
 // Those of the set in use.
 const Kernels& kernels();

@@ -26,6 +26,7 @@
 #include "pack_24_avx2.h"
 #include "packed_avx2.h"
 #include "product_sqnorm_impl.h"
+#include "quantize_impl.h"
 #include "quantized_avx2.h"
 #include "refine_impl.h"
 #include "rows_avx2.h"
@@ -45,7 +46,9 @@ Kernels avx2_kernels() {
           &PackedSteps<Avx2>::unpack,
           &quantized_round,
           &quantized_product<Avx2>,
-          &quantized_unpack<Avx2>};
+          &quantized_unpack<Avx2>,
+          &quantize_run<Avx2>,
+          &exact_levels_run};
 }
 
 }  // namespace wanda::cpu

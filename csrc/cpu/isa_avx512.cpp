@@ -27,6 +27,7 @@
 
 #include "pack_24_avx512.h"
 #include "product_sqnorm_impl.h"
+#include "quantize_impl.h"
 #include "refine_impl.h"
 #include "rows_avx512.h"
 #include "sqnorm_impl.h"
@@ -44,6 +45,8 @@ Kernels avx512_kernels() {
   kernels.refine = &refine_run<Avx512>;
   kernels.sqnorm = &sqnorm_run<Avx512>;
   kernels.product_sqnorm = &product_sqnorm_run;
+  kernels.quantize = &quantize_run<Avx512>;
+  kernels.exact_levels = &exact_levels_run;
   if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
       __builtin_cpu_supports("avx512bf16")) {
     add_packed_avx512(kernels);

@@ -7,6 +7,7 @@
 #include "pack_24_impl.h"
 #include "packed_impl.h"
 #include "product_sqnorm_impl.h"
+#include "quantize_impl.h"
 #include "quantized_impl.h"
 #include "refine_impl.h"
 #include "rows_scalar.h"
@@ -26,7 +27,9 @@ Kernels scalar_kernels() {
           &PackedSteps<Scalar>::unpack,
           &quantized_round,
           &quantized_product<Scalar>,
-          &quantized_unpack<Scalar>};
+          &quantized_unpack<Scalar>,
+          &quantize_run<Scalar>,
+          &exact_levels_run};
 }
 
 }  // namespace wanda::cpu

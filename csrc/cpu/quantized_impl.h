@@ -44,11 +44,6 @@ inline QuantizedColumns slab_of(const QuantizedWeight& w, const QuantizedColumns
 inline float min_normal() { return float_of_bits(0x00800000u); }
 inline float max_finite() { return float_of_bits(0x7f7fffffu); }
 
-// To the nearest whole number, |value| <= 2^22: beside the sum of powers of two a float32 has steps of 1.
-inline int32_t whole_of(float value) {
-  return static_cast<int32_t>(bits_of_float(value + 12582912.0f)) - 0x4b400000;
-}
-
 // A group's scale; the bits of magnitudes order as the magnitudes do, NaN above all.
 template <Dtype dtype>
 WANDA_STEP inline float scale_of(const typename Element<dtype>::Bits* x, int64_t count, float most) {

@@ -1,11 +1,14 @@
 // The operators on packed weights with values of 8 or 4 bits on the CPU. As packed_operators.cpp, but rows of
 // x are rounded first.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <tuple>
 #include <vector>
 
 #include "../checks_quantized.h"
@@ -198,6 +201,79 @@ at::Tensor unpack_quantized(const at::Tensor& values, const at::Tensor& scales, 
   return dense;
 }
 
+// ---- Weights to levels, and what is kept of them to bytes.
+
+std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& weight, int64_t bits, int64_t group,
+                                            const OptionalTensor& importance) {
+  const char* const op = "quantize";
+  const Quantization all = check_quantize(op, weight, bits, group, importance);
+  std::atomic<int64_t> not_finite{0};
+  over_rows(all.params.rows, all.params.cols, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(quantize_scratch(all.params)));
+    not_finite += kernels().quantize(all.params, begin, end, scratch.data());
+  });
+  WANDA_CHECK_VALUE(not_finite == 0, "weight holds NaN or inf: it cannot be quantised");
+  return {all.levels, all.scales};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> exact_levels(const at::Tensor& weight, int64_t bits,
+                                                            int64_t group) {
+  const Quantization all = check_quantize("exact_levels", weight, bits, group, {});
+  std::atomic<bool> are_exact{true};
+  over_rows(all.params.rows, all.params.cols, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(quantize_scratch(all.params)));
+    for (int64_t row = begin; row < end && are_exact; ++row) {
+      if (!kernels().exact_levels(all.params, row, row + 1, scratch.data())) are_exact = false;
+    }
+  });
+  return {all.levels, all.scales, at::full({}, are_exact.load(), weight.options().dtype(at::kBool))};
+}
+
+// The kept levels of a row, as they are stored, to `to`, which has room for one more. Without a branch: of
+// a mask at random it is mispredicted at every other column. Returns how many there are.
+int64_t gather_kept(const int8_t* levels, const bool* mask, int64_t cols, int8_t offset, uint8_t* to) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < cols; ++i) {
+    to[count] = static_cast<uint8_t>(levels[i] + offset);
+    count += mask[i];
+  }
+  return count;
+}
+
+void pack_kept_(at::Tensor values, const at::Tensor& levels, const at::Tensor& mask, const at::Tensor& starts,
+                int64_t bits) {
+  const char* const op = "pack_kept_";
+  check_pack_kept(op, values, levels, mask, starts, bits);
+  const int64_t rows = levels.size(0), cols = levels.size(1), stored = starts.size(0) - 1;
+  const int64_t together = bits == 8 ? 1 : 2;  // rows that share bytes
+  const int8_t* const from = levels.const_data_ptr<int8_t>();
+  const bool* const kept = mask.const_data_ptr<bool>();
+  const int32_t* const start = starts.const_data_ptr<int32_t>();
+  uint8_t* const to = values.mutable_data_ptr<uint8_t>();
+  std::atomic<int64_t> uneven{0};
+  over_rows(stored, together * cols, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> buffer(static_cast<size_t>(2 * (cols + 1)));
+    uint8_t *low = buffer.data(), *high = low + cols + 1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = together * i;
+      const bool is_pair = together == 2 && row + 1 < rows;
+      const auto offset = static_cast<int8_t>(1 << (bits - 1));
+      const int64_t count = gather_kept(from + row * cols, kept + row * cols, cols, offset, low);
+      const int64_t others =
+          is_pair ? gather_kept(from + (row + 1) * cols, kept + (row + 1) * cols, cols, offset, high) : 0;
+      const int64_t bytes = std::max(count, others);
+      if (start[i] < 0 || start[i + 1] > values.size(0) || start[i + 1] != start[i] + bytes) {
+        ++uneven;
+        continue;
+      }
+      std::fill(low + count, low + bytes, 0);
+      std::fill(high + others, high + bytes, 0);
+      for (int64_t k = 0; k < bytes; ++k) to[start[i] + k] = static_cast<uint8_t>(low[k] | high[k] << 4);
+    }
+  });
+  check_kept(op, uneven);
+}
+
 }  // namespace
 }  // namespace wanda::cpu
 
@@ -205,4 +281,7 @@ TORCH_LIBRARY_IMPL(wanda, CPU, m) {
   m.impl("quantized_linear", &wanda::cpu::quantized_linear);
   m.impl("quantized_experts", &wanda::cpu::quantized_experts);
   m.impl("unpack_quantized", &wanda::cpu::unpack_quantized);
+  m.impl("quantize", &wanda::cpu::quantize);
+  m.impl("exact_levels", &wanda::cpu::exact_levels);
+  m.impl("pack_kept_", &wanda::cpu::pack_kept_);
 }

@@ -16,6 +16,8 @@
 ``bitmap_experts``  products of tokens with the packed weights of the experts that they go to
                     (``sparse24_experts``)
 ``quantized_linear``  both with values of 8 or 4 bits (``quantized_experts``, ``unpack_quantized``)
+``quantize``        weights to levels of 8 or 4 bits and scales (``exact_levels``: those that they already consist of;
+                    ``pack_kept_``: the bytes of a bitmap)
 ==================  ==================================================================================
 """
 
@@ -31,6 +33,7 @@ from .packed import (
     unpack_bitmap,
     unpack_sparse24,
 )
+from .quantize import exact_levels, pack_kept_, quantize
 from .quantized import quantized_experts, quantized_linear, unpack_quantized
 from .refine import refine_nm_, refine_rows_
 from .rms_norm_sqnorm import rms_norm_sqnorm
@@ -39,8 +42,8 @@ from .solve import solve_rows_
 from .sqnorm import add_sqnorm_
 
 __all__ = [
-    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24",
-    "prune_nm_", "prune_pack_24", "prune_rows_", "quantized_experts", "quantized_linear", "refine_nm_",
-    "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "solve_rows_", "sparse24_experts",
-    "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
+    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "exact_levels", "gelu_tanh_mul_sqnorm", "nm_mask",
+    "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24", "prune_rows_", "quantize", "quantized_experts",
+    "quantized_linear", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "solve_rows_",
+    "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
 ]  # fmt: skip

@@ -21,15 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._checks_quantized import GROUPS
-from .format import bitmap_of, check_indices, indices_of, kept, parts, population
+from .. import ops
+from .._checks_quantized import GROUPS, stored_counts
+from .format import bitmap_of, check_indices, counts_of, indices_of, kept, parts, population
 
 BYTES_AFTER = 64  # that kernels may read past the last value of a bitmap
-_PART = 2**20  # elements: all that is tried for a part stays in L2, 1.7 to 2.5 x as fast as parts of 2**24
-FIRST_ROWS = 16  # of a weight, which tell whether it was quantised before
-# Divisors of a group's largest value that are tried for its scale. Clipping it pays at 4 bits: on a layer of SmolLM2 in
-# groups of 64 the root of the squared error falls from 8.0 % to 6.7 %, at 8 bits from 0.44 to 0.40 %.
-_DIVISORS = {8: (127.0, 127.5, 128.0, 129.0), 4: tuple(6.5 + 0.25 * step for step in range(18))}
 
 
 @dataclass(frozen=True)
@@ -79,50 +75,8 @@ class ValueType:
 
 
 def quantize(weight: Tensor, kind: ValueType, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """To the nearest whole number, with the scale of the least squared error among some for each group.
-
-    Args:
-        weight: [C_out, C_in], float32, bfloat16 or float16, finite.
-        importance: [C_in], float32, >= 0: what the squared errors of each column count; None: the same.
-
-    Returns:
-        levels [C_out, C_in] int8 (0 where the weight is 0 or next to it), scales [C_out, groups] bfloat16.
-
-    Raises:
-        ValueError: a weight is not finite.
-    """
-    size = max(1, _PART // weight.shape[1])
-    parts = [_quantize(part, kind, importance) for part in weight.split(size)]
-    levels, scales = (torch.cat(one) for one in zip(*parts, strict=True))
-    return levels, scales
-
-
-def _quantize(weight: Tensor, kind: ValueType, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows, cols = weight.shape
-    group = kind.columns(cols)
-    counts = None if importance is None else pad(importance, (0, -cols % group)).view(-1, group)
-    values = pad(weight.float(), (0, -cols % group)).view(rows, -1, group)
-    largest = values.abs().amax(dim=2, keepdim=True)
-    if not bool(largest.isfinite().all()):
-        raise ValueError("weight holds NaN or inf: it cannot be quantised")
-    highest = 0.99 * torch.finfo(weight.dtype).max / (1 << (kind.bits - 1))  # or its lowest value would become -inf
-    unit = largest.where(largest > 0, 1.0)
-    scale = torch.zeros_like(largest)
-    least = torch.full_like(largest, torch.inf)
-    for divisor in _DIVISORS[kind.bits]:
-        tried = (largest / divisor).clamp(max=highest).bfloat16().float()
-        error = _levels(values, tried, kind.bits).mul_(tried).sub_(values).div_(unit)  # squares may overflow
-        error = (error.square_() if counts is None else error.square_().mul_(counts)).sum(dim=2, keepdim=True)
-        is_less = error < least
-        scale, least = torch.where(is_less, tried, scale), torch.where(is_less, error, least)
-    levels = _levels(values, scale, kind.bits).to(torch.int8).view(rows, -1)[:, :cols]
-    return levels.contiguous(), scale.squeeze(2).bfloat16()
-
-
-def _levels(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    most = 1 << (bits - 1)
-    whole = (values / scale.where(scale > 0, 1.0)).round_().clamp_(-most, most - 1)
-    return whole.where(scale > 0, 0.0)
+    """As :func:`wanda_kernels.ops.quantize`."""
+    return ops.quantize(weight, kind.bits, kind.group, importance)
 
 
 def spread(scales: Tensor, kind: ValueType, cols: int) -> Tensor:
@@ -141,44 +95,15 @@ def quantized_before(weight: Tensor, kind: ValueType) -> tuple[Tensor, Tensor] |
 
     So what was chosen with more than the weights at hand, or was unpacked, is packed as it was.
     """
-    if kind.bits == 8 or _exact(weight[:FIRST_ROWS], kind) is None:
+    if kind.bits == 8:
         return None
-    found = []
-    for part in weight.split(max(1, _PART // weight.shape[1])):
-        one = _exact(part, kind)
-        if one is None:
-            return None
-        found.append(one)
-    levels, scales = (torch.cat(one) for one in zip(*found, strict=True))
-    return levels, scales
-
-
-def _exact(weight: Tensor, kind: ValueType) -> tuple[Tensor, Tensor] | None:
-    """A group's largest weight is a level times its scale, rounded to the weight's dtype: each level is tried, and each
-    scale that this rounding may hide."""
-    rows, cols = weight.shape
-    group = kind.columns(cols)
-    values = pad(weight, (0, -cols % group)).view(-1, group)
-    scale = torch.zeros(len(values), 1, dtype=torch.bfloat16, device=weight.device)
-    left = values.any(dim=1).nonzero()[:, 0]  # groups, by number
-    for level in range(1 << (kind.bits - 1), 0, -1):
-        near = (values[left].float().abs().amax(dim=1, keepdim=True) / level).bfloat16()
-        for step in (0, 1, -1):
-            tried = (near.view(torch.int16) + step).view(torch.bfloat16)
-            unit = tried.float()
-            is_exact = (_levels(values[left].float(), unit, kind.bits) * unit).to(weight.dtype) == values[left]
-            is_found = is_exact.all(dim=1) & (tried > 0)[:, 0]
-            scale[left[is_found]] = tried[is_found]
-            left, near = left[~is_found], near[~is_found]
-    if len(left):
-        return None
-    levels = _levels(values.float(), scale.float(), kind.bits).to(torch.int8).view(rows, -1)[:, :cols]
-    return levels.contiguous(), scale.view(rows, -1)
+    levels, scales, are_exact = ops.exact_levels(weight, kind.bits, kind.group)
+    return (levels, scales) if bool(are_exact) else None
 
 
 def pack_rows(levels: Tensor, bits: int) -> Tensor:
     """[C_out, n], n levels of each row that are all stored -> [C_out, n] uint8, or [ceil(C_out / 2), n] of 4 bits."""
-    stored = (levels.int() + (1 << (bits - 1))).to(torch.uint8)
+    stored = levels.view(torch.uint8) + (1 << (bits - 1))  # uint8 wraps
     if bits == 8:
         return stored
     halves = pad(stored, (0, 0, 0, stored.shape[0] % 2)).unflatten(0, (-1, 2))
@@ -193,23 +118,13 @@ def pack_kept(levels: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: more bytes than int32 counts.
     """
-    stored = (levels.int() + (1 << (bits - 1))).to(torch.uint8)
-    counts = stored_counts(mask.sum(dim=1), bits)
+    counts = stored_counts(counts_of(mask), bits)
     total = int(counts.sum())
     if total > 2**31 - 1:
         raise ValueError(f"weight takes {total} bytes, a bitmap counts up to {2**31 - 1}")
     starts = pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     values = torch.zeros(total + BYTES_AFTER, dtype=torch.uint8, device=levels.device)
-    if bits == 8:
-        values[:total] = stored[mask]
-        return values, starts
-    # Half after half, in the order of its rows: where a pair's bytes are taken by this half, and by what.
-    place = torch.arange(total, dtype=torch.int32, device=levels.device) - starts[:-1].repeat_interleave(counts)
-    for half, shift in ((slice(0, None, 2), 0), (slice(1, None, 2), 4)):
-        own = mask[half].sum(dim=1, dtype=torch.int32)
-        own = pad(own, (0, len(counts) - len(own)))
-        is_taken = place < own.repeat_interleave(counts)
-        values[:total] |= torch.zeros_like(values[:total]).masked_scatter_(is_taken, stored[half][mask[half]] << shift)
+    ops.pack_kept_(values, levels, mask, starts, bits)
     return values, starts
 
 
@@ -262,11 +177,6 @@ def validate_quantized(packed: tuple[Any, ...], kind: ValueType, rows: int, cols
         raise ValueError(f"its bitmap keeps {int(expected[-1])} bytes, {values.numel() - BYTES_AFTER} are there")
 
 
-def stored_counts(counts: Tensor, bits: int) -> Tensor:
-    """Of the values of each row: the bytes of each row, or of 4 bits of each pair."""
-    return counts if bits == 8 else pad(counts, (0, len(counts) % 2)).unflatten(0, (-1, 2)).amax(dim=1)
-
-
 def quantized_bytes(weight: Tensor, form: str, kind: ValueType) -> int:
     """What a weight takes."""
     rows, cols = weight.shape
@@ -275,6 +185,6 @@ def quantized_bytes(weight: Tensor, form: str, kind: ValueType) -> int:
         return kind.rows(rows) * cols + scales
     if form == "2:4":
         return kind.rows(rows) * (cols // 2) + rows * (cols // 8) + scales
-    counts = torch.cat([kept(part).sum(dim=1) for part in parts(weight)])
+    counts = torch.cat([counts_of(kept(part)) for part in parts(weight)])
     stored = int(stored_counts(counts, kind.bits).sum()) + BYTES_AFTER
     return stored + rows * (cols // 8) + 4 * (kind.rows(rows) + 1) + scales
