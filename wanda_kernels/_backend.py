@@ -67,7 +67,7 @@ _NOT_IN_CUDA = (
     "rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block", "pack_bitmap",
     "pack_sparse24",
 )  # fmt: skip
-_REFERENCE_ON_CUDA = ("add_gram_", "solve_rows_")  # cuBLAS's products
+_REFERENCE_ON_CUDA = ("add_gram_", "solve_rows_", "calibrate_levels_")  # cuBLAS's products
 
 
 def cuda_kernels(name: str) -> str:
