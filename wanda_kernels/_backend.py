@@ -87,7 +87,7 @@ def _describe_cuda() -> str:
     if _built_cuda:
         status = (
             f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices and "
-            "updates of weights by PyTorch's products"
+            "updates of weights and levels by PyTorch's products"
         )
     else:
         status = (

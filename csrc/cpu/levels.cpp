@@ -1,6 +1,10 @@
-// calibrate_levels_ on CPU tensors: a tile of rows on one thread, torch's products and own loops
-// (levels_impl.h) for a block of columns at a time, as solve.cpp has it: the same bits for any number of
-// threads.
+// calibrate_levels_ on CPU tensors: tiles of rows on one thread each, as solve.cpp has them, and for its
+// reasons. In a tile torch's products take turns with own loops over a block of columns (levels_impl.h). A
+// block's slopes are one product with all columns, made when its turn comes; the reference keeps those of all
+// columns up to date, which reads and writes them once for each block. The error takes half of a product.
+//
+// Three passes, and the errors of two sets of levels, one thread: 24 ms on 576 x 576, 0.42 x the ten steps of
+// solve_rows_; 0.32 x at 1,536 columns. The same in PyTorch: 2.4 x. Blocks of 128 columns take as long.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -31,16 +35,16 @@ at::Tensor inverse_of(const at::Tensor& x) {
   return at::where(found.isfinite(), found, 0);
 }
 
-// d @ G @ d of each row, [kLevelsRows] float64. A block with the columns before it counts twice for both: half
-// of the product.
+// d @ G @ d of each row, [kLevelsRows] float64. A block with the columns before it counts twice for both:
+// half of the product.
 at::Tensor errors_of(const at::Tensor& difference, const Layer& layer) {
   at::Tensor errors = at::zeros({kLevelsRows}, difference.options().dtype(at::kDouble));
   const int64_t cols = difference.size(0);
   for (int64_t begin = 0; begin < cols; begin += kLevelsColumns) {
     const int64_t count = std::min(kLevelsColumns, cols - begin);
     const at::Tensor own = difference.narrow(0, begin, count), gram = layer.gram.narrow(0, begin, count);
-    at::Tensor slope = at::addcmul(at::mm(gram.narrow(1, begin, count), own), own,
-                                   layer.extra.narrow(0, begin, count));
+    at::Tensor slope =
+        at::addcmul(at::mm(gram.narrow(1, begin, count), own), own, layer.extra.narrow(0, begin, count));
     if (begin > 0) slope.addmm_(gram.narrow(1, 0, begin), difference.narrow(0, 0, begin), 1, 2);
     errors.add_(own.to(at::kDouble).mul_(slope).sum(0));
   }
@@ -88,8 +92,8 @@ void calibrate_levels_(at::Tensor levels, const at::Tensor& weight, const at::Te
   const int64_t group =
       check_levels("calibrate_levels_", levels, weight, scales, gram, bits, damping, passes, errors);
   const at::Tensor diagonal = gram.diagonal().unsqueeze(1);
-  const Layer layer{gram.contiguous(), diagonal * damping, inverse_of(diagonal * (1 + damping)),
-                    group,             bits,               passes};
+  const Layer layer{
+      gram.contiguous(), diagonal * damping, inverse_of(diagonal * (1 + damping)), group, bits, passes};
   const int64_t rows = weight.size(0), tiles = (rows + kLevelsRows - 1) / kLevelsRows;
   // At least two, of which one may be none: a single one would not be in a parallel region
   at::parallel_for(0, std::max<int64_t>(2, tiles), 1, [&](int64_t begin, int64_t end) {

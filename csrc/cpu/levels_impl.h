@@ -32,9 +32,11 @@ inline void levels_run(const LevelsBlock& b) {
     float* __restrict slope = b.slope + c * kLevelsRows;
     add_moved(slope, b.gram + c * b.gram_stride, moved, c);
     const int64_t group = (b.first + c) / b.group * kLevelsRows;
-    const float *__restrict step = b.steps + group, *__restrict per_step = b.per_step + group;
+    const float* __restrict step = b.steps + group;
+    const float* __restrict per_step = b.per_step + group;
     const float* __restrict target = b.target + c * kLevelsRows;
-    float *__restrict level = b.levels + c * kLevelsRows, *__restrict difference = b.difference + c * kLevelsRows;
+    float* __restrict level = b.levels + c * kLevelsRows;
+    float* __restrict difference = b.difference + c * kLevelsRows;
     float* __restrict change = moved + c * kLevelsRows;
     const float per_square = b.per_square[c], extra = b.extra[c], least = -b.most, largest = b.most - 1;
     for (int64_t r = 0; r < kLevelsRows; ++r) {

@@ -1,5 +1,4 @@
-"""Levels chosen by what a layer computes (:func:`wanda_kernels.ops.calibrate_levels_`), where they are the better ones.
-"""
+"""Levels chosen by what a layer computes (:mod:`wanda_kernels.ops.levels`), where they are the better ones."""
 
 from __future__ import annotations
 
