@@ -1,9 +1,9 @@
-// As checks.h, for add_gram_, refine_rows_, refine_nm_ and solve_rows_.
+// As checks.h, for add_gram_, refine_rows_, refine_nm_, solve_rows_ and calibrate_levels_.
 #pragma once
 
 #include <cmath>
 
-#include "checks.h"
+#include "checks_quantized.h"
 
 namespace wanda {
 
@@ -13,19 +13,24 @@ struct Refinement {
   at::Tensor weight, gram, swaps;
 };
 
-inline void check_mask_and_gram(const char* op, const at::Tensor& mask, const at::Tensor& weight,
-                                const at::Tensor& gram, double damping, const OptionalTensor& sums) {
-  check_weight(op, weight);
-  const int64_t rows = weight.size(0), cols = weight.size(1);
-  check_type(op, "mask", mask, at::kBool, "bool");
-  check_device(op, "mask", mask, "weight is", weight);
-  WANDA_CHECK_VALUE(mask.sizes() == weight.sizes() && mask.is_contiguous(), "mask must be contiguous ",
-                    weight.sizes(), ", got ", mask.sizes());
+inline void check_products(const char* op, const at::Tensor& weight, const at::Tensor& gram, double damping) {
+  const int64_t cols = weight.size(1);
   check_type(op, "gram", gram, at::kFloat, "float32");
   check_device(op, "gram", gram, "weight is", weight);
   WANDA_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == cols && gram.size(1) == cols, "gram must be [", cols,
                     ", ", cols, "], got ", gram.sizes());
   WANDA_CHECK_VALUE(damping >= 0 && std::isfinite(damping), "damping must be finite and >= 0, got ", damping);
+}
+
+inline void check_mask_and_gram(const char* op, const at::Tensor& mask, const at::Tensor& weight,
+                                const at::Tensor& gram, double damping, const OptionalTensor& sums) {
+  check_weight(op, weight);
+  const int64_t rows = weight.size(0);
+  check_type(op, "mask", mask, at::kBool, "bool");
+  check_device(op, "mask", mask, "weight is", weight);
+  WANDA_CHECK_VALUE(mask.sizes() == weight.sizes() && mask.is_contiguous(), "mask must be contiguous ",
+                    weight.sizes(), ", got ", mask.sizes());
+  check_products(op, weight, gram, damping);
   if (sums) {
     check_type(op, "sums", *sums, at::kDouble, "float64");
     check_device(op, "sums", *sums, "weight is", weight);
@@ -102,6 +107,35 @@ inline void check_solve(const char* op, const at::Tensor& weight, const at::Tens
   WANDA_CHECK_VALUE(target.sizes() == weight.sizes(), "target must be ", weight.sizes(), ", got ",
                     target.sizes());
   WANDA_CHECK_VALUE(steps >= 0, "steps must be >= 0, got ", steps);
+}
+
+// Returns the columns of a scale.
+inline int64_t check_levels(const char* op, const at::Tensor& levels, const at::Tensor& weight,
+                            const at::Tensor& scales, const at::Tensor& gram, int64_t bits, double damping,
+                            int64_t passes, const OptionalTensor& errors) {
+  check_weight(op, weight);
+  const int64_t rows = weight.size(0), cols = weight.size(1);
+  check_type(op, "levels", levels, at::kChar, "int8");
+  check_device(op, "levels", levels, "weight is", weight);
+  WANDA_CHECK_VALUE(levels.sizes() == weight.sizes(), "levels must be ", weight.sizes(), ", got ",
+                    levels.sizes());
+  check_type(op, "scales", scales, at::kBFloat16, "bfloat16");
+  check_device(op, "scales", scales, "weight is", weight);
+  WANDA_CHECK_VALUE(scales.dim() == 2 && scales.size(0) == rows, "scales must be [", rows, ", groups], got ",
+                    scales.sizes());
+  const int64_t group = quantized_group(cols, scales.size(1));
+  WANDA_CHECK_VALUE(group > 0, "scales must be for 32, 64, 128 or all of the ", cols, " columns, got ",
+                    scales.size(1), " of a row");
+  check_products(op, weight, gram, damping);
+  WANDA_CHECK_VALUE(bits == 8 || bits == 4, "bits must be 8 or 4, got ", bits);
+  WANDA_CHECK_VALUE(passes >= 0, "passes must be >= 0, got ", passes);
+  if (errors) {
+    check_type(op, "errors", *errors, at::kDouble, "float64");
+    check_device(op, "errors", *errors, "weight is", weight);
+    WANDA_CHECK_VALUE(errors->dim() == 1 && errors->size(0) == rows && errors->is_contiguous(),
+                      "errors must be contiguous [", rows, "], got ", errors->sizes());
+  }
+  return group;
 }
 
 }  // namespace wanda

@@ -27,6 +27,7 @@ def packed():
 SPARSE = WEIGHT.masked_fill(reference.nm_mask(WEIGHT, NORM, 2, 4), 0)
 
 LEVELS = quantize(SPARSE, ValueType(4, 32))
+BESIDE = (LEVELS[1], GRAM, 4)
 
 
 def quantized(bits):
@@ -54,6 +55,7 @@ CALLS = {
     "refine_rows_": lambda: (ROWS.clone(), WEIGHT, GRAM, 0.3, None, torch.zeros(32, 2, dtype=torch.float64)),
     "refine_nm_": lambda: (GROUPS.clone(), HALF, GRAM, 2, 4, 0.3, 4, None),
     "solve_rows_": lambda: (WEIGHT.clone(), ROWS, GRAM, WEIGHT, 0.3, 4, torch.zeros(32, 2, dtype=torch.float64)),
+    "calibrate_levels_": lambda: (LEVELS[0].clone(), SPARSE, *BESIDE, 1.0, 3, torch.zeros(32, dtype=torch.float64)),
     "pack_24": lambda: (ops.unpack_24(*packed()),),
     "prune_pack_24": lambda: (HALF, NORM),
     "unpack_24": packed,
@@ -188,6 +190,29 @@ BAD = [
                 (WEIGHT, ROWS, GRAM, WEIGHT, 0.3, 1, torch.zeros(31, 2).double()),
                 ValueError,
                 r"sums must be contiguous \[32, 2\], got \[31, 2\]",
+            ),
+        )
+    ),
+    *(
+        ("calibrate_levels_", args, kind, message)
+        for args, kind, message in (
+            ((LEVELS[0].int(), WEIGHT, *BESIDE), TypeError, "levels must be int8, got"),
+            ((LEVELS[0][:31], WEIGHT, *BESIDE), ValueError, r"levels must be \[32, 64\], got \[31, 64\]"),
+            ((LEVELS[0], WEIGHT[0], *BESIDE), ValueError, r"weight must have 2 dimensions \[C_out, C_in\], got 1"),
+            ((LEVELS[0], WEIGHT.int(), *BESIDE), TypeError, "weight must be float32, bfloat16 or float16, got"),
+            ((LEVELS[0], WEIGHT, NORM, GRAM, 4), TypeError, "scales must be bfloat16, got"),
+            ((LEVELS[0], WEIGHT, LEVELS[1][:31], GRAM, 4), ValueError, r"scales must be \[32, groups\], got \[31, 2\]"),
+            ((LEVELS[0], WEIGHT, HALF[:, :5], GRAM, 4), ValueError, "scales must be for 32, 64, 128 or all .* got 5"),
+            ((LEVELS[0], WEIGHT, LEVELS[1], GRAM.double(), 4), TypeError, "gram must be float32, got"),
+            ((LEVELS[0], WEIGHT, LEVELS[1], GRAM[:63], 4), ValueError, r"gram must be \[64, 64\], got \[63, 64\]"),
+            ((LEVELS[0], WEIGHT, LEVELS[1], GRAM, 3), ValueError, "bits must be 8 or 4, got 3"),
+            ((LEVELS[0], WEIGHT, *BESIDE, -0.1), ValueError, "damping must be finite and >= 0, got -0.1"),
+            ((LEVELS[0], WEIGHT, *BESIDE, 1.0, -1), ValueError, "passes must be >= 0, got -1"),
+            ((LEVELS[0], WEIGHT, *BESIDE, 1.0, 3, NORM[:32]), TypeError, "errors must be float64, got"),
+            (
+                (LEVELS[0], WEIGHT, *BESIDE, 1.0, 3, NORM[:31].double()),
+                ValueError,
+                r"errors must be contiguous \[32\], got \[31\]",
             ),
         )
     ),

@@ -67,7 +67,8 @@ _NOT_IN_CUDA = (
     "rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block", "pack_bitmap",
     "pack_sparse24",
 )  # fmt: skip
-_REFERENCE_ON_CUDA = ("add_gram_", "solve_rows_", "quantize", "exact_levels", "pack_kept_")  # two: cuBLAS's
+# The first three: cuBLAS's products.
+_REFERENCE_ON_CUDA = ("add_gram_", "solve_rows_", "calibrate_levels_", "quantize", "exact_levels", "pack_kept_")
 
 
 def cuda_kernels(name: str) -> str:
@@ -87,7 +88,7 @@ def _describe_cuda() -> str:
     if _built_cuda:
         status = (
             f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices and "
-            "updates of weights by PyTorch's products"
+            "updates of weights and levels by PyTorch's products"
         )
     else:
         status = (

@@ -99,6 +99,14 @@ def check_nm(op: str, weight: Tensor, norm: Tensor, n: int, m: int, score_sums: 
     _check_score_sums(op, score_sums, weight)
 
 
+def _check_products(op: str, gram: Tensor, weight: Tensor, damping: float) -> None:
+    cols = weight.shape[1]
+    _check_beside(op, "gram", gram, torch.float32, "weight", weight)
+    _check_shape(op, "gram", gram, cols, cols)
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"wanda::{op}: damping must be finite and >= 0, got {damping}")
+
+
 def _check_refine(
     op: str, mask: Tensor, weight: Tensor, gram: Tensor, damping: float, sums: Tensor | None = None
 ) -> None:
@@ -106,10 +114,7 @@ def _check_refine(
     rows, cols = weight.shape
     _check_beside(op, "mask", mask, torch.bool, "weight", weight)
     _check_shape(op, "mask", mask, rows, cols, contiguous=True)
-    _check_beside(op, "gram", gram, torch.float32, "weight", weight)
-    _check_shape(op, "gram", gram, cols, cols)
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"wanda::{op}: damping must be finite and >= 0, got {damping}")
+    _check_products(op, gram, weight, damping)
     if sums is not None:
         _check_beside(op, "sums", sums, torch.float64, "weight", weight)
         _check_shape(op, "sums", sums, rows, 2, contiguous=True)

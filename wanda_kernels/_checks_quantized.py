@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._checks import FLOATS, _check_beside, _check_device, _check_dtype, _check_like, _check_shape, _check_weight
+from ._checks import (
+    FLOATS,
+    _check_beside,
+    _check_device,
+    _check_dtype,
+    _check_like,
+    _check_products,
+    _check_shape,
+    _check_weight,
+)
 
 GROUPS = (32, 64, 128)  # columns that a scale is for, beside all of a row
 MOST_COLUMNS = 1 << 20  # int32 holds their sums
@@ -141,3 +150,31 @@ def check_kept(op: str, uneven: int) -> None:
 def stored_counts(counts: Tensor, bits: int) -> Tensor:
     """Of the values of each row: the bytes of each row, or of 4 bits of each pair."""
     return counts if bits == 8 else pad(counts, (0, len(counts) % 2)).unflatten(0, (-1, 2)).amax(dim=1)
+
+
+def check_levels(
+    op: str, levels: Tensor, weight: Tensor, scales: Tensor, gram: Tensor, bits: int, damping: float = 1.0,
+    passes: int = 3, errors: Tensor | None = None,
+) -> int:  # fmt: skip
+    """Returns the columns of a scale."""
+    _check_weight(op, weight)
+    rows, cols = weight.shape
+    _check_beside(op, "levels", levels, torch.int8, "weight", weight)
+    _check_shape(op, "levels", levels, rows, cols)
+    _check_beside(op, "scales", scales, torch.bfloat16, "weight", weight)
+    if scales.dim() != 2 or len(scales) != rows:
+        raise ValueError(f"wanda::{op}: scales must be [{rows}, groups], got {list(scales.shape)}")
+    group = group_of(cols, scales.shape[1])
+    if not group:
+        raise ValueError(
+            f"wanda::{op}: scales must be for 32, 64, 128 or all of the {cols} columns, got {scales.shape[1]} of a row"
+        )
+    _check_products(op, gram, weight, damping)
+    if bits not in (8, 4):
+        raise ValueError(f"wanda::{op}: bits must be 8 or 4, got {bits}")
+    if passes < 0:
+        raise ValueError(f"wanda::{op}: passes must be >= 0, got {passes}")
+    if errors is not None:
+        _check_beside(op, "errors", errors, torch.float64, "weight", weight)
+        _check_shape(op, "errors", errors, rows, contiguous=True)
+    return group

@@ -40,6 +40,27 @@ struct ProductSqnormParams {
   int64_t cols;
 };
 
+constexpr int64_t kLevelsRows = 96;     // SOLVED_ROWS of wanda_kernels/reference: of a tile
+constexpr int64_t kLevelsColumns = 64;  // of a block, at most
+
+// A tile's rows, a block of its columns; `rows` is kLevelsRows.
+struct LevelsBlock {
+  const float* gram;        // [cols, cols] of it
+  int64_t gram_stride;      // elements, from row to row
+  const float* extra;       // [cols]: what damping adds to the diagonal
+  const float* per_square;  // [cols]: 1 / the damped diagonal, 0 where that is 0
+  const float* steps;       // [groups, rows]: scales, of all columns
+  const float* per_step;    // [groups, rows]: 1 / steps, 0 where they are 0
+  const float* target;      // [cols, rows]
+  float* slope;             // [cols, rows]: gram @ difference over all columns, without damping; is used up
+  float* levels;            // [cols, rows]: whole numbers
+  float* difference;        // [cols, rows]: levels * steps - target
+  int64_t first;            // column of the block
+  int64_t cols;             // 1 .. kLevelsColumns
+  int64_t group;            // columns of a scale
+  float most;               // levels are -most .. most - 1
+};
+
 constexpr int64_t kPackedSlab = 8;  // rows of x that a kernel takes at once
 
 // How a packed product wants x: slabs of at most kPackedSlab rows, each contiguous; in a slab blocks of
@@ -77,6 +98,9 @@ struct Kernels {
 
   // Rows [begin, end), better many at once: their products with G share its rows.
   void (*refine)(const RefineParams& params, int64_t begin, int64_t end);
+
+  // The level of each kept weight that is best beside all others as they are, a column after the other.
+  void (*levels)(const LevelsBlock& block);
 
   // Sequence (or segment) `sequence`, columns [begin, end). A column's sum takes its tokens in order in
   // float32, each square rounded before it is added (no fused multiply-add): the order and rounding of

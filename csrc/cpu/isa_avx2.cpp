@@ -23,6 +23,7 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
 #endif
 
+#include "levels_impl.h"
 #include "pack_24_avx2.h"
 #include "packed_avx2.h"
 #include "product_sqnorm_impl.h"
@@ -39,6 +40,7 @@ Kernels avx2_kernels() {
           &nm_run<Avx2>,
           &pack_24_run<Avx2>,
           &refine_run<Avx2>,
+          &levels_run,
           &sqnorm_run<Avx2>,
           &product_sqnorm_run,
           &PackedSteps<Avx2>::layout,

@@ -25,6 +25,7 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
 #endif
 
+#include "levels_impl.h"
 #include "pack_24_avx512.h"
 #include "product_sqnorm_impl.h"
 #include "quantize_impl.h"
@@ -43,6 +44,7 @@ Kernels avx512_kernels() {
   kernels.nm = &nm_run<Avx512>;
   kernels.pack_24 = &pack_24_run<Avx512>;
   kernels.refine = &refine_run<Avx512>;
+  kernels.levels = &levels_run;
   kernels.sqnorm = &sqnorm_run<Avx512>;
   kernels.product_sqnorm = &product_sqnorm_run;
   kernels.quantize = &quantize_run<Avx512>;

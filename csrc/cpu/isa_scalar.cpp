@@ -3,6 +3,7 @@
 #include <cstring>
 #include <new>
 
+#include "levels_impl.h"
 #include "nm_impl.h"
 #include "pack_24_impl.h"
 #include "packed_impl.h"
@@ -20,6 +21,7 @@ Kernels scalar_kernels() {
           &nm_run<Scalar>,
           &pack_24_run<Scalar>,
           &refine_run<Scalar>,
+          &levels_run,
           &sqnorm_run<Scalar>,
           &product_sqnorm_run,
           &PackedSteps<Scalar>::layout,

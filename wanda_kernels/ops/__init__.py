@@ -5,6 +5,7 @@
 ``prune_nm_``       keep n of every m consecutive weights, in place (``nm_mask``: only the mask)
 ``refine_rows_``    a better mask by swaps within rows, in place (``refine_nm_``: within groups of m)
 ``solve_rows_``     better kept weights on a fixed mask, in place
+``calibrate_levels_``  better levels of 8 or 4 bits, in place
 ``pack_24``         2:4 weights to torch's CUTLASS layout (``prune_pack_24``: select and pack;
                     ``unpack_24``: back to dense)
 ``add_sqnorm_``     add each channel's sum of squares, the statistics behind ``norm``
@@ -23,6 +24,7 @@
 
 from .act_mul_sqnorm import gelu_tanh_mul_sqnorm, silu_mul_sqnorm
 from .gram import add_gram_
+from .levels import calibrate_levels_
 from .nm import nm_mask, prune_nm_
 from .pack_24 import pack_24, prune_pack_24, unpack_24
 from .packed import (
@@ -42,8 +44,9 @@ from .solve import solve_rows_
 from .sqnorm import add_sqnorm_
 
 __all__ = [
-    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "exact_levels", "gelu_tanh_mul_sqnorm", "nm_mask",
-    "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24", "prune_rows_", "quantize", "quantized_experts",
-    "quantized_linear", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "solve_rows_",
-    "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
+    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "calibrate_levels_", "exact_levels",
+    "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24", "prune_rows_",
+    "quantize", "quantized_experts", "quantized_linear", "refine_nm_", "refine_rows_", "rms_norm_sqnorm",
+    "row_mask", "silu_mul_sqnorm", "solve_rows_", "sparse24_experts", "sparse24_linear", "unpack_24",
+    "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
 ]  # fmt: skip

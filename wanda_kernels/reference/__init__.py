@@ -12,14 +12,16 @@ from torch.sparse._semi_structured_conversions import (
 
 from .. import _checks
 from .gram import add_gram_, refine_nm_, refine_rows_, solve_rows_
+from .levels import calibrate_levels_
 from .quantize import exact_levels, pack_kept_, quantize
 from .quantized import quantized_experts, quantized_linear, unpack_quantized
 
 __all__ = [
-    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "exact_levels", "gelu_tanh_mul_sqnorm", "nm_mask",
-    "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24", "prune_rows_", "quantize", "quantized_experts",
-    "quantized_linear", "refine_nm_", "refine_rows_", "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "solve_rows_",
-    "sparse24_experts", "sparse24_linear", "unpack_24", "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
+    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "calibrate_levels_", "exact_levels",
+    "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24", "prune_rows_",
+    "quantize", "quantized_experts", "quantized_linear", "refine_nm_", "refine_rows_", "rms_norm_sqnorm",
+    "row_mask", "silu_mul_sqnorm", "solve_rows_", "sparse24_experts", "sparse24_linear", "unpack_24",
+    "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
 ]  # fmt: skip
 
 
