@@ -185,10 +185,12 @@ def _levels(settings: Settings, rows: int, cols: int) -> Case:
         return levels, weight, scales, gram
 
     def run(inputs: Inputs) -> None:
-        ops.calibrate_levels_(*inputs, kind.bits)
+        levels, weight, scales, gram = inputs
+        ops.calibrate_levels_(levels, weight, scales, gram, kind.bits)
 
     def by_reference(inputs: Inputs) -> None:
-        reference.calibrate_levels_(*inputs, kind.bits)
+        levels, weight, scales, gram = inputs
+        reference.calibrate_levels_(levels, weight, scales, gram, kind.bits)
 
     def check(inputs: Inputs) -> str:
         levels, weight, scales, gram = inputs
@@ -204,6 +206,7 @@ def _levels(settings: Settings, rows: int, cols: int) -> Case:
 
     return Case(
         "refine", "calibrate_levels_", f"{rows} x {cols}", torch.float32,
-        backend_of("calibrate_levels_", settings.device), make, run, check, 4 * cols * cols, {"PyTorch reference": by_reference},
+        backend_of("calibrate_levels_", settings.device), make, run, check, 4 * cols * cols,
+        {"PyTorch reference": by_reference},
         threads=1 if settings.device.type == "cpu" else "", in_place=True,
     )  # fmt: skip
