@@ -1,5 +1,6 @@
 """Gram matrices, refinement of masks by them, rows of a weight to convergence, against the reference's vectorised
-PyTorch on the same rows; and the update of kept weights, against conjugate gradients as one writes them in PyTorch."""
+PyTorch on the same rows; the update of kept weights, against conjugate gradients as one writes them in PyTorch; and
+int4's levels, against the reference's columns of all rows."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from benchmarks.harness import Case, Inputs, Settings, WrongResultError
 from benchmarks.operators import Shapes, backend_of
 from wanda_kernels import ops, reference
+from wanda_kernels.packed.values import ValueType, dequantize, quantize
 
 ROWS = 192  # on a CPU: rows do not depend on one another, and the peer takes seconds for these
 CHECKED_ROWS = 8  # the reference adds one column after the other
@@ -52,7 +54,7 @@ def vectorised_groups(inputs: Inputs) -> Tensor:
 
 def refine(settings: Settings, shapes: Shapes) -> Iterator[Case]:
     """On the width of the first shape: a sequence's Gram matrix, half of each row to convergence, four sweeps over
-    2:4, and ten steps of the update."""
+    2:4, ten steps of the update, and three passes over the levels."""
     rows, cols = shapes[0]
     if settings.device.type == "cpu":
         rows = min(ROWS, rows)
@@ -64,6 +66,7 @@ def refine(settings: Settings, shapes: Shapes) -> Iterator[Case]:
     for operator, pattern, call, peer in kinds:
         yield _case(settings, rows, cols, operator, pattern, call, peer)
     yield _solve(settings, rows, cols)
+    yield _levels(settings, rows, cols)
 
 
 def _gram(settings: Settings, cols: int) -> Case:
@@ -167,5 +170,43 @@ def _solve(settings: Settings, rows: int, cols: int) -> Case:
     return Case(
         "refine", "solve_rows_", f"{rows} x {cols}", torch.float32, backend_of("solve_rows_", settings.device), make,
         run, check, 4 * cols * cols, {"PyTorch": conjugate_gradients},
+        threads=1 if settings.device.type == "cpu" else "", in_place=True,
+    )  # fmt: skip
+
+
+def _levels(settings: Settings, rows: int, cols: int) -> Case:
+    kind = ValueType(4, 64)
+
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = correlated(2 * cols, cols, settings.device)
+        weight, gram = torch.randn(rows, cols, device=settings.device), x.T @ x
+        weight.masked_fill_(reference.row_mask(weight, gram.diagonal().sqrt(), 0.5), 0)
+        levels, scales = quantize(weight, kind, gram.diagonal())
+        return levels, weight, scales, gram
+
+    def run(inputs: Inputs) -> None:
+        levels, weight, scales, gram = inputs
+        ops.calibrate_levels_(levels, weight, scales, gram, kind.bits)
+
+    def by_reference(inputs: Inputs) -> None:
+        levels, weight, scales, gram = inputs
+        reference.calibrate_levels_(levels, weight, scales, gram, kind.bits)
+
+    def check(inputs: Inputs) -> str:
+        levels, weight, scales, gram = inputs
+        start, theirs = levels.clone(), levels.clone()
+        run(inputs)
+        by_reference((theirs, weight, scales, gram))
+        damped = gram.double() + gram.double().diagonal().diag()
+        differences = (dequantize(one, scales, kind).double() - weight.double() for one in (start, levels, theirs))
+        before, ours, wanted = (((d @ damped) * d).sum(1) for d in differences)
+        if levels[weight == 0].any() or levels.abs().max() > 8 or not (ours < 1.01 * wanted).all():
+            raise WrongResultError(f"errors {ours.sum():.4g}, {wanted.sum():.4g} by the reference")
+        return f"{ours.sum() / before.sum():.3f} of the error is left"
+
+    return Case(
+        "refine", "calibrate_levels_", f"{rows} x {cols}", torch.float32,
+        backend_of("calibrate_levels_", settings.device), make, run, check, 4 * cols * cols,
+        {"PyTorch reference": by_reference},
         threads=1 if settings.device.type == "cpu" else "", in_place=True,
     )  # fmt: skip
