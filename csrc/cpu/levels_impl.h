@@ -12,8 +12,6 @@
 namespace wanda::cpu {
 namespace {
 
-constexpr float kRoundsToWhole = 12582912.0f;  // 1.5 * 2^23: added and taken off, it leaves whole numbers
-
 // slope[r] += the sum over k < count of gram[k] * moved[k, r].
 WANDA_STEP inline void add_moved(float* __restrict slope, const float* __restrict gram,
                                  const float* __restrict moved, int64_t count) {
@@ -44,7 +42,7 @@ inline void levels_run(const LevelsBlock& b) {
       float best = level[r] - (slope[r] + extra * was) * per_square * per_step[r];
       best = best < least ? least : best;
       best = best > largest ? largest : best;
-      best = (best + kRoundsToWhole) - kRoundsToWhole;
+      best = (best + kStepOf1) - kStepOf1;  // to a whole number
       best = target[r] == 0 ? 0 : best;
       best = step[r] == 0 ? 0 : best;
       const float now = best * step[r] - target[r];
