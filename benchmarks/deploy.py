@@ -2,7 +2,7 @@
 
 python -m benchmarks.deploy --out DIR [--model qwen|smollm2] [--samples 16] [--windows 6] [--rounds 3]
 
-Makes in DIR, where it is not there yet: the dense model, the model pruned to 50 % (refined, updated, calibrated on
+Makes in DIR, what is not there yet: the dense model, the model pruned to 50 % (refined, updated, calibrated on
 help texts), packed as bfloat16, int8 and int4, and llama.cpp's formats, where llama-quantize and llama-bench are there.
 Then the perplexities of all of them, `wanda-kernels speed` with all of them in turns, and deploy.json. The models come
 from 4-bit files, which flatters llama.cpp's formats of 4 bits and more: they lose next to nothing.
@@ -88,21 +88,12 @@ def perplexities(out: Path, files: list[Path], windows: int, length: int) -> dic
 
 
 def measure(out: Path, files: list[Path], rounds: int) -> list[dict[str, Any]]:
-    figures = out / "speed.json"
-    peers: list[Argument] = [part for file in files for part in ("--llama-bench", file)]
-    given: list[Argument] = [
-        "--batches",
-        1,
-        "--prompt",
-        PROMPT,
-        "--tokens",
-        TOKENS,
-        "--rounds",
-        rounds,
-        "--json",
-        figures,
-    ]
-    wanda("speed", *(out / name for name in ("dense", *PACKED)), "--static", *peers, *given)
+    figures = out / f"speed.{rounds}.json"
+    if not figures.exists():
+        peers: list[Argument] = [part for file in files for part in ("--llama-bench", file)]
+        given: list[Argument] = ["--batches", 1, "--prompt", PROMPT, "--tokens", TOKENS, "--rounds", rounds]
+        folders = [out / name for name in ("dense", *PACKED)]
+        wanda("speed", *folders, "--static", *peers, *given, "--json", figures)
     rows = json.loads(figures.read_text())["rows"]
     return [row | {"model": Path(row["model"]).name} for row in rows]
 
