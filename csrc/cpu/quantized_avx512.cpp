@@ -381,10 +381,16 @@ void product(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, i
 }
 
 }  // namespace
+}  // namespace wanda::cpu
+
+#include "quantized_unpack_avx512.h"
+
+namespace wanda::cpu {
 
 void add_quantized_avx512(Kernels& kernels) {
   kernels.quantized_round = &round;
   kernels.quantized_product = &product;
+  kernels.quantized_unpack = &unpack;
 }
 
 }  // namespace wanda::cpu
