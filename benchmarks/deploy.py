@@ -75,16 +75,17 @@ def make_gguf(model: ModuleType, out: Path) -> list[Path]:
 
 
 def perplexities(out: Path, files: list[Path], windows: int, length: int) -> dict[str, list[float]]:
-    """Of each folder and file, on both texts, by the same program: transformers dequantises llama.cpp's formats."""
+    """Of each folder and file, on both texts, by the same program: transformers dequantises llama.cpp's formats. BF16
+    is the dense model."""
     found = {}
-    for path in (out / "dense", *(out / name for name in PACKED), *files):
+    for path in (out / "dense", *(out / name for name in PACKED), *(file for file in files if file.stem != "BF16")):
         figures = out / f"{path.stem}.{windows}x{length}.json"
         if not figures.exists():
             given: list[Argument] = [part for text in (texts.HELP, texts.SOURCE) for part in ("--text", out / text)]
             given += ["--windows", windows, "--length", length, "--dtype", "bfloat16"]
             wanda("eval", path, *given, "--json", figures)
         found[path.stem] = [entry["perplexity"] for entry in json.loads(figures.read_text())["texts"]]
-    return found
+    return found | {"BF16": found["dense"]}
 
 
 def measure(out: Path, files: list[Path], rounds: int) -> list[dict[str, Any]]:
