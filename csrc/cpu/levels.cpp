@@ -6,13 +6,13 @@
 // Three passes, and the errors of two sets of levels, one thread: 24 ms on 576 x 576, 0.42 x the ten steps of
 // solve_rows_; 0.32 x at 1,536 columns. The same in PyTorch: 2.4 x. Blocks of 128 columns take as long.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "../checks_refine.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace wanda::cpu {
 namespace {
@@ -94,17 +94,10 @@ void calibrate_levels_(at::Tensor levels, const at::Tensor& weight, const at::Te
   const at::Tensor diagonal = gram.diagonal().unsqueeze(1);
   const Layer layer{
       gram.contiguous(), diagonal * damping, inverse_of(diagonal * (1 + damping)), group, bits, passes};
-  const int64_t rows = weight.size(0), tiles = (rows + kLevelsRows - 1) / kLevelsRows;
-  // At least two, of which one may be none: a single one would not be in a parallel region
-  at::parallel_for(0, std::max<int64_t>(2, tiles), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView
-        below;  // the thread does not know what its caller has switched off
-    for (int64_t row = begin * kLevelsRows; row < std::min(end * kLevelsRows, rows); row += kLevelsRows) {
-      const int64_t count = std::min(kLevelsRows, rows - row);
-      const auto tile = [&](const at::Tensor& whole) { return whole.narrow(0, row, count); };
-      const at::Tensor found = calibrate_tile(tile(levels), tile(weight), tile(scales), layer);
-      if (errors) tile(*errors).copy_(found.narrow(0, 0, count));
-    }
+  over_tiles(weight.size(0), kLevelsRows, [&](int64_t row, int64_t count) {
+    const auto tile = [&](const at::Tensor& whole) { return whole.narrow(0, row, count); };
+    const at::Tensor found = calibrate_tile(tile(levels), tile(weight), tile(scales), layer);
+    if (errors) tile(*errors).copy_(found.narrow(0, 0, count));
   });
 }
 

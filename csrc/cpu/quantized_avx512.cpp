@@ -17,6 +17,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "convert.h"
 #include "isa.h"
@@ -41,6 +42,23 @@ enum class Form : int { kBitmap, kSparse24, kDense };
 
 inline Form form_of(const QuantizedWeight& w) {
   return w.codes == nullptr ? Form::kDense : w.starts != nullptr ? Form::kBitmap : Form::kSparse24;
+}
+
+// f(bits, form), both as constants.
+template <class F>
+void by_form(const QuantizedWeight& w, F f) {
+  const auto with = [&](auto bits) {
+    switch (form_of(w)) {
+      case Form::kBitmap:
+        return f(bits, std::integral_constant<Form, Form::kBitmap>{});
+      case Form::kSparse24:
+        return f(bits, std::integral_constant<Form, Form::kSparse24>{});
+      case Form::kDense:
+        return f(bits, std::integral_constant<Form, Form::kDense>{});
+    }
+  };
+  if (w.bits == 8) return with(std::integral_constant<int, 8>{});
+  with(std::integral_constant<int, 4>{});
 }
 
 // Loads that the compiler does not join with the expansion: from memory it is microcode on Zen 4.
@@ -370,14 +388,9 @@ void product_groups(const QuantizedWeight& w, const QuantizedColumns& x, float* 
 void product(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin, int64_t end,
              void* scratch) {
   const HonourDenormals honour;
-  const Form form = form_of(w);
-  const auto kernel = w.bits == 8 ? (form == Form::kBitmap     ? &product_groups<8, Form::kBitmap>
-                                     : form == Form::kSparse24 ? &product_groups<8, Form::kSparse24>
-                                                               : &product_groups<8, Form::kDense>)
-                                  : (form == Form::kBitmap     ? &product_groups<4, Form::kBitmap>
-                                     : form == Form::kSparse24 ? &product_groups<4, Form::kSparse24>
-                                                               : &product_groups<4, Form::kDense>);
-  kernel(w, x, sums, begin, end, scratch);
+  by_form(w, [&](auto bits, auto form) {
+    product_groups<decltype(bits)::value, decltype(form)::value>(w, x, sums, begin, end, scratch);
+  });
 }
 
 }  // namespace

@@ -51,26 +51,16 @@ void unpack_rows(const QuantizedWeight& w, typename Element<dtype>::Bits* dense,
   }
 }
 
-template <int bits, Form form>
-void unpack_form(const QuantizedWeight& w, void* dense, Dtype type, int64_t begin, int64_t end,
-                 void* scratch) {
-  by_dtype(type, [&](auto constant) {
-    constexpr Dtype dtype = decltype(constant)::value;
-    unpack_rows<bits, form, dtype>(w, static_cast<typename Element<dtype>::Bits*>(dense), begin, end,
-                                   static_cast<uint8_t*>(scratch));
-  });
-}
-
 void unpack(const QuantizedWeight& w, void* dense, Dtype type, int64_t begin, int64_t end, void* scratch) {
   const HonourDenormals honour;
-  const Form form = form_of(w);
-  const auto kernel = w.bits == 8 ? (form == Form::kBitmap     ? &unpack_form<8, Form::kBitmap>
-                                     : form == Form::kSparse24 ? &unpack_form<8, Form::kSparse24>
-                                                               : &unpack_form<8, Form::kDense>)
-                                  : (form == Form::kBitmap     ? &unpack_form<4, Form::kBitmap>
-                                     : form == Form::kSparse24 ? &unpack_form<4, Form::kSparse24>
-                                                               : &unpack_form<4, Form::kDense>);
-  kernel(w, dense, type, begin, end, scratch);
+  by_form(w, [&](auto bits, auto form) {
+    by_dtype(type, [&](auto constant) {
+      constexpr Dtype dtype = decltype(constant)::value;
+      auto* out = static_cast<typename Element<dtype>::Bits*>(dense);
+      unpack_rows<decltype(bits)::value, decltype(form)::value, dtype>(w, out, begin, end,
+                                                                       static_cast<uint8_t*>(scratch));
+    });
+  });
 }
 
 }  // namespace

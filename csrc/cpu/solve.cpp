@@ -4,12 +4,12 @@
 // one core. Ten steps on 576 x 576, one thread: 58 ms, the reference 70 ms. It waits for all threads at each
 // of a step's operations, which on two cores with other work took 4 x the time of this.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "../checks_refine.h"
+#include "parallel.h"
 
 namespace wanda::cpu {
 namespace {
@@ -71,17 +71,10 @@ void solve_rows_(at::Tensor weight, const at::Tensor& mask, const at::Tensor& gr
   const at::Tensor h = (gram * inverse.unsqueeze(1)).mul_(inverse);
   h.diagonal().fill_(1 + damping);
   const Equations equations{h, root, inverse, steps};
-  const int64_t rows = weight.size(0), tiles = (rows + kRows - 1) / kRows;
-  // At least two, of which one may be none: a single one would not be in a parallel region
-  at::parallel_for(0, std::max<int64_t>(2, tiles), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView
-        below;  // the thread does not know what its caller has switched off
-    for (int64_t row = begin * kRows; row < std::min(end * kRows, rows); row += kRows) {
-      const int64_t count = std::min(kRows, rows - row);
-      const auto tile = [&](const at::Tensor& whole) { return whole.narrow(0, row, count); };
-      const at::Tensor errors = solve_tile(tile(weight), tile(mask), tile(target), equations);
-      if (sums) tile(*sums).copy_(errors);
-    }
+  over_tiles(weight.size(0), kRows, [&](int64_t row, int64_t count) {
+    const auto tile = [&](const at::Tensor& whole) { return whole.narrow(0, row, count); };
+    const at::Tensor errors = solve_tile(tile(weight), tile(mask), tile(target), equations);
+    if (sums) tile(*sums).copy_(errors);
   });
 }
 
