@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import test_gpu
 import torch
 
 from wanda_kernels import _backend, ops, reference
@@ -351,3 +352,9 @@ def test_instruction_set_can_be_forced():
     _backend.extension.set_isa("scalar")
     assert _backend.extension.isa() == "scalar"
     _backend.extension.set_isa(before)
+
+
+@pytest.mark.parametrize("name", sorted(set(ops.__all__) - {"add_gram_"}))  # here it adds below the diagonal only
+def test_what_the_tests_on_a_gpu_give_an_operator(name):
+    """Here, on the CPU: a new operator is not forgotten there, and what they allow is enough."""
+    test_gpu.check(name, test_gpu.call(name, test_gpu.arguments(name)))
