@@ -89,12 +89,10 @@ def perplexities(out: Path, files: list[Path], windows: int, length: int) -> dic
 
 
 def measure(out: Path, files: list[Path], rounds: int) -> list[dict[str, Any]]:
-    figures = out / f"speed.{rounds}.json"
-    if not figures.exists():
-        peers: list[Argument] = [part for file in files for part in ("--llama-bench", file)]
-        given: list[Argument] = ["--batches", 1, "--prompt", PROMPT, "--tokens", TOKENS, "--rounds", rounds]
-        folders = [out / name for name in ("dense", *PACKED)]
-        wanda("speed", *folders, "--static", *peers, *given, "--json", figures)
+    figures = out / "speed.json"
+    peers: list[Argument] = [part for file in files for part in ("--llama-bench", file)]
+    given: list[Argument] = ["--batches", 1, "--prompt", PROMPT, "--tokens", TOKENS, "--rounds", rounds]
+    wanda("speed", *(out / name for name in ("dense", *PACKED)), "--static", *peers, *given, "--json", figures)
     rows = json.loads(figures.read_text())["rows"]
     return [row | {"model": Path(row["model"]).name} for row in rows]
 
