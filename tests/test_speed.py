@@ -16,7 +16,7 @@ import torch
 
 from wanda_kernels import compress, memory, prune, speed
 from wanda_kernels.cli.app import main
-from wanda_kernels.cli.speed import differences
+from wanda_kernels.cli.speed import differences, short_names
 from wanda_kernels.memory import added_peak
 from wanda_kernels.models import save_pretrained
 from wanda_kernels.packed.linear import PackedLinear
@@ -160,6 +160,11 @@ def test_shared_weights_count_once():
     tied = tiny.model("llama tied")
     assert speed.weight_bytes(tied) < speed.weight_bytes(tiny.model())
     assert speed.weight_bytes(torch.nn.Linear(3, 5)) == 4 * (15 + 5)
+
+
+def test_names_in_the_table():
+    assert short_names({"/a/dense", "b/packed"}) == {"/a/dense": "dense", "b/packed": "packed"}
+    assert short_names({"a/model", "b/model"}) == {"a/model": "a/model", "b/model": "b/model"}
 
 
 def test_command_line(plain_steps, tmp_path, capsys):

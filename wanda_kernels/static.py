@@ -179,7 +179,8 @@ def compiled(step: Callable[[], None], device: torch.device) -> Callable[[], Non
         with torch._dynamo.config.patch(error_on_recompile=True):
             whole()  # another token, the same graph
     except torch._dynamo.exc.TorchDynamoException as error:
-        raise CaptureError(f"a decode step cannot be compiled on {device}: {str(error).strip()}") from error
+        reason = str(error).strip().partition("\n\nSet TORCHDYNAMO_VERBOSE")[0]  # what follows is for torch's authors
+        raise CaptureError(f"a decode step cannot be compiled on {device}: {reason}") from error
     return whole
 
 

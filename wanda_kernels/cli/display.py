@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,11 +68,13 @@ def working(what: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Progress bars of transformers are for terminals; its advice on tied weights and such is not for users here."""
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
+    of_transformers.set_verbosity_error()
+    # torch says at its first compilation that there is no CUDA runtime; `wanda-kernels info` says it to who asks
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        of_transformers.disable_progress_bar()
 
 
 def tell_reference(device: torch.device) -> None:

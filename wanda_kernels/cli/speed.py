@@ -128,15 +128,22 @@ def draw(rows: list[dict[str, Any]], prompt: int, tokens: int) -> Table:
     )
     for heading in (*headings, "peak MiB"):
         table.add_column(heading, justify="left" if heading in ("model", "way") else "right")
+    shown = short_names({row["model"] for row in rows})
     for row in rows:
         peak = row["peak_bytes"]
         table.add_row(
-            row["model"], *(row[way] for way in ways), str(row["batch"]),
+            shown[row["model"]], *(row[way] for way in ways), str(row["batch"]),
             f"{row['first_token_s']:.3f}", f"{row['prefill_tokens_s']:.1f}",
             f"{row['decode_tokens_s']:.1f}", f"{row['decode_ratio']:.2f}", f"{row['weight_bytes'] / 2**20:.0f}",
             "not measured" if peak is None else f"{peak / 2**20:.0f}",
         )  # fmt: skip
     return table
+
+
+def short_names(models: set[str]) -> dict[str, str]:
+    """Folders by their last part, where all of these differ: a table is narrow."""
+    names = {model: Path(model).name or model for model in models}
+    return names if len(set(names.values())) == len(names) else {model: model for model in models}
 
 
 def _name(row: dict[str, Any]) -> str:
