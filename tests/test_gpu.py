@@ -354,3 +354,16 @@ def test_decoding_by_replays_gives_the_tokens_of_plain_steps(form):
     plain, _ = decoder.generate(prompt)
     assert torch.equal(found, again)
     assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_replays_of_a_model_whose_attention_has_windows(family):
+    """Of 8 tokens, shorter than what is generated: the graph keeps no token's mask."""
+    model, prompt = tiny.model(family).cuda(), tiny.ids(2, 5).cuda()
+    decoder = StaticDecoder(model, prompt, 12)
+    found, _ = decoder.generate(prompt)
+    decoder._advance = decoder._step
+    assert torch.equal(found, decoder.generate(prompt)[0])
+    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, min_new_tokens=12,
+                         do_sample=False)  # fmt: skip
+    assert torch.equal(found, ids[:, prompt.shape[1] :])
