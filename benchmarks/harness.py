@@ -22,6 +22,7 @@ from benchmarks.records import Row
 
 OURS = "wanda_kernels"
 Inputs = Any  # whatever a case's `make` returns
+PROGRAM_TURNS = 5  # of seconds each
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
@@ -57,6 +58,7 @@ class Case:
         check: takes the inputs (its own copy) and says what it has found, or raises :class:`WrongResultError`.
         bytes: that must be moved.
         in_place: the first tensor of the inputs is changed and has to be put back.
+        programs: peers that are programs of their own: each runs, and says how many seconds it took for one product.
     """
 
     suite: str
@@ -74,6 +76,7 @@ class Case:
     in_place: bool = False
     part: str = ""
     size: int | str = ""
+    programs: dict[str, Callable[[], float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         tokens = f" x {self.tokens}" if self.tokens else ""
@@ -168,13 +171,17 @@ def measure(case: Case, settings: Settings) -> list[Row]:
     copying = _Copy(case, settings)
     copying.seconds()
     copied: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    names = [*candidates, *case.programs]
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(repeats[OURS]):
         copied.append(copying.seconds())
         for name, run in candidates.items():
             if number < repeats[name]:
                 times[name].append(once(run))
-    return [_row(case, name, times, copied, copying.bytes, found) for name in candidates]
+        if number < PROGRAM_TURNS:
+            for name, program in case.programs.items():
+                times[name].append(program())
+    return [_row(case, name, times, copied, copying.bytes, found) for name in names]
 
 
 def _row(case: Case, name: str, times: dict[str, list[float]], copied: list[float], copy_bytes: int, found: str) -> Row:

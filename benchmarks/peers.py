@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -110,6 +112,33 @@ def torch_24(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def semi_structured(weight: Tensor) -> Tensor:
     return torch.sparse.to_sparse_semi_structured(weight)
+
+
+LLAMA_CPP = "test-backend-ops"  # llama.cpp's own measurement of its operators
+LLAMA_CPP_SHAPE = (4096, 14336)  # what it measures, on half of the processor's threads
+_PER_RUN = re.compile(r"([\d.]+) us/run")
+
+
+def llama_cpp_threads() -> int:
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+def llama_cpp_product(program: str, values: str) -> float:
+    """Seconds of llama.cpp's product of a weight [4096, 14336] of type ``values`` (``q8_0``, ``q4_K``, ..) with one row
+    of x. Its mean over a second, the same weight again and again, not in the order that a loaded model may have it in.
+
+    Args:
+        program: the path of ``test-backend-ops``.
+    """
+    rows, cols = LLAMA_CPP_SHAPE
+    wanted = f"type_a={values},type_b=f32,m={rows},n=1,k={cols},bs=.1,1.,nr=.1,1."
+    command = [program, "perf", "-b", "CPU", "-o", "MUL_MAT", "-p", wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = _PER_RUN.findall(done.stdout)
+    if done.returncode != 0 or len(found) != 1:
+        last = ((done.stderr or done.stdout).strip().splitlines() or ["it said nothing"])[-1]
+        raise RuntimeError(f"{LLAMA_CPP} gave {len(found)} figures for {values}, ended with {done.returncode}: {last}")
+    return float(found[0]) / 1e6
 
 
 @functools.cache

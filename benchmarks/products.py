@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -28,7 +29,8 @@ FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Tensor]]] = {
     "2:4": ("sparse24_linear", pack_sparse24, ops.sparse24_linear),
 }
 
-QUANTIZED = (ValueType(8, 0), ValueType(4, 128), ValueType(4, 64))  # of bitmaps
+# Of bitmaps, and what of llama.cpp's one would take instead
+QUANTIZED = {ValueType(8, 0): "q8_0", ValueType(4, 128): "q4_K", ValueType(4, 64): "q4_K"}
 
 EXPERTS: dict[str, tuple[str, Callable[..., Any], Callable[..., Tensor]]] = {
     "bitmap": ("bitmap_experts", pack_bitmap, lambda *inputs: ops.bitmap_experts(*inputs)),
@@ -45,6 +47,8 @@ def sparse(settings: Settings, shapes: Shapes) -> Iterator[Case]:
     """bfloat16, half of the weights kept (2:4 in both formats)."""
     on_cpu = settings.device.type == "cpu"
     threads: tuple[int | str, ...] = tuple(dict.fromkeys((1, os.cpu_count() or 1))) if on_cpu else ("",)
+    if on_cpu and not settings.quick:  # the shape is llama.cpp's, and large
+        yield from _beside_llama_cpp(settings)
     for rows, cols in shapes:
         for form in FORMATS:
             for count in threads:
@@ -127,6 +131,18 @@ def _quantized(settings: Settings, rows: int, cols: int, tokens: int, kind: Valu
         },
         tokens=tokens, threads=threads,
     )  # fmt: skip
+
+
+def _beside_llama_cpp(settings: Settings) -> Iterator[Case]:
+    """Products with 8 and 4 bits at the shape that llama.cpp measures its own at."""
+    program = shutil.which(peers.LLAMA_CPP)
+    if program is None:
+        print(f"{peers.LLAMA_CPP} is not on the path: no product is measured beside llama.cpp's", flush=True)
+        return
+    for kind, theirs in QUANTIZED.items():
+        case = _quantized(settings, *peers.LLAMA_CPP_SHAPE, 1, kind, peers.llama_cpp_threads())
+        case.programs[f"llama.cpp {theirs}"] = partial(peers.llama_cpp_product, program, theirs)
+        yield case
 
 
 def prefill(settings: Settings) -> Iterator[Case]:

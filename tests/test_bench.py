@@ -56,6 +56,32 @@ def test_rows_of_a_case():
     assert set(ours) | set(other) <= set(records.COLUMNS)
 
 
+def test_a_program_says_its_own_time():
+    said = iter([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    settings = Settings(repeats=8, quick=True)
+    ours, other = measure(case(programs={"a program": lambda: next(said)}), settings)
+    assert (ours["repeats"], other["repeats"]) == (8, harness.PROGRAM_TURNS)
+    assert other["implementation"] == "a program"
+    assert other["median_ms"] == 4000
+    assert other["ratio_to"] == OURS
+
+
+SAID = "  MUL_MAT(type_a=q4_K,type_b=f32,m=4096,n=1,k=14336,..):  344 runs -  2921.53 us/run - 117.44 MFLOP/run"
+
+
+@pytest.mark.parametrize(("said", "code"), [(SAID, 0), ("", 0), (SAID + "\n" + SAID, 0), (SAID, 3)])
+def test_llama_cpp_is_asked_for_one_product(tmp_path, said, code):
+    program = tmp_path / peers.LLAMA_CPP
+    program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho '{said}'\nexit {code}\n")
+    program.chmod(0o755)
+    if said == SAID and code == 0:
+        assert peers.llama_cpp_product(str(program), "q4_K") == pytest.approx(2921.53e-6)
+    else:
+        with pytest.raises(RuntimeError, match=f"q4_K, ended with {code}"):
+            peers.llama_cpp_product(str(program), "q4_K")
+    assert "perf -b CPU -o MUL_MAT -p type_a=q4_K,type_b=f32,m=4096,n=1,k=14336," in (tmp_path / "asked").read_text()
+
+
 def test_a_red_check_times_nothing():
     def check(_inputs):
         raise WrongResultError("its rows differ")

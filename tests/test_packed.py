@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
 
 from wanda_kernels import ops, reference
+from wanda_kernels.packed import linear as packed_linear
 from wanda_kernels.packed import pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
 from wanda_kernels.packed.format import PADDING, bits_of, choose_format, is_24, packed_bytes
 from wanda_kernels.packed.linear import banded_linear, rows_of_band
+from wanda_kernels.packed.weight import product_dtype
 
 BACKENDS = backends.names()
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -98,8 +100,10 @@ def test_a_band_of_rows_is_unpacked(backend, weight, data):
 @pytest.mark.parametrize("pack", [pack_bitmap, pack_sparse24])
 @pytest.mark.parametrize(("rows", "band"), [(1, 1), (7, 1), (7, 3), (8, 4), (130, 64), (5, 9)])
 @pytest.mark.parametrize("shape", [(17,), (2, 9), (1, 0), ()])
-def test_a_product_by_bands_is_the_product(dtype, pack, rows, band, shape):
+@pytest.mark.parametrize("in_float32", [False, True])
+def test_a_product_by_bands_is_the_product(monkeypatch, dtype, pack, rows, band, shape, in_float32):
     """Small integers: every sum is exact, in whatever order a BLAS adds."""
+    monkeypatch.setattr(packed_linear, "product_dtype", lambda dtype: torch.float32 if in_float32 else dtype)
     generator = torch.Generator().manual_seed(rows)
     weight, x, bias = (
         torch.randint(-2, 3, size, generator=generator).to(dtype) for size in ((rows, 64), (*shape, 64), (rows,))
@@ -108,6 +112,13 @@ def test_a_product_by_bands_is_the_product(dtype, pack, rows, band, shape):
     for added in (None, bias):
         expected = torch.nn.functional.linear(x, weight, added)
         assert torch.equal(banded_linear(x, pack(weight), added, band), expected)
+
+
+def test_products_of_many_tokens_are_in_a_type_that_the_processor_has():
+    has = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.float32: True}
+    has[torch.float16] = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    for dtype in DTYPES:
+        assert product_dtype(dtype) == (dtype if has[dtype] else torch.float32)
 
 
 @pytest.mark.parametrize(("threads", "most"), [(1, 4 << 20), (2, 8 << 20), (64, 16 << 20)])

@@ -1,14 +1,13 @@
 // The operators on packed weights on the CPU: products with one weight, or with each expert's of a stack, and
 // unpacking.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "../checks.h"
+#include "bands.h"
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
@@ -16,8 +15,7 @@
 namespace wanda::cpu {
 namespace {
 
-constexpr int64_t kPackedBatch = 32;              // rows of x at most
-constexpr int64_t kBandBytes = int64_t{8} << 20;  // of an expert's weight that is unpacked at a time
+constexpr int64_t kPackedBatch = 32;  // rows of x at most; more with the unpacked weight
 
 // Rows [begin, end) of a weight.
 PackedWeight rows_of(const PackedWeight& weight, int64_t begin, int64_t end) {
@@ -42,6 +40,18 @@ at::Tensor unpack_dense(const PackedWeight& weight, const at::Tensor& values) {
   const at::Tensor dense = at::empty({weight.rows, weight.cols}, values.options());
   unpack_into(weight, dense.data_ptr());
   return dense;
+}
+
+// y = x W^T + bias by the unpacked weight.
+void multiply_unpacked(const PackedWeight& weight, const at::Tensor& x, const OptionalTensor& bias,
+                       const at::Tensor& y) {
+  multiply_in_bands(weight.rows, 1, x, bias, y, [&](int64_t begin, int64_t end, const at::Tensor& dense) {
+    const PackedWeight part = rows_of(weight, begin, end);
+    if (dense.scalar_type() == x.scalar_type()) return unpack_into(part, dense.data_ptr());
+    const at::Tensor unpacked = at::empty(dense.sizes(), x.options());
+    unpack_into(part, unpacked.data_ptr());
+    dense.copy_(unpacked);
+  });
 }
 
 // A weight and the rows of x that it is multiplied with.
@@ -139,9 +149,12 @@ at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& 
   const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
   const int64_t count = tokens.size(0);
   if (count == 0) return at::empty(shape, x.options());
-  if (count > kPackedBatch) return at::linear(x, unpack_dense(weight, values), bias);
-  const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
   at::Tensor y = at::empty({count, weight.rows}, x.options());
+  if (count > kPackedBatch) {
+    multiply_unpacked(weight, tokens, bias, y);
+    return y.view(shape);
+  }
+  const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
   by_dtype(weight.dtype, [&](auto dtype) {
     multiply<decltype(dtype)::value>({{weight, 0, count, batch_of(count), 0}}, tokens,
                                      added.defined() ? added.const_data_ptr() : nullptr, y);
@@ -169,20 +182,6 @@ at::Tensor unpack_sparse24(const at::Tensor& values, const at::Tensor& indices) 
 
 // ---- A stack of experts' weights.
 
-// y = x W^T by the unpacked weight, a band of its rows at a time: all bands in the same memory. Their size
-// does not depend on the number of threads, so that products are cut in the same way.
-void multiply_unpacked(const PackedWeight& weight, const at::Tensor& x, const at::Tensor& y) {
-  const int64_t band =
-      std::clamp<int64_t>(kBandBytes / (weight.cols * x.element_size()), int64_t{1}, weight.rows);
-  const at::Tensor dense = at::empty({band, weight.cols}, x.options());
-  for (int64_t first = 0; first < weight.rows; first += band) {
-    const PackedWeight part = rows_of(weight, first, std::min(first + band, weight.rows));
-    unpack_into(part, dense.data_ptr());
-    at::Tensor columns = y.narrow(1, first, part.rows);
-    at::mm_out(columns, x, dense.narrow(0, 0, part.rows).t());
-  }
-}
-
 at::Tensor experts(const char* op, const PackedWeight& stack, const at::Tensor& values, const at::Tensor& x,
                    const at::Tensor& ends) {
   const int64_t rows = check_experts(op, stack, values, x, ends);
@@ -196,7 +195,7 @@ at::Tensor experts(const char* op, const PackedWeight& stack, const at::Tensor& 
     const int64_t count = end[expert] - first;
     const PackedWeight weight = rows_of(stack, expert * rows, (expert + 1) * rows);
     if (count > kPackedBatch) {
-      multiply_unpacked(weight, tokens.narrow(0, first, count), y.narrow(0, first, count));
+      multiply_unpacked(weight, tokens.narrow(0, first, count), {}, y.narrow(0, first, count));
     } else if (count > 0) {
       groups.push_back({weight, first, count, batch_of(count), columns});
       columns += groups.back().batch * stack.cols;

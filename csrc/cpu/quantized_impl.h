@@ -128,7 +128,8 @@ inline float factor_of(const QuantizedWeight& w, int64_t row, int64_t group, flo
 }
 
 // expand: a row's bytes in their columns, or where they lie in them already; gap_of elsewhere, which is the
-// offset, in both halves. dot: the product of these with row t of a slab.
+// offset, in both halves. dot: the product of these with row t of a slab. only_dot: of a row with the only
+// row of x; a set may spare itself the expanded row.
 template <class Vector>
 struct QuantizedSteps;
 
@@ -182,14 +183,23 @@ struct QuantizedSteps<Scalar> {
     }
     return lanes[0];
   }
+
+  static float only_dot(const QuantizedWeight& w, int64_t row, const QuantizedColumns& x, uint8_t* scratch) {
+    return dot(w, row, expand(w, row, scratch), x, 0);
+  }
 };
 
 template <class Vector>
 void quantized_product(const QuantizedWeight& w, const QuantizedColumns& x, float* sums, int64_t begin,
                        int64_t end, void* scratch) {
   const HonourDenormals honour;
+  auto* const expanded = static_cast<uint8_t*>(scratch);
   for (int64_t row = begin; row < end; ++row) {
-    const uint8_t* stored = QuantizedSteps<Vector>::expand(w, row, static_cast<uint8_t*>(scratch));
+    if (x.batch == 1) {
+      sums[row] = QuantizedSteps<Vector>::only_dot(w, row, x, expanded);
+      continue;
+    }
+    const uint8_t* stored = QuantizedSteps<Vector>::expand(w, row, expanded);
     for (int64_t first = 0; first < x.batch; first += x.slab) {
       const QuantizedColumns slab = slab_of(w, x, first);
       for (int64_t t = 0; t < x.slab; ++t) {

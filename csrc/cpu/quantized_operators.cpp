@@ -2,8 +2,6 @@
 // x are rounded first.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "../checks_quantized.h"
+#include "bands.h"
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
@@ -19,8 +18,7 @@
 namespace wanda::cpu {
 namespace {
 
-constexpr int64_t kQuantizedBatch = 32;           // rows of x at most; more with the unpacked weight
-constexpr int64_t kBandBytes = int64_t{8} << 20;  // of a weight that is unpacked at a time
+constexpr int64_t kQuantizedBatch = 32;  // rows of x at most; more with the unpacked weight
 
 // Rows [begin, end) of a weight; `begin` is even.
 QuantizedWeight rows_of(const QuantizedWeight& weight, int64_t begin, int64_t end) {
@@ -59,24 +57,13 @@ void unpack_into(const QuantizedWeight& weight, const at::Tensor& dense) {
   });
 }
 
-// y = x W^T + bias by the unpacked weight, a band of its rows at a time: all bands in the same memory. Their
-// size does not depend on the number of threads, so that products are cut in the same way.
+// y = x W^T + bias by the unpacked weight.
 void multiply_unpacked(const QuantizedWeight& weight, const at::Tensor& x, const OptionalTensor& bias,
                        const at::Tensor& y) {
-  const int64_t fitting = kBandBytes / (weight.cols * x.element_size()) / kQuantizedRows * kQuantizedRows;
-  const int64_t band = std::min(std::max(fitting, kQuantizedRows), weight.rows);
-  const at::Tensor dense = at::empty({band, weight.cols}, x.options());
-  for (int64_t first = 0; first < weight.rows; first += band) {
-    const QuantizedWeight part = rows_of(weight, first, std::min(first + band, weight.rows));
-    const at::Tensor rows = dense.narrow(0, 0, part.rows);
-    unpack_into(part, rows);
-    at::Tensor columns = y.narrow(1, first, part.rows);
-    if (bias) {
-      columns.copy_(at::linear(x, rows, bias->narrow(0, first, part.rows)));
-    } else {
-      at::mm_out(columns, x, rows.t());
-    }
-  }
+  multiply_in_bands(weight.rows, kQuantizedRows, x, bias, y,
+                    [&](int64_t begin, int64_t end, const at::Tensor& dense) {
+                      unpack_into(rows_of(weight, begin, end), dense);
+                    });
 }
 
 // A weight and the rows of x that it is multiplied with, rounded.

@@ -13,7 +13,7 @@ from torch.sparse import to_sparse_semi_structured
 from . import dispatch
 from .format import check_width, padded
 from .values import ValueType
-from .weight import PackedWeight, pack, rows_of, unpack
+from .weight import PackedWeight, pack, product_dtype, rows_of, unpack
 
 # 11008 x 4096, time as a multiple of the dense product's, by the size of a band. Small bands lose in the product, whose
 # fixed costs come once a band and thread; large ones in page faults, since the allocator gives them back.
@@ -209,16 +209,21 @@ def banded_linear(
         [.., C_out]. To rounding: a BLAS may add in another order for another number of rows.
     """
     rows, cols = packed[1].shape[0], x.shape[-1]
-    tokens = x.reshape(-1, cols)
+    dtype = product_dtype(x.dtype)
+    tokens = x.reshape(-1, cols).to(dtype)
     y = x.new_empty((tokens.shape[0], rows))
-    band = band or -(-rows_of_band(cols, x.element_size()) // 2) * 2
+    band = band or -(-rows_of_band(cols, tokens.element_size()) // 2) * 2
+    own = dtype == x.dtype  # or products go through memory of their own
     with torch.no_grad():
         for first in range(0, rows, band):
             last = min(first + band, rows)
-            weight = unpack(rows_of(packed, first, last, kind), x.dtype, kind)
+            weight = unpack(rows_of(packed, first, last, kind), dtype, kind).to(dtype)
+            out = y[:, first:last] if own else None
             if bias is None:
-                torch.mm(tokens, weight.t(), out=y[:, first:last])
+                product = torch.mm(tokens, weight.t(), out=out)
             else:
-                torch.addmm(bias[first:last], tokens, weight.t(), out=y[:, first:last])
-            del weight  # before the next one is made
+                product = torch.addmm(bias[first:last].to(dtype), tokens, weight.t(), out=out)
+            if not own:
+                y[:, first:last] = product
+            del weight, product  # before the next ones are made
     return y.view(*x.shape[:-1], rows)
