@@ -20,6 +20,8 @@ from wanda_kernels.packed import PackedLinear, dispatch, pack_bitmap, pack_spars
 from wanda_kernels.packed.values import ValueType, pack_kept, quantize
 
 BATCHES = (1, 4, 16)
+DENSE = [(4096, 4096), (11008, 4096), (151936, 1536)]  # the last one: Qwen2.5 1.5B's output layer
+DENSE_BATCHES = (1, 4, 8)
 MANY_TOKENS = (32, 64, 256)  # through PackedLinear, which chooses
 PREFILL_TOKENS = (512, 2048, 8192)
 PREFILL = [(rows, 4096, tokens) for rows in (4096, 11008) for tokens in PREFILL_TOKENS] + [(8192, 8192, 8192)]
@@ -44,7 +46,7 @@ EXPERTS: dict[str, tuple[str, Callable[..., Any], Callable[..., Tensor]]] = {
 
 
 def sparse(settings: Settings, shapes: Shapes) -> Iterator[Case]:
-    """bfloat16, half of the weights kept (2:4 in both formats)."""
+    """bfloat16, half of the weights kept (2:4 in both formats), and what stays dense."""
     on_cpu = settings.device.type == "cpu"
     threads: tuple[int | str, ...] = tuple(dict.fromkeys((1, os.cpu_count() or 1))) if on_cpu else ("",)
     if on_cpu and not settings.quick:  # the shape is llama.cpp's, and large
@@ -59,6 +61,10 @@ def sparse(settings: Settings, shapes: Shapes) -> Iterator[Case]:
                 for count in threads:
                     for tokens in BATCHES:
                         yield _quantized(settings, rows, cols, tokens, kind, count)
+        for rows, cols in shapes if settings.quick else DENSE:
+            for count in threads:
+                for tokens in DENSE_BATCHES:
+                    yield _dense(settings, rows, cols, tokens, count)
     for tokens in MANY_TOKENS:
         for form in FORMATS:
             yield _layer(settings, *shapes[0], tokens, form, threads[-1])
@@ -82,15 +88,35 @@ def _product(settings: Settings, rows: int, cols: int, tokens: int, form: str, t
         x = torch.randn(tokens, cols, device=settings.device).to(torch.bfloat16)
         return x, weight, pack(weight)
 
-    others: dict[str, Callable[[Inputs], Any]] = {"torch linear": lambda inputs: linear(inputs[0], inputs[1])}
-    gemv = peers.dense_gemv() if tokens == 1 and settings.device.type == "cpu" else None
-    if gemv is not None:
-        y = torch.empty(rows)
-        others["dense GEMV"] = lambda inputs: gemv(inputs[1], inputs[0], y)
     return Case(
         "sparse", operator, f"{rows} x {cols}", torch.bfloat16, backend_of(operator, settings.device), make,
         lambda inputs: product(inputs[0], *inputs[2]), lambda inputs: _check(inputs, product(inputs[0], *inputs[2])),
-        rows * cols * 2 * 9 // 16 + tokens * (rows + cols) * 2, others, tokens=tokens, threads=threads,
+        rows * cols * 2 * 9 // 16 + tokens * (rows + cols) * 2, _dense_peers(settings, rows, tokens), tokens=tokens,
+        threads=threads,
+    )  # fmt: skip
+
+
+def _dense_peers(settings: Settings, rows: int, tokens: int) -> dict[str, Callable[[Inputs], Any]]:
+    """Of inputs that begin with x and the dense weight."""
+    found: dict[str, Callable[[Inputs], Any]] = {"torch linear": lambda inputs: linear(inputs[0], inputs[1])}
+    gemv = peers.dense_gemv() if tokens == 1 and settings.device.type == "cpu" else None
+    if gemv is not None:
+        y = torch.empty(rows)
+        found["dense GEMV"] = lambda inputs: gemv(inputs[1], inputs[0], y)
+    return found
+
+
+def _dense(settings: Settings, rows: int, cols: int, tokens: int, threads: int | str) -> Case:
+    """A layer that stays dense in a packed model."""
+
+    def make() -> Inputs:
+        return tuple(torch.randn(size, cols).to(torch.bfloat16) for size in (tokens, rows))
+
+    return Case(
+        "sparse", "dense_linear", f"{rows} x {cols}", torch.bfloat16, backend_of("dense_linear", settings.device), make,
+        lambda inputs: ops.dense_linear(*inputs), lambda inputs: _check(inputs, ops.dense_linear(*inputs)),
+        rows * cols * 2 + tokens * (rows + cols) * 2, _dense_peers(settings, rows, tokens), tokens=tokens,
+        threads=threads,
     )  # fmt: skip
 
 

@@ -278,15 +278,29 @@ inline PackedWeight check_sparse24(const char* op, const at::Tensor& values, con
   return weight;
 }
 
+// `is`: "values are", by the argument's name.
 inline void check_packed_linear(const char* op, const PackedWeight& weight, const at::Tensor& values,
-                                const at::Tensor& x, const OptionalTensor& bias) {
-  check_like(op, "x", x, "values are", values);
+                                const at::Tensor& x, const OptionalTensor& bias,
+                                const char* is = "values are") {
+  check_like(op, "x", x, is, values);
   WANDA_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == weight.cols, "x must be [.., ", weight.cols, "], got ",
                     x.sizes());
   if (!bias) return;
-  check_like(op, "bias", *bias, "values are", values);
+  check_like(op, "bias", *bias, is, values);
   WANDA_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.rows, "bias must be [", weight.rows,
                     "], got ", bias->sizes());
+}
+
+inline PackedWeight check_dense_linear(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                                       const OptionalTensor& bias) {
+  const Dtype dtype = dtype_of(op, "weight", weight);
+  WANDA_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous(),
+                    "weight must be contiguous [C_out, C_in], got ", weight.sizes(), " with strides ",
+                    weight.strides());
+  const PackedWeight dense = {weight.const_data_ptr(), nullptr,        nullptr,
+                              weight.size(0),          weight.size(1), dtype};
+  check_packed_linear(op, dense, weight, x, bias, "weight is");
+  return dense;
 }
 
 // x [rows, C_in] sorted by expert, `ends` [E] where each expert's rows end, `stack` [E * C_out, C_in].

@@ -38,7 +38,7 @@ def test_dispatch_times_once_remembers_and_can_be_fixed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has 'semi_structured' for bitmap .*, it must be packed or unpack"):
         layer(x)
     (tmp_path / "choices.json").write_text(json.dumps({name: "fast"}))
-    with pytest.raises(ValueError, match="must map shapes to packed, unpack or semi_structured"):
+    with pytest.raises(ValueError, match="must map shapes to packed, unpack, semi_structured, own or torch"):
         dispatch.load(tmp_path / "choices.json")
     (tmp_path / "choices.json").write_text("{")
     for path in ("choices.json", "none.json"):

@@ -89,6 +89,7 @@ def arguments(name: str, seed: int = 0) -> Arguments:
         "gelu_tanh_mul_sqnorm": (weight, weight.flip(0), torch.zeros(3, 4096), None),
         "bitmap_linear": (weight[:5], *pack_bitmap(sparse(seed)), weight[0, :96].clone()),
         "sparse24_linear": (weight[:5], *pack_sparse24(sparse(seed)), weight[0, :96].clone()),
+        "dense_linear": (weight[:5], weight.flip(1), weight[0, :96].clone()),
         "unpack_bitmap": pack_bitmap(sparse(seed)),
         "unpack_sparse24": pack_sparse24(sparse(seed)),
         "bitmap_experts": (weight[:5], *pack_bitmap(sparse(seed)), ends),

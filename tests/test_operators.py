@@ -67,6 +67,8 @@ CALLS = {
     "silu_mul_sqnorm": lambda: (WEIGHT, WEIGHT.flip(0), torch.zeros(64), None),
     "bitmap_linear": lambda: (WEIGHT[:3], *pack_bitmap(SPARSE), NORM[:32]),
     "sparse24_linear": lambda: (WEIGHT[:3], *pack_sparse24(SPARSE), None),
+    "dense_linear": lambda: (WEIGHT[:3], WEIGHT, NORM[:32]),
+    "dense_linear of many": lambda: (HALF.repeat(2, 1), HALF, None),
     "bitmap_experts": lambda: (WEIGHT, *pack_bitmap(SPARSE), ENDS),
     "sparse24_experts": lambda: (WEIGHT, *pack_sparse24(SPARSE), ENDS),
     "unpack_bitmap": lambda: pack_bitmap(SPARSE),
@@ -269,6 +271,19 @@ BAD = [
     ),
     ("bitmap_linear", (WEIGHT, *pack_bitmap(SPARSE), NORM), ValueError, r"bias must be \[32\], got \[64\]"),
     ("sparse24_linear", (WEIGHT, SPARSE, torch.zeros(32, 8)), TypeError, "indices must be uint8, got"),
+    *(
+        ("dense_linear", args, kind, message)
+        for args, kind, message in (
+            ((WEIGHT[:, :63], WEIGHT), ValueError, r"x must be \[\.\., 64\], got \[32, 63\]"),
+            ((WEIGHT[0, 0], WEIGHT), ValueError, r"x must be \[\.\., 64\], got \[\]"),
+            ((HALF, WEIGHT), TypeError, "x must be [Ff]loat.*, as weight is|x must be torch.float32, as weight is"),
+            ((WEIGHT, WEIGHT, HALF[0, :32]), TypeError, "bias must be [Ff]loat|bias must be torch.float32, as weight"),
+            ((WEIGHT, WEIGHT, NORM), ValueError, r"bias must be \[32\], got \[64\]"),
+            ((WEIGHT, WEIGHT.int()), TypeError, "weight must be float32, bfloat16 or float16, got .*[Ii]nt"),
+            ((WEIGHT, WEIGHT[0]), ValueError, r"weight must be contiguous \[C_out, C_in\], got \[64\] with"),
+            ((WEIGHT[:, :32], WEIGHT.t()), ValueError, r"got \[64, 32\] with strides \[1, 64\]"),
+        )
+    ),
     ("unpack_sparse24", (SPARSE, pack_sparse24(SPARSE)[1]), ValueError, r"values must be \[32, 32\], got \[32, 64\]"),
     *(
         ("bitmap_experts", (x, *pack_bitmap(SPARSE), ends), kind, message)

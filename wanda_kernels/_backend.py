@@ -67,8 +67,10 @@ _NOT_IN_CUDA = (
     "rms_norm_sqnorm", "silu_mul_sqnorm", "gelu_tanh_mul_sqnorm", "norm_of_sequences", "sparsegpt_block", "pack_bitmap",
     "pack_sparse24",
 )  # fmt: skip
-# The first three: cuBLAS's products.
-_REFERENCE_ON_CUDA = ("add_gram_", "solve_rows_", "calibrate_levels_", "quantize", "exact_levels", "pack_kept_")
+# The first four: cuBLAS's products.
+_REFERENCE_ON_CUDA = (
+    "add_gram_", "solve_rows_", "calibrate_levels_", "dense_linear", "quantize", "exact_levels", "pack_kept_",
+)  # fmt: skip
 
 
 def cuda_kernels(name: str) -> str:
@@ -87,8 +89,8 @@ def _describe_cuda() -> str:
     triton = "Triton" if _has_triton else "the PyTorch reference (no Triton)"
     if _built_cuda:
         status = (
-            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices and "
-            "updates of weights and levels by PyTorch's products"
+            f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices, "
+            "updates of weights and levels, and products of dense layers by PyTorch's"
         )
     else:
         status = (

@@ -324,21 +324,30 @@ def check_bitmap_linear(
     op: str, x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bias: Tensor | None = None
 ) -> None:
     check_bitmap(op, values, bitmap, starts)
-    _check_product(op, x, values, bitmap, bias)
+    _check_product(op, x, "values", values, bitmap.shape[0], bitmap.shape[1] * 8, bias)
 
 
 def check_sparse24_linear(op: str, x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> None:
     check_sparse24(op, values, indices)
-    _check_product(op, x, values, indices, bias)
+    _check_product(op, x, "values", values, indices.shape[0], indices.shape[1] * 8, bias)
 
 
-def _check_product(op: str, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None) -> None:
-    rows, cols = codes.shape[0], codes.shape[1] * 8
-    _check_like(op, "x", x, "values", values)
+def check_dense_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    _check_dtype(op, "weight", weight, FLOATS)
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise ValueError(
+            f"wanda::{op}: weight must be contiguous [C_out, C_in], got {list(weight.shape)} with strides "
+            f"{list(weight.stride())}"
+        )
+    _check_product(op, x, "weight", weight, weight.shape[0], weight.shape[1], bias)
+
+
+def _check_product(op: str, x: Tensor, name: str, weight: Tensor, rows: int, cols: int, bias: Tensor | None) -> None:
+    _check_like(op, "x", x, name, weight)
     if x.dim() == 0 or x.shape[-1] != cols:
         raise ValueError(f"wanda::{op}: x must be [.., {cols}], got {list(x.shape)}")
     if bias is not None:
-        _check_like(op, "bias", bias, "values", values)
+        _check_like(op, "bias", bias, name, weight)
         _check_shape(op, "bias", bias, rows)
 
 

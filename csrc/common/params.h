@@ -103,10 +103,11 @@ struct SqnormParams {
 //   2:4       two of every four columns are kept, their indices in ascending order: bits 0-3 are
 //             index 0 | index 1 << 2 of the first four, bits 4-7 of the others. Row r's values begin at
 //             r * cols / 2.
+// On the CPU also a dense one, of any number of columns: values [rows, cols], no codes and no starts.
 struct PackedWeight {
   const void* values;     // bitmap: kPackedPadding more than there are; 2:4: [rows, cols / 2]
-  const uint8_t* codes;   // [rows, cols / 8]
-  const int32_t* starts;  // bitmap: [rows + 1]; 2:4: nullptr
+  const uint8_t* codes;   // [rows, cols / 8]; dense: nullptr
+  const int32_t* starts;  // bitmap: [rows + 1]; else nullptr
   int64_t rows, cols;
   Dtype dtype;
 };

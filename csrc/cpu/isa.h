@@ -71,6 +71,9 @@ struct PackedLayout {
   bool as_float;
 };
 
+// The columns of x in that layout: filled up with zeros.
+inline int64_t packed_columns(const PackedWeight& weight) { return (weight.cols + 63) / 64 * 64; }
+
 constexpr int64_t kQuantizedLanes = 16;  // of four columns each, in every 64
 constexpr int64_t kQuantizedSlab = 4;    // rows of x that a kernel takes at once
 constexpr int64_t kQuantizedRows = 8;    // rows of a weight, likewise

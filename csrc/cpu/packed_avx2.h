@@ -5,6 +5,7 @@
 // bfloat16 is spread straight into the upper halves of float32, which spares a conversion and a shift.
 #pragma once
 
+#include "dense_impl.h"
 #include "packed_impl.h"
 #include "vector_avx2.h"
 
@@ -126,6 +127,7 @@ template <>
 struct PackedSteps<Avx2> : PackedSteps<Scalar> {
   static void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin,
                       int64_t end) {
+    if (format_of(w) == PackedFormat::kDense) return dense_product<Avx2>(w, x, batch, sums, begin, end);
     by_dtype(w.dtype, [&](auto constant) {
       constexpr Dtype dtype = decltype(constant)::value;
       packed_by_slab(batch, [&](auto size) {

@@ -35,12 +35,15 @@
 #pragma GCC target("avx512vbmi,avx512vbmi2,avx512bf16")
 #endif
 
+#include "dense_impl.h"
 #include "packed_impl.h"
+#include "vector_avx512.h"
 
 namespace wanda::cpu {
 namespace {
 
 PackedLayout layout(const PackedWeight& w) {
+  if (format_of(w) == PackedFormat::kDense) return {Avx512::kLanes, true};
   if (w.dtype == Dtype::kFloat16) return avx2_kernels().packed_layout(w);
   const bool bf16 = w.dtype == Dtype::kBFloat16;
   return {(bf16 ? 32 : 16) * (format_of(w) == PackedFormat::kBitmap ? 1 : 2), !bf16};
@@ -226,6 +229,7 @@ void product_rows(const PackedWeight& w, const void* x, int64_t batch, float* su
 }
 
 void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, int64_t begin, int64_t end) {
+  if (format_of(w) == PackedFormat::kDense) return dense_product<Avx512>(w, x, batch, sums, begin, end);
   if (w.dtype == Dtype::kFloat16) return avx2_kernels().packed_product(w, x, batch, sums, begin, end);
   packed_by_slab(batch, [&](auto constant) {
     constexpr int slab = decltype(constant)::value;

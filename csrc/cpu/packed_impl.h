@@ -1,5 +1,5 @@
-// Packed sparse weights, products with a few rows of x and unpacking: what the sets share, and both in plain
-// C++.
+// Packed sparse weights, and dense ones: products with a few rows of x and unpacking: what the sets share,
+// and both in plain C++.
 #pragma once
 
 #include "isa.h"
@@ -8,9 +8,10 @@
 namespace wanda::cpu {
 namespace {
 
-enum class PackedFormat : int { kBitmap, kSparse24 };
+enum class PackedFormat : int { kBitmap, kSparse24, kDense };
 
 inline PackedFormat format_of(const PackedWeight& weight) {
+  if (weight.codes == nullptr) return PackedFormat::kDense;
   return weight.starts != nullptr ? PackedFormat::kBitmap : PackedFormat::kSparse24;
 }
 
@@ -71,7 +72,7 @@ struct PackedSteps<Scalar> {
           each_kept<dtype>(w, row, [&](int64_t column, auto bits) {
             const float value = to_float<dtype>(bits);
             const float* at =
-                static_cast<const float*>(x) + first * w.cols + column / 8 * slab * 8 + column % 8;
+                static_cast<const float*>(x) + first * packed_columns(w) + column / 8 * slab * 8 + column % 8;
             for (int64_t b = 0; b < slab; ++b) out[b] += value * at[b * 8];
           });
         }
@@ -94,8 +95,13 @@ struct PackedSteps<Scalar> {
   // visit(column, bits) of what a row keeps.
   template <Dtype dtype, class Visit>
   static void each_kept(const PackedWeight& w, int64_t row, Visit visit) {
-    const auto* next = static_cast<const typename Element<dtype>::Bits*>(w.values) + packed_start(w, row);
+    const auto* values = static_cast<const typename Element<dtype>::Bits*>(w.values);
     const PackedFormat format = format_of(w);
+    if (format == PackedFormat::kDense) {
+      for (int64_t j = 0; j < w.cols; ++j) visit(j, values[row * w.cols + j]);
+      return;
+    }
+    const auto* next = values + packed_start(w, row);
     for (int64_t byte = 0; byte < w.cols / 8; ++byte) {
       uint32_t mask = packed_mask(format, w.codes[row * (w.cols / 8) + byte]);
       for (; mask != 0; mask &= mask - 1) visit(byte * 8 + __builtin_ctz(mask), *next++);

@@ -1,6 +1,7 @@
-// The operators on packed weights on the CPU: products with one weight, or with each expert's of a stack, and
-// unpacking.
+// The operators on packed weights on the CPU: products with one weight, dense ones too, or with each expert's
+// of a stack, and unpacking.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -20,13 +21,14 @@ constexpr int64_t kPackedBatch = 32;  // rows of x at most; more with the unpack
 // Rows [begin, end) of a weight.
 PackedWeight rows_of(const PackedWeight& weight, int64_t begin, int64_t end) {
   PackedWeight part = weight;
-  part.codes += begin * (weight.cols / 8);
   part.rows = end - begin;
+  if (weight.codes != nullptr) part.codes += begin * (weight.cols / 8);
   if (weight.starts != nullptr) {
     part.starts += begin;
   } else {
     const int64_t bytes = weight.dtype == Dtype::kFloat32 ? 4 : 2;
-    part.values = static_cast<const char*>(weight.values) + begin * (weight.cols / 2) * bytes;
+    const int64_t kept = weight.codes != nullptr ? weight.cols / 2 : weight.cols;  // of a row
+    part.values = static_cast<const char*>(weight.values) + begin * kept * bytes;
   }
   return part;
 }
@@ -68,24 +70,24 @@ int64_t batch_of(int64_t tokens) {
   return batch;
 }
 
-// The rows of x that a group takes, in the layout that the kernel wants, filled up with zeros to its batch.
+// The rows of x that a group takes, in the layout that the kernel wants, filled up with zeros to its batch
+// and columns.
 template <class From, class To, class Convert>
 void lay_out(const From* x, const Group& group, int64_t unit, To* out, Convert converted) {
-  const int64_t cols = group.weight.cols, slab = std::min(group.batch, kPackedSlab);
+  const int64_t cols = group.weight.cols, filled = packed_columns(group.weight);
+  const int64_t slab = std::min(group.batch, kPackedSlab);
   for (int64_t b = 0; b < group.batch; ++b) {
-    for (int64_t j = 0; j < cols; j += unit) {
+    for (int64_t j = 0; j < filled; j += unit) {
       const From* from = x + (group.first + b) * cols + j;
-      To* to = out + group.columns + b / slab * slab * cols + j * slab + b % slab * unit;
-      if (b < group.tokens) {
-        for (int64_t i = 0; i < unit; ++i) to[i] = converted(from[i]);
-      } else {
-        std::fill(to, to + unit, 0);
-      }
+      To* to = out + group.columns + b / slab * slab * filled + j * slab + b % slab * unit;
+      const int64_t there = b < group.tokens ? std::clamp<int64_t>(cols - j, 0, unit) : 0;
+      for (int64_t i = 0; i < there; ++i) to[i] = converted(from[i]);
+      std::fill(to + there, to + unit, 0);
     }
   }
 }
 
-// All groups' rows of x. ATen aligns what it allocates to 64 bytes; columns are a multiple of 64.
+// All groups' rows of x. ATen aligns what it allocates to 64 bytes; there are a multiple of 64 columns.
 template <Dtype dtype>
 at::Tensor laid_out(const at::Tensor& x, const std::vector<Group>& groups, int64_t size) {
   const PackedLayout layout = kernels().packed_layout(groups[0].weight);
@@ -117,7 +119,7 @@ void multiply(const std::vector<Group>& groups, const at::Tensor& x, const void*
     widest = std::max(widest, group.batch);
   }
   const int64_t rows = y.size(1), cols = x.size(1);
-  const at::Tensor columns = laid_out<dtype>(x, groups, batches * cols);
+  const at::Tensor columns = laid_out<dtype>(x, groups, batches * packed_columns(groups[0].weight));
   const auto* laid = static_cast<const char*>(columns.const_data_ptr());
   const int64_t element = columns.element_size();
   const T* added = static_cast<const T*>(bias);
@@ -141,25 +143,42 @@ void multiply(const std::vector<Group>& groups, const at::Tensor& x, const void*
 
 // ---- One weight.
 
-at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& values, const at::Tensor& x,
-                  const OptionalTensor& bias) {
-  check_packed_linear(op, weight, values, x, bias);
+// Of the product: [.., rows].
+std::vector<int64_t> shape_of(const at::Tensor& x, int64_t rows) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = weight.rows;
+  shape.back() = rows;
+  return shape;
+}
+
+// At most kPackedBatch rows of x.
+at::Tensor linear_of_few(const PackedWeight& weight, const at::Tensor& x, const OptionalTensor& bias) {
+  const std::vector<int64_t> shape = shape_of(x, weight.rows);
   const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
   const int64_t count = tokens.size(0);
   if (count == 0) return at::empty(shape, x.options());
-  at::Tensor y = at::empty({count, weight.rows}, x.options());
-  if (count > kPackedBatch) {
-    multiply_unpacked(weight, tokens, bias, y);
-    return y.view(shape);
-  }
   const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
+  at::Tensor y = at::empty({count, weight.rows}, x.options());
   by_dtype(weight.dtype, [&](auto dtype) {
     multiply<decltype(dtype)::value>({{weight, 0, count, batch_of(count), 0}}, tokens,
                                      added.defined() ? added.const_data_ptr() : nullptr, y);
   });
   return y.view(shape);
+}
+
+at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& values, const at::Tensor& x,
+                  const OptionalTensor& bias) {
+  check_packed_linear(op, weight, values, x, bias);
+  if (x.numel() <= kPackedBatch * weight.cols) return linear_of_few(weight, x, bias);
+  const at::Tensor tokens = x.reshape({-1, weight.cols});
+  const at::Tensor y = at::empty({tokens.size(0), weight.rows}, x.options());
+  multiply_unpacked(weight, tokens, bias, y);
+  return y.view(shape_of(x, weight.rows));
+}
+
+at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  const PackedWeight dense = check_dense_linear("dense_linear", x, weight, bias);
+  if (x.numel() > kPackedBatch * dense.cols || dense.cols == 0) return at::linear(x, weight, bias);
+  return linear_of_few(dense, x, bias);
 }
 
 at::Tensor bitmap_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& bitmap,
@@ -224,6 +243,7 @@ at::Tensor sparse24_experts(const at::Tensor& x, const at::Tensor& values, const
 TORCH_LIBRARY_IMPL(wanda, CPU, m) {
   m.impl("bitmap_linear", &wanda::cpu::bitmap_linear);
   m.impl("sparse24_linear", &wanda::cpu::sparse24_linear);
+  m.impl("dense_linear", &wanda::cpu::dense_linear);
   m.impl("unpack_bitmap", &wanda::cpu::unpack_bitmap);
   m.impl("unpack_sparse24", &wanda::cpu::unpack_sparse24);
   m.impl("bitmap_experts", &wanda::cpu::bitmap_experts);

@@ -25,6 +25,7 @@ struct Avx2 {
   static void store(float* aligned, Floats x) { _mm256_store_ps(aligned, x); }
   static Floats add(Floats x, Floats y) { return _mm256_add_ps(x, y); }
   static Floats multiply(Floats x, Floats y) { return _mm256_mul_ps(x, y); }
+  static Floats multiply_add(Floats x, Floats y, Floats z) { return _mm256_fmadd_ps(x, y, z); }
   static __m256d multiply_add(__m256d x, __m256d y, __m256d z) { return _mm256_fmadd_pd(x, y, z); }
   static Ints bits(Floats x) { return _mm256_castps_si256(x); }
   static Ints all_of(int32_t x) { return _mm256_set1_epi32(x); }

@@ -23,6 +23,7 @@ struct Avx512 {
   static void store(float* aligned, Floats x) { _mm512_store_ps(aligned, x); }
   static Floats add(Floats x, Floats y) { return _mm512_add_ps(x, y); }
   static Floats multiply(Floats x, Floats y) { return _mm512_mul_ps(x, y); }
+  static Floats multiply_add(Floats x, Floats y, Floats z) { return _mm512_fmadd_ps(x, y, z); }
   static __m512d multiply_add(__m512d x, __m512d y, __m512d z) { return _mm512_fmadd_pd(x, y, z); }
   static Ints bits(Floats x) { return _mm512_castps_si512(x); }
   static Ints all_of(int32_t x) { return _mm512_set1_epi32(x); }

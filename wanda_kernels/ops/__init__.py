@@ -14,6 +14,7 @@
 ``add_gram_``       add x^T x, what ``refine_rows_`` goes by
 ``bitmap_linear``   product with a packed weight (``sparse24_linear``; ``unpack_bitmap``,
                     ``unpack_sparse24``: back to dense)
+``dense_linear``    product of a few tokens with a dense weight, on the CPU at the memory's speed
 ``bitmap_experts``  products of tokens with the packed weights of the experts that they go to
                     (``sparse24_experts``)
 ``quantized_linear``  both with values of 8 or 4 bits (``quantized_experts``, ``unpack_quantized``)
@@ -30,6 +31,7 @@ from .pack_24 import pack_24, prune_pack_24, unpack_24
 from .packed import (
     bitmap_experts,
     bitmap_linear,
+    dense_linear,
     sparse24_experts,
     sparse24_linear,
     unpack_bitmap,
@@ -44,9 +46,9 @@ from .solve import solve_rows_
 from .sqnorm import add_sqnorm_
 
 __all__ = [
-    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "calibrate_levels_", "exact_levels",
-    "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24", "prune_rows_",
-    "quantize", "quantized_experts", "quantized_linear", "refine_nm_", "refine_rows_", "rms_norm_sqnorm",
-    "row_mask", "silu_mul_sqnorm", "solve_rows_", "sparse24_experts", "sparse24_linear", "unpack_24",
-    "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
+    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "calibrate_levels_", "dense_linear",
+    "exact_levels", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24",
+    "prune_rows_", "quantize", "quantized_experts", "quantized_linear", "refine_nm_", "refine_rows_",
+    "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "solve_rows_", "sparse24_experts", "sparse24_linear",
+    "unpack_24", "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Products with packed sparse weights, and unpacking."""
+"""Products with packed sparse weights and with dense ones, and unpacking."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .._checks import (
     check_bitmap,
     check_bitmap_experts,
     check_bitmap_linear,
+    check_dense_linear,
     check_sparse24,
     check_sparse24_experts,
     check_sparse24_linear,
@@ -51,6 +52,26 @@ def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | N
         bias: [C_out] or None.
     """
     return torch.ops.wanda.sparse24_linear(x, values, indices, bias)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, sums in float32, rounded once.
+
+    On the CPU up to 32 rows of ``x`` take the weight from memory once, and a row has the same bits in any batch, for
+    any number of threads; more go through torch's product, as all do on CUDA.
+
+    Args:
+        x: [.., C_in], of the dtype of ``weight``.
+        weight: [C_out, C_in], contiguous, float32, bfloat16 or float16; any C_out and C_in.
+        bias: [C_out] or None.
+
+    Returns:
+        [.., C_out] of the dtype of ``x``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what is required and what came.
+    """
+    return torch.ops.wanda.dense_linear(x, weight, bias)
 
 
 def bitmap_experts(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
@@ -108,6 +129,10 @@ def _empty_product(x: Tensor, _values: Tensor, codes: Tensor, *_: Tensor | None)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def _empty_dense_product(x: Tensor, weight: Tensor, _bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _empty_rows(x: Tensor, _values: Tensor, codes: Tensor, *others: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0] // others[-1].shape[0]))
 
@@ -118,6 +143,7 @@ def _empty_weight(values: Tensor, codes: Tensor, *_: Tensor) -> Tensor:
 
 fake("bitmap_linear", check_bitmap_linear, _empty_product)
 fake("sparse24_linear", check_sparse24_linear, _empty_product)
+fake("dense_linear", check_dense_linear, _empty_dense_product)
 fake("bitmap_experts", check_bitmap_experts, _empty_rows)
 fake("sparse24_experts", check_sparse24_experts, _empty_rows)
 fake("unpack_bitmap", check_bitmap, _empty_weight)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 WAYS = ("packed", "unpack", "semi_structured")
+DENSE_WAYS = ("own", "torch")  # of a layer that stays dense: dense.py
 _ENVIRONMENT = "WANDA_KERNELS_DISPATCH"
 _ROUNDS = 3
 DIRECT_TOKENS = 16  # of every form and device, see direct_tokens
@@ -55,7 +56,7 @@ def choose(key: Key, ways: Sequence[str], product: Callable[[str], Tensor]) -> s
     """The fastest of ``ways`` for a key that is not :func:`known`: as was chosen before, or timed now.
 
     Args:
-        ways: ``packed``, ``unpack`` (and a dense product), perhaps ``semi_structured``.
+        ways: ``packed``, ``unpack`` (and a dense product), perhaps ``semi_structured``; or ``DENSE_WAYS``.
         product: what is timed, by way.
     """
     form, bits, device = key[0], key[4], key[5]
@@ -129,10 +130,11 @@ def load(path: str | Path) -> None:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"dispatch file {path} ({_ENVIRONMENT}) could not be read: {error}") from error
-    wrong = [name for name, way in found.items() if way not in WAYS] if isinstance(found, dict) else ["it is no object"]
+    ways = (*WAYS, *DENSE_WAYS)
+    wrong = [name for name, way in found.items() if way not in ways] if isinstance(found, dict) else ["it is no object"]
     if wrong:
-        ways = f"{', '.join(WAYS[:-1])} or {WAYS[-1]}"
-        raise ValueError(f"dispatch file {path} ({_ENVIRONMENT}) must map shapes to {ways}: {str(wrong[0])[:200]}")
+        required = f"{', '.join(ways[:-1])} or {ways[-1]}"
+        raise ValueError(f"dispatch file {path} ({_ENVIRONMENT}) must map shapes to {required}: {str(wrong[0])[:200]}")
     _choices.update(found)
     _known.clear()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..pruning.blocks import find_blocks, matrices_of, unwrapped, why_not_plain
 from ..pruning.matrices import Matrix, adapter_of
+from .dense import make_plain, serve_dense
 from .experts import PackedExperts, PackedStack, why_not_packable_experts
 from .format import check_format, choose_format, why_dense
 from .linear import PackedLinear
@@ -80,8 +81,9 @@ def compress(
             its weight with the embedding gets one of its own.
 
     A layer that would not shrink, or that is not a plain ``nn.Linear`` (a subclass, one with hooks), stays dense, and
-    so do experts of a form of their own (JetMoE); the report says why. ``model.save_pretrained`` then writes
-    a packed checkpoint, which ``from_pretrained`` loads after ``import wanda_kernels``.
+    so do experts of a form of their own (JetMoE); the report says why. Whatever stays an ``nn.Linear`` becomes a
+    :class:`DenseLinear`, which computes the same, faster on the CPU. ``model.save_pretrained`` then writes a packed
+    checkpoint, which ``from_pretrained`` loads after ``import wanda_kernels``.
 
     Raises:
         ValueError: an unknown format, values, group_size or head, a model that is packed already, NaN or inf where
@@ -120,6 +122,7 @@ def compress(
         raise ValueError(_nothing_packed(report.dense, format))
     if head_name is not None and head_kind is not None:
         _pack_head(model, head_name, head_kind, report)
+    serve_dense(model)
     _set_config(model, describe(model))
     return report
 
@@ -261,12 +264,13 @@ def decompress(model: nn.Module) -> None:
 
 
 def unpack_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Puts dense modules in the places of packed ones; returns them."""
+    """Puts dense modules in the places of packed ones; returns them. Those beside them become plain, too."""
     places = [name for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedExperts)]
     for name in places:
         packed = model.get_submodule(name)
         assert isinstance(packed, PackedLinear | PackedExperts)
         model.set_submodule(name, packed.to_linear() if isinstance(packed, PackedLinear) else packed.to_dense())
+    make_plain(model)
     return {name: model.get_submodule(name) for name in places}
 
 

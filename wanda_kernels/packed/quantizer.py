@@ -15,6 +15,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.experts import layout_of
 from ..models.fits import check_fits, listed, unplaced
 from ..pruning.blocks import PACKED
+from .dense import serve_dense
 from .experts import PackedExperts, PackedStack
 from .format import FORMATS
 from .linear import PackedLinear
@@ -101,6 +102,7 @@ class WandaPackedQuantizer(HfQuantizer):
                 layer.validate()
             except ValueError as error:
                 raise ValueError(f"packed layer {name} is damaged: {error}") from error
+        serve_dense(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -20,8 +20,11 @@ from .matrices import Block, Matrix, matrices_in
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torchao.quantization", "bitsandbytes.")
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-# Subclasses of nn.Linear that, without a bias, compute what it computes.
-_COMPUTE_AS_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+# Subclasses of nn.Linear that compute what it computes -> whether with a bias, too.
+_COMPUTE_AS_LINEAR = {
+    "transformers.models.falcon.modeling_falcon.FalconLinear": False,
+    "wanda_kernels.packed.dense.DenseLinear": True,
+}
 MOST_DENSE = 0.15  # of a block's weights, that may lie beside its matrices
 _OTHER_SENSES = ("vision", "visual", "image", "audio", "speech", "video")  # whose towers are not the text's
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module; its class takes a second to import
@@ -125,7 +128,8 @@ def _refuse_computed_weights(name: str, module: nn.Module) -> None:
 
 def what_it_computes(linear: nn.Module) -> str | None:
     """Why a layer, or a module of experts, may compute something else than its class says; None where it does not."""
-    known = f"{type(linear).__module__}.{type(linear).__qualname__}" in _COMPUTE_AS_LINEAR and linear.bias is None
+    with_bias = _COMPUTE_AS_LINEAR.get(f"{type(linear).__module__}.{type(linear).__qualname__}")
+    known = with_bias is not None and (with_bias or linear.bias is None)
     if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward and not known:
         return f"it is a {type(linear).__name__}, which may compute something else than nn.Linear"
     if "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):  # accelerate's moves tensors between devices

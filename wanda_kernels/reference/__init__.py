@@ -17,11 +17,11 @@ from .quantize import exact_levels, pack_kept_, quantize
 from .quantized import quantized_experts, quantized_linear, unpack_quantized
 
 __all__ = [
-    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "calibrate_levels_", "exact_levels",
-    "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24", "prune_rows_",
-    "quantize", "quantized_experts", "quantized_linear", "refine_nm_", "refine_rows_", "rms_norm_sqnorm",
-    "row_mask", "silu_mul_sqnorm", "solve_rows_", "sparse24_experts", "sparse24_linear", "unpack_24",
-    "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
+    "add_gram_", "add_sqnorm_", "bitmap_experts", "bitmap_linear", "calibrate_levels_", "dense_linear",
+    "exact_levels", "gelu_tanh_mul_sqnorm", "nm_mask", "pack_24", "pack_kept_", "prune_nm_", "prune_pack_24",
+    "prune_rows_", "quantize", "quantized_experts", "quantized_linear", "refine_nm_", "refine_rows_",
+    "rms_norm_sqnorm", "row_mask", "silu_mul_sqnorm", "solve_rows_", "sparse24_experts", "sparse24_linear",
+    "unpack_24", "unpack_bitmap", "unpack_quantized", "unpack_sparse24",
 ]  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
     return sparse_semi_structured_to_dense_cutlass(values.contiguous(), metadata.contiguous())
 
 
-# Packed sparse weights: unpacking, and the product with the unpacked weight.
+# Packed sparse weights: unpacking, and the product with the unpacked weight, or with a dense one.
 
 
 def unpack_bitmap(values: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
@@ -131,6 +131,11 @@ def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, starts: Tensor, bia
 def sparse24_linear(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
     _checks.check_sparse24_linear("sparse24_linear", x, values, indices, bias)
     return linear(x, unpack_sparse24(values, indices), bias)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    _checks.check_dense_linear("dense_linear", x, weight, bias)
+    return linear(x, weight, bias)
 
 
 # Products of rows sorted by expert, each with its own expert's weight of a stack [E * C_out, C_in].
