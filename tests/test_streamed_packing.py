@@ -202,6 +202,24 @@ def test_killed_just_before_a_state(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_full_disk_ends_in_words_and_can_be_gone_on_from(tmp_path):
+    """The shard of what lies outside the blocks is larger than theirs, and finds no room."""
+    model = saved.save_model(tmp_path / "model", vocab_size=2048)
+    how = ["prune", model, "--method", "magnitude", "--stream", "--compress"]
+    for name in ("whole", "out"):
+        shards = sorted((tmp_path / "whole").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        limit = None if name == "whole" else shards[-1].stat().st_size - 8
+        process = streaming_child.start_command([*how, "--out", tmp_path / name], tmp_path / "said", file_limit=limit)
+        process.join(120)
+        assert process.exitcode == (0 if name == "whole" else 1)
+    said = (tmp_path / "said").read_text()
+    assert f"{shards[-1].name} could not be written: " in said
+    assert "3 of 3 blocks done: --resume goes on with it" in said
+    process = streaming_child.start_command([*how, "--out", tmp_path / "out", "--resume"], tmp_path / "said")
+    process.join(120)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
 def test_a_kill_while_publishing(tmp_path):
     """From the first config.json on, which is that of the first block's shard."""
     model = save_sharded(tmp_path / "model", num_hidden_layers=2)

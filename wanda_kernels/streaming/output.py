@@ -251,7 +251,7 @@ class PackedShards(Output):
         return {"layers": describe(self._model), "dense": self._report.dense}
 
     def restore(self, done: int, state: Any) -> None:
-        from ..packed.quantizer import WandaPackedConfig, put_empty  # which transformers' import needs first
+        from ..packed.quantizer import WandaPackedConfig, put_empty  # which transformers imports, too
 
         layers, dense = state["layers"], state["dense"]
         if layers:
