@@ -108,6 +108,7 @@ CHANGES = {
         {"turn": 0, "dtype": "float32", "shapes": [[5, -24, 64]]}, {"file": "/etc/passwd"},
     ],
     "sparsities": [[0.5] * BLOCKS, [], {}, "xxxxx", 0.5, [1.5] * BLOCKS],
+    "packed": [{}, [], 0, {"layers": {}, "dense": {}}],
     "begun_with": [None, {}, {"option": {}}],
     "folder": [None, [0, 0], []],
     "version": [1, 2, None, "3"],

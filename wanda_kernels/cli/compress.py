@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ from .options import (
     check_length,
     usage,
 )
+from .streaming import Resume, check_streamed, check_unfinished
+from .streaming import stream as run_streamed
 
 if TYPE_CHECKING:
     from ..pruning import PruneSpec
@@ -40,6 +43,7 @@ GroupSize = Annotated[
     ),
 ]
 Head = Annotated[str, typer.Option("--head", metavar="float|int8", help="The output layer, too, as int8.")]
+_SAVED = "saved to {}; load it after `import wanda_kernels`"
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DIR2 if it holds a model.")]
 
 
@@ -63,16 +67,19 @@ def compress_command(
     split: Split = "train",
     seed: Seed = 0,
     batch_size: BatchSize = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Block by block from DIR's files to DIR2's: two blocks in memory.")
+    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Pack a pruned model's weights: 9/16 of their size in 16-bit types at 50 % and 2:4, less of 8 or 4 bits."""
     from ..packed import compress
-    from ..packed.format import check_format
-    from ..packed.model import check_head
-    from ..packed.values import ValueType
+    from ..packed.model import Packing
+    from ..pruning import PruneSpec
     from ..text.calibration import check_sources, expected_length
-    from .display import say
+    from .display import OneBar, say
 
     sources = calibration or CALIBRATION
     drawing = {"pack": pack, "column": column, "split": split}
@@ -82,18 +89,28 @@ def compress_command(
             raise ValueError("options of the calibration data need --calibrate")
         check_sources(sources, samples)
         spec = spec_of_values(calibrate, values, group_size, batch_size=batch_size, sparsity=0)
-        check_format(format)
-        ValueType.parse(values, group_size)
-        check_head(head)
-    how: dict[str, Any] = {"format": format, "values": values, "group_size": group_size, "head": head}
+        packing = Packing(format, values, group_size, head)
+        check_streamed(model, stream, resume)
+    if stream:
+        check_unfinished(out, resume, overwrite, model)
     session = _begin(model, out, overwrite)
+    input_ids = None
     if calibrate:
         session.check(spec, length=expected_length(sources, length), head=head)
         input_ids = session.calibration(sources, samples, length, seed, **drawing)
         check_length(input_ids.shape[1], session.config)
+    if stream:
+        found = run_streamed(
+            session, out, lambda shown: OneBar(shown, "packing"), input_ids=input_ids,
+            spec=spec if calibrate else PruneSpec(method="magnitude", sparsity=0), device="cpu", packing=packing,
+            keep_reports=True, resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+        say("\n".join([*found.about_errors(), f"{found.packed}\n{_SAVED.format(out)}"]))
+        return
+    if input_ids is not None:
         say("\n".join(session.choose_values(input_ids, spec).about_errors()))
-    report = _convert(session, out, overwrite, "packing", lambda loaded: compress(loaded, **how))
-    say(f"{report}\nsaved to {out}; load it after `import wanda_kernels`")
+    report = _convert(session, out, overwrite, "packing", lambda loaded: compress(loaded, **asdict(packing)))
+    say(f"{report}\n{_SAVED.format(out)}")
 
 
 def decompress_command(model: Source, out: Out, overwrite: Overwrite = False, debug: Debug = False) -> None:

@@ -84,7 +84,7 @@ def tell_reference(device: torch.device) -> None:
         note(f"note: running on the PyTorch reference: {status}")
 
 
-class _OneBar(Progress):
+class OneBar(Progress):
     """``shown`` has a bar for the run."""
 
     def __init__(self, shown: Bar, what: str) -> None:
@@ -101,14 +101,14 @@ class _OneBar(Progress):
 @contextmanager
 def pruning_bar(shown: Bar, what: str) -> Iterator[Progress]:
     """A bar for one of many pruning runs, without lines per block; it goes away afterwards."""
-    progress = _OneBar(shown, what)
+    progress = OneBar(shown, what)
     try:
         yield progress
     finally:
         shown.remove_task(progress.task)
 
 
-class PruningDisplay(_OneBar):
+class PruningDisplay(OneBar):
     """Draws the driver's progress on ``shown``, with a line per block."""
 
     def __init__(self, shown: Bar) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,10 +28,8 @@ from .options import (
     check_length,
     usage,
 )
-
-if TYPE_CHECKING:
-    from ..pruning import PruningReport
-    from .session import Session
+from .streaming import Resume, check_streamed, check_unfinished
+from .streaming import stream as run_streamed
 
 
 @methods.takes_method_options
@@ -145,9 +144,7 @@ def prune_command(
             "--stream", help="Block by block from MODEL's files to DIR's: two blocks in memory. MODEL: a folder."
         ),
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="With --stream: go on with the run that ended before its end.")
-    ] = False,
+    resume: Resume = False,
     offload: Annotated[
         Path | None, typer.Option("--offload", metavar="DIR2", help="With --stream: where activations go to a disk.")
     ] = None,
@@ -163,13 +160,12 @@ def prune_command(
     """Prune MODEL and save it as a Hugging Face folder."""
     from ..methods import Needs
     from ..models.save import check_output, check_space
-    from ..packed.model import check_head
-    from ..packed.values import ValueType
+    from ..packed.model import Packing
     from ..pruning import PruneSpec
     from ..pruning.stopwatch import Stopwatch
     from ..reap import check_share
     from ..text.calibration import check_sources, expected_length
-    from .display import say, screen
+    from .display import PruningDisplay, say, screen
     from .session import Session
 
     sources = calibration or CALIBRATION
@@ -186,13 +182,11 @@ def prune_command(
         if calibrate is None:
             calibrate = values == "int4" and spec.needs is Needs.GRAM
         spec = spec_of_values(calibrate, values, group_size, **arguments)
-        ValueType.parse(values, group_size)
-        check_head(head)
-        packing_options = {"values": values, "group_size": group_size, "head": head}
-        if not compress and packing_options != {"values": "float", "group_size": None, "head": "float"}:
+        packing = Packing(values=values, group_size=group_size, head=head)
+        if not compress and packing != Packing():
             raise ValueError("--values, --group-size and --head need --compress")
         session = Session(model, dtype, device, device_map)
-        _check_streaming(model, stream, resume, offload, compress, device_map)
+        _check_streaming(model, stream, resume, offload, device_map)
         if drop_experts is not None:
             check_share("drop_experts", drop_experts)
         if drop_experts is not None and (stream or ranks.launched()):
@@ -200,7 +194,7 @@ def prune_command(
             raise ValueError(f"--drop-experts does not go with {other}: run `wanda-kernels drop-experts` first")
     needs_text = bool(spec.needs) or drop_experts is not None
     if stream:
-        _check_leftovers(out, resume, overwrite, model)
+        check_unfinished(out, resume, overwrite, model)
     check_output(out, overwrite, model)
     drawing = {"pack": pack, "column": column, "split": split}
     processes = dropped = None
@@ -222,9 +216,10 @@ def prune_command(
     if input_ids is not None:
         check_length(input_ids.shape[1], session.config)
     if stream:
-        report = _stream(
-            session, out, input_ids=input_ids, spec=spec, dtype=dtype, device=device, offload=offload,
+        report = run_streamed(
+            session, out, PruningDisplay, input_ids=input_ids, spec=spec, dtype=dtype, device=device, offload=offload,
             activation_memory=int(activation_memory * 2**30), resume=resume, overwrite=overwrite, processes=processes,
+            packing=packing if compress else None,
         )  # fmt: skip
     else:
         check_space(out, loaded)
@@ -234,58 +229,27 @@ def prune_command(
         report = session.prune(input_ids, spec, processes)
     if processes is not None and not processes.is_first:
         return  # the first one saves
-    packing = session.compress(**packing_options) if compress else None
+    packed = report.packed
     if not stream:
+        if compress:
+            packed = session.compress(**asdict(packing))
         with outer.measure("saving"):
             session.save(out, overwrite, report, dropped)
     seconds = report.seconds
     load = {"load": seconds.pop("load", 0.0) + outer.seconds()["load"]}
     report.seconds = load | seconds | ({} if stream else {"saving": outer.seconds()["saving"]})
     screen().print(report)
-    if packing is not None:
-        say(f"packed {packing}")
+    if packed is not None:
+        say(f"packed {packed}")
     say(f"saved to {out}")
 
 
-def _check_streaming(
-    model: str, stream: bool, resume: bool, offload: Path | None, compress: bool, device_map: str | None
-) -> None:
+def _check_streaming(model: str, stream: bool, resume: bool, offload: Path | None, device_map: str | None) -> None:
     """Raises ValueError for options that do not go together."""
     if device_map not in (None, "auto"):
         raise ValueError(f"--device-map must be auto, got '{device_map}'")
     if device_map is not None and (stream or ranks.launched()):
         raise ValueError(f"--device-map does not go with {'--stream' if stream else 'several processes'}")
-    if stream and not Path(model).expanduser().is_dir():
-        raise ValueError(f"--stream needs a local folder with safetensors files, {model} is none")
-    if stream and compress:
-        raise ValueError("--compress does not go with --stream: run `wanda-kernels compress` on the result")
-    for name, given in (("--resume", resume), ("--offload", offload is not None)):
-        if given and not stream:
-            raise ValueError(f"{name} needs --stream")
-
-
-def _check_leftovers(out: Path, resume: bool, overwrite: bool, model: str) -> None:
-    """Raises FileExistsError where an unfinished run is there, and nothing says what to do with it. Tells where there
-    is none to go on with."""
-    from ..streaming.run import check_leftovers, describe
-    from .display import note
-
-    check_leftovers(out, resume, overwrite, model)
-    if resume and describe(out) is None:
-        note(f"no unfinished run to {out}: beginning with the first block")
-
-
-def _stream(session: Session, out: Path, **how: Any) -> PruningReport:
-    """A streamed run with a bar; ``how``: as for :func:`wanda_kernels.stream_prune`."""
-    from ..streaming import stream_prune
-    from ..streaming.run import describe
-    from .display import PruningDisplay, bar, note
-
-    try:
-        with bar() as shown:
-            return stream_prune(session.name, out, tokenizer=session.tokenizer, progress=PruningDisplay(shown), **how)
-    except BaseException:
-        left = describe(out)
-        if left is not None:
-            note(f"{left}: --resume goes on with it")
-        raise
+    check_streamed(model, stream, resume)
+    if offload is not None and not stream:
+        raise ValueError("--offload needs --stream")

@@ -126,6 +126,17 @@ def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
     return fd
 
 
+def own_size(path: Path) -> int:
+    """Bytes of a file that this package wrote. Raises ValueError where it is gone or is no longer a plain file."""
+    try:
+        fd = open_own(path, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{path} is gone or no plain file: {error}") from error
+    size = os.fstat(fd).st_size
+    os.close(fd)
+    return size
+
+
 class Checkpoint:
     """The tensors of a model folder.
 
@@ -329,12 +340,7 @@ class CheckpointWriter:
             ends[entry.file] = max(entry.end, ends.get(entry.file, 0))
         for name, end in ends.items():
             path = self._folder / name
-            try:
-                fd = open_own(path, os.O_RDONLY)
-            except OSError as error:
-                raise ValueError(f"{path} is gone or no plain file: {error}") from error
-            size = os.fstat(fd).st_size
-            os.close(fd)
+            size = own_size(path)
             if not end <= size <= self._source.size_of(name):
                 raise ValueError(f"{path} has {size} bytes, at least {end} were written")
 

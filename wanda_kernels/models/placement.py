@@ -31,9 +31,9 @@ class Target:
     pattern: str | None = None
 
 
-def targets(model: Any, checkpoint: Checkpoint) -> dict[str, Target]:
+def targets(model: Any, checkpoint: Checkpoint, conversions: list[Any] | None = None) -> dict[str, Target]:
     """What transformers makes of each tensor of the files, in the order in which it takes them. One that the model has
-    no place for gets a name that the model does not have.
+    no place for gets a name that the model does not have. ``conversions``: the model's, which note that they are used.
 
     Raises:
         ValueError: two tensors of the files have one place.
@@ -42,7 +42,7 @@ def targets(model: Any, checkpoint: Checkpoint) -> dict[str, Target]:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     own, prefix = model.state_dict(), model.base_model_prefix
-    conversions = get_model_conversion_mapping(model)
+    conversions = get_model_conversion_mapping(model) if conversions is None else conversions
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -81,6 +81,7 @@ class Placement:
         parts: of each tensor of the model that the files hold; together they are the whole tensor.
         files: tensors of the files -> their parts.
         left: tensors of the files that the model has no place for.
+        conversions: of transformers, those among the model's that the files need.
 
     Raises:
         ValueError: a tensor that the files hold twice, in part, or in another shape; an operation of transformers that
@@ -88,12 +89,15 @@ class Placement:
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
         self.checkpoint = checkpoint
         self._own: dict[str, Tensor] = model.state_dict()
         self.parts: dict[str, list[Part]] = {}
         self.left: list[str] = []
         joined: dict[str, dict[str, Target]] = {}
-        for file, target in targets(model, checkpoint).items():
+        conversions = get_model_conversion_mapping(model)
+        for file, target in targets(model, checkpoint, conversions).items():
             if target.name not in self._own:
                 self.left.append(file)
             elif target.converter is None:
@@ -101,6 +105,7 @@ class Placement:
                 self._add(target.name, [Part(file, whole, target.name, whole)], whole.shape)
             else:
                 joined.setdefault(target.name, {})[file] = target
+        self.conversions = [conversion for conversion in conversions if conversion.was_used()]
         for name, sources in joined.items():
             self._convert(model, name, sources)
         self.files: dict[str, list[Part]] = {}

@@ -7,9 +7,9 @@
 from .experts import PackedExperts
 from .format import FORMATS, pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
 from .linear import PackedLinear
-from .model import PackedReport, compress, decompress, keep_prefill_copies
+from .model import PackedReport, Packing, compress, decompress, keep_prefill_copies
 
 __all__ = [
-    "FORMATS", "PackedExperts", "PackedLinear", "PackedReport", "compress", "decompress", "keep_prefill_copies",
-    "pack_bitmap", "pack_sparse24", "validate_bitmap", "validate_sparse24",
+    "FORMATS", "PackedExperts", "PackedLinear", "PackedReport", "Packing", "compress", "decompress",
+    "keep_prefill_copies", "pack_bitmap", "pack_sparse24", "validate_bitmap", "validate_sparse24",
 ]  # fmt: skip

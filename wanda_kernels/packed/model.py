@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,17 @@ class PackedReport:
     packed_bytes: int
     weights: int = 0
 
+    def add(self, name: str, dense: Tensor, packed: PackedWeight | None, why: str | None = None) -> None:
+        """A layer whose weight was ``dense``, on any device; ``packed``: what it is now, or None, and ``why``."""
+        self.dense_bytes += dense.nbytes
+        self.weights += dense.numel()
+        if packed is None:
+            self.formats[name], self.dense[name] = "dense", why or ""
+            self.packed_bytes += dense.nbytes
+        else:
+            self.formats[name] = packed.form if packed.kind is None else f"{packed.form} {packed.kind.name}"
+            self.packed_bytes += packed.nbytes()
+
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.packed_bytes / max(self.weights, 1)
@@ -62,6 +74,37 @@ def stayed_dense(reasons: dict[str, str]) -> list[str]:
         kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         lines.append(f"{kinds} ({len(names)} layers, the first is {names[0]}): {reason}")
     return lines
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How weights are packed: the arguments of :func:`compress`.
+
+    Attributes:
+        kind, head_kind: what ``values`` and ``head`` say; None: as they are.
+
+    Raises:
+        ValueError: an unknown format, values, group_size or head.
+    """
+
+    format: str = "auto"
+    values: str = "float"
+    group_size: int | None = None
+    head: str = "float"
+
+    def __post_init__(self) -> None:
+        check_format(self.format)
+        if self.head not in ("float", "int8"):
+            raise ValueError(f"head must be float or int8, got '{self.head}'")
+        _ = self.kind
+
+    @property
+    def kind(self) -> ValueType | None:
+        return ValueType.parse(self.values, self.group_size)
+
+    @property
+    def head_kind(self) -> ValueType | None:
+        return ValueType.parse(self.head)
 
 
 def compress(
@@ -89,49 +132,51 @@ def compress(
         ValueError: an unknown format, values, group_size or head, a model that is packed already, NaN or inf where
             values are rounded, or a model in which every layer stays dense.
     """
-    check_format(format)
-    kind, head_kind = ValueType.parse(values, group_size), check_head(head)
+    packing = Packing(format, values, group_size, head)
     if packed_layers(model):
         raise ValueError("the model is packed already")
     model = unwrapped(model)
     report = PackedReport({}, {}, 0, 0)
     matrices = matrices_of(find_blocks(model))
     # Before the first layer is packed: what ends halfway could neither be saved nor packed again.
-    head_name = None if head_kind is None else head_of(model)
-    rounded = {name: matrix.stored for name, matrix in matrices.items()} if kind is not None else {}
+    head_name = None if packing.head_kind is None else head_of(model)
+    if packing.kind is not None:
+        refuse_unroundable((name, matrix.stored) for name, matrix in matrices.items())
     if head_name is not None:
-        rounded[head_name] = model.get_submodule(head_name).weight  # type: ignore[assignment]
-    for name, weight in rounded.items():
-        if not bool(weight.detach().isfinite().all()):
-            raise ValueError(f"{name} holds NaN or inf: it cannot be rounded to 8 or 4 bits")
-    del rounded
+        refuse_unroundable([(head_name, model.get_submodule(head_name).weight)])  # type: ignore[list-item]
     for name in list(matrices):
-        matrix = matrices.pop(name)  # or it would hold the dense weight
-        stored = matrix.stored.detach()
-        form, special = form_of(model, name, matrix, format, kind)
-        report.formats[name] = "dense" if form is None else form if kind is None else f"{form} {kind.name}"
-        report.dense_bytes += stored.nbytes
-        report.weights += stored.numel()
-        if form is None:
-            report.dense[name] = special or why_dense(_as_matrix(matrix), format)
-            report.packed_bytes += stored.nbytes
-        else:
-            packed = _pack(model, name, matrix, form, kind)
-            report.packed_bytes += packed.nbytes()
-    if not packed_layers(model):
-        raise ValueError(_nothing_packed(report.dense, format))
-    if head_name is not None and head_kind is not None:
-        _pack_head(model, head_name, head_kind, report)
+        pack_matrix(model, name, matrices.pop(name), packing, report)  # popped, or it would hold the dense weight
+    refuse_nothing_packed(model, packing, report)
+    if head_name is not None:
+        pack_head(model, head_name, packing, report)
     serve_dense(model)
-    _set_config(model, describe(model))
+    set_config(model, describe(model))
     return report
 
 
-def check_head(head: str) -> ValueType | None:
-    """Raises ValueError for what is neither ``float`` nor ``int8``."""
-    if head not in ("float", "int8"):
-        raise ValueError(f"head must be float or int8, got '{head}'")
-    return None if head == "float" else ValueType.parse(head)
+def refuse_unroundable(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ValueError where one of the weights that are to be rounded holds NaN or inf."""
+    for name, weight in weights:
+        if not bool(weight.detach().isfinite().all()):
+            raise ValueError(f"{name} holds NaN or inf: it cannot be rounded to 8 or 4 bits")
+
+
+def pack_matrix(model: nn.Module, name: str, matrix: Matrix, packing: Packing, report: PackedReport) -> None:
+    """In place, where it shrinks; the report is told."""
+    stored = matrix.stored.detach()
+    form, special = form_of(model, name, matrix, packing.format, packing.kind)
+    if form is None:
+        report.add(name, stored, None, special or why_dense(_as_matrix(matrix), packing.format))
+    else:
+        report.add(name, stored, _pack(model, name, matrix, form, packing.kind))
+
+
+def refuse_nothing_packed(model: nn.Module, packing: Packing, report: PackedReport) -> None:
+    """Raises ValueError where every layer stayed dense."""
+    if not packed_layers(model):
+        wanted = "" if packing.format == "auto" else f" as {packing.format}"
+        reasons = "; ".join(stayed_dense(report.dense))
+        raise ValueError(f"no linear layer of the model can be packed{wanted}: {reasons}")
 
 
 def form_of(
@@ -170,18 +215,14 @@ def head_of(model: nn.Module) -> str:
     return name
 
 
-def _pack_head(model: nn.Module, name: str, kind: ValueType, report: PackedReport) -> None:
-    """The output layer, in place, with a weight of its own."""
+def pack_head(model: nn.Module, name: str, packing: Packing, report: PackedReport) -> None:
+    """The output layer, in place, with a weight of its own; the report is told."""
     head: Any = model.get_submodule(name)
-    report.dense_bytes += head.weight.nbytes
-    report.weights += head.weight.numel()
-    layer = PackedLinear.from_linear(head, "dense", kind).train(head.training)
+    layer = PackedLinear.from_linear(head, "dense", packing.head_kind).train(head.training)
     if layer.nbytes() >= head.weight.nbytes:
-        report.formats[name], report.dense[name] = "dense", "8 bits would not shrink it"
-        report.packed_bytes += head.weight.nbytes
+        report.add(name, head.weight, None, "8 bits would not shrink it")
         return
-    report.formats[name] = f"dense {kind.name}"
-    report.packed_bytes += layer.nbytes()
+    report.add(name, head.weight, layer)
     model.set_submodule(name, layer)
     _untie(model, name)
 
@@ -245,11 +286,6 @@ def _pack(model: nn.Module, name: str, matrix: Matrix, form: str, kind: ValueTyp
     return stack
 
 
-def _nothing_packed(reasons: dict[str, str], format: str) -> str:
-    wanted = "" if format == "auto" else f" as {format}"
-    return f"no linear layer of the model can be packed{wanted}: {'; '.join(stayed_dense(reasons))}"
-
-
 def decompress(model: nn.Module) -> None:
     """Replace every packed layer by a dense one with the same weight, bit for bit, in place.
 
@@ -260,7 +296,7 @@ def decompress(model: nn.Module) -> None:
     if not packed_layers(model):
         raise ValueError("the model is not packed")
     unpack_layers(model)
-    _set_config(model, None)
+    set_config(model, None)
 
 
 def unpack_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -320,19 +356,25 @@ def dense_layers(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What config.json says of the packed weights, by the names that they have in the dense model."""
-    layers = {}
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """By the names that they have in the dense model: those of linear layers, and of the weights of experts."""
+    found: dict[str, PackedWeight] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            layers[name] = module.describe()
+            found[name] = module
         elif isinstance(module, PackedExperts):
             stacks = {weight: module.stack_of(weight) for weight in module.layout.names}
-            layers |= {f"{name}.{weight}": stack.describe() for weight, stack in stacks.items() if stack is not None}
-    return layers
+            found |= {f"{name}.{weight}": stack for weight, stack in stacks.items() if stack is not None}
+    return found
 
 
-def _set_config(model: Any, layers: dict[str, dict[str, Any]] | None) -> None:
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What config.json says of the packed weights."""
+    return {name: weight.describe() for name, weight in packed_weights(model).items()}
+
+
+def set_config(model: Any, layers: dict[str, dict[str, Any]] | None) -> None:
+    """What the model's config says of its packed weights, as :func:`describe` does; None: nothing."""
     from .quantizer import WandaPackedConfig
 
     if layers is not None:

@@ -76,7 +76,7 @@ class WandaPackedQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         for name, layer in self.quantization_config.layers.items():
-            _prepare(model, name, layer)
+            put_empty(model, name, layer)
         files = [Path(file) for file in checkpoint_files or ()]
         if len({file.parent for file in files}) == 1 and all(file.suffix == ".safetensors" for file in files):
             self._checkpoint = Checkpoint(files[0].parent, sorted({file.name for file in files}))
@@ -122,8 +122,9 @@ class WandaPackedQuantizer(HfQuantizer):
         return model
 
 
-def _prepare(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
-    """A packed layer without data in the place of a dense one."""
+def put_empty(model: nn.Module, name: str, layer: dict[str, Any]) -> None:
+    """A packed layer without data in the place of the dense one that ``layer`` describes. Raises ValueError where that
+    cannot be it."""
     form, kept = layer["format"], layer.get("kept", 0)
     kind = ValueType.parse(layer.get("values", "float"), layer.get("group_size"))
 

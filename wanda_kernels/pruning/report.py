@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -14,6 +14,9 @@ from rich.text import Text
 
 from .._words import percent, to_json
 from .spec import PruneSpec
+
+if TYPE_CHECKING:
+    from ..packed.model import PackedReport
 
 
 @dataclass
@@ -95,6 +98,7 @@ class PruningReport:
         seconds: part of the run -> seconds (``forward``, ``statistics``, ``selection``, ``refinement``, ``update``,
             ``quantisation``; the command line adds ``load`` and ``saving``).
         dense: tensor or layer of the blocks that stays dense -> its share of its block's weights.
+        packed: what a streamed run packed.
     """
 
     spec: PruneSpec
@@ -103,6 +107,7 @@ class PruningReport:
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     dense: dict[str, float] = field(default_factory=dict)
+    packed: PackedReport | None = None
 
     @property
     def method(self) -> str:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import give_back_freed
-from ..models.checkpoint import CheckpointWriter
 from ..models.placement import Placement
 from ..pruning.blocks import Block, refuse_non_finite
 from ..pruning.source import Activations, BlockSource, Done
 from ..pruning.stopwatch import Stopwatch
 from .activations import FiledActivations
-from .skeleton import drop, put, shared_names, tensor_of
+from .output import Output
+from .skeleton import drop, outside_of, put, read, shared_names, tensor_of
 
 ALIGNMENT = 64  # bytes, as torch's own allocations
 
@@ -34,7 +34,7 @@ class StreamedBlocks(BlockSource):
         model: on the meta device (``skeleton.build``).
         blocks: of ``model``.
         placement: of its tensors in the files that are read.
-        writer: to write pruned blocks to; None: they are not written (another process does it).
+        output: where pruned blocks go; None: they are not written (another process does it).
         commit: told the state after each block once everything that it speaks of is on the disk.
         device: to compute on.
         stopwatch: for the time that was waited.
@@ -45,7 +45,7 @@ class StreamedBlocks(BlockSource):
         model: nn.Module,
         blocks: list[Block],
         placement: Placement,
-        writer: CheckpointWriter | None,
+        output: Output | None,
         commit: Commit | None,
         device: torch.device,
         stopwatch: Stopwatch,
@@ -53,17 +53,16 @@ class StreamedBlocks(BlockSource):
         super().__init__(blocks, stopwatch)
         self._model = model
         self._placement = placement
-        self._writer = writer
+        self._output = output
         self._commit = commit
         self._device = device
         self._groups = shared_names(model)
+        self._outside, _ = outside_of(model, blocks)
         self._names = [self._names_of(block) for block in blocks]
         self._places = [self._places_of(names) for names in self._names]
-        self._files = [placement.files_of(f"{block.name}.") for block in blocks]
         self._slots: list[Tensor] = []
         self._reads: dict[int, Future[None]] = {}
         self._written: Future[None] | None = None
-        self._rest: Future[None] | None = None
         self._io = ThreadPoolExecutor(1, thread_name_prefix="wanda-streaming")
 
     def _names_of(self, block: Block) -> list[str]:
@@ -89,23 +88,16 @@ class StreamedBlocks(BlockSource):
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Inside, all but the blocks and the output embedding is loaded."""
-        head = self._model.get_output_embeddings()  # type: ignore[operator]
-        in_head = {f"{name}.weight" for name, module in self._model.named_modules() if module is head}
-        in_head |= {name.removesuffix("weight") + "bias" for name in in_head}
-        in_blocks = {name for names in self._names for name in names}
-        outside = [g for g in self._groups if g[0] not in in_blocks and not in_head.issuperset(g)]
         with self._stopwatch.measure("load"):
-            for names in outside:
-                found = next(name for name in names if name in self._placement.parts)
-                tensor = torch.empty_like(tensor_of(self._model, found), device="cpu")
-                self._placement.read(found, tensor)
-                tensor = tensor.to(self._device)
+            for names in self._outside:
+                tensor = read(self._model, names, self._placement).to(self._device)
                 for name in names:
                     put(self._model, name, tensor)
             for name, buffer in list(self._model.named_buffers()):
-                put(self._model, name, buffer.to(self._device))
+                if not buffer.is_meta:  # as those of blocks are that are done
+                    put(self._model, name, buffer.to(self._device))
         yield
-        for names in outside:
+        for names in self._outside:
             for name in names:
                 drop(self._model, name)
 
@@ -127,14 +119,6 @@ class StreamedBlocks(BlockSource):
     def _read(self, index: int) -> None:
         for name in self._names[index]:
             self._placement.read(name, self._view(index, name))
-
-    def _write(self, index: int, writer: CheckpointWriter) -> None:
-        views = {name: self._view(index, name) for name in self._names[index]}
-        for file in self._files[index]:
-            if any(views[part.name].dtype != self._placement.dtype(file) for part in self._placement.files[file]):
-                writer.copy(file)  # it was not pruned (refuse_other_dtypes)
-            else:
-                self._placement.write(file, views, writer)
 
     @contextmanager
     def holding(self, index: int) -> Iterator[None]:
@@ -165,17 +149,14 @@ class StreamedBlocks(BlockSource):
         state = {"done": done.blocks, "layers": layers, "sparsities": done.sparsities}
 
         def write() -> None:
-            if self._writer is not None:
-                self._write(index, self._writer)
-                self._writer.sync()
-            if self._commit is not None and done.can_resume:
+            if self._output is not None:
+                self._output.write_block(index, {name: self._view(index, name) for name in self._names[index]})
+            if self._output is not None and self._commit is not None and done.can_resume:
                 stored = None if saver is None else asdict(saver())
-                self._commit(state | {"activations": stored})
+                self._commit(state | {"activations": stored, "packed": self._output.state()})
 
         self._written = self._io.submit(write)
         self._submit_read(index + 2)
-        if index + 2 >= len(self.blocks) and self._rest is None:
-            self._rest = self._io.submit(self._copy_rest)
 
     def wait(self) -> None:
         """Until the last finished block and its state are on the disk. Raises what went wrong there."""
@@ -183,28 +164,15 @@ class StreamedBlocks(BlockSource):
             with self._stopwatch.measure("saving"):
                 self._written.result()
 
-    def _copy_rest(self) -> None:
-        """The tensors outside the blocks, and those that the model does not know."""
-        if self._writer is None:
-            return
-        in_blocks = {file for files in self._files for file in files}
-        for file in self._placement.checkpoint.entries:
-            if file not in in_blocks:
-                self._writer.copy(file)
-        self._writer.create_all()
-        self._writer.sync()
-
     def finish(self) -> None:
         """Until the whole checkpoint is written."""
         self.wait()
-        if self._rest is None:
-            self._rest = self._io.submit(self._copy_rest)
-        with self._stopwatch.measure("saving"):
-            self._rest.result()
+        if self._output is not None:
+            with self._stopwatch.measure("saving"):
+                self._output.write_rest()
 
     def close(self) -> None:
         """Ends the thread. A finished block is still written, with its state; nothing else is begun."""
-        for future in (*self._reads.values(), self._rest):
-            if future is not None:
-                future.cancel()
+        for future in self._reads.values():
+            future.cancel()
         self._io.shutdown(wait=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from .._words import to_json
 from ..distributed import Processes
-from ..models.checkpoint import Checkpoint, CheckpointWriter
+from ..models.checkpoint import Checkpoint
 from ..models.load import choose_device
 from ..models.placement import Placement
-from ..models.save import PROCESSOR, check_bytes, check_output
+from ..models.save import DROP_REPORT, REPORT, check_bytes, check_output
+from ..packed.model import Packing
 from ..pruning.blocks import Block, find_blocks, matrices_of
 from ..pruning.driver import check_blocks, check_input_ids
 from ..pruning.loop import Loop, default_batch_size
@@ -27,11 +27,11 @@ from ..pruning.spec import PruneSpec, SpecArguments
 from ..pruning.stopwatch import Stopwatch
 from .activations import FiledActivations, SavedActivations, SpilledActivations, Stored, TwoFiles
 from .blocks import Commit, StreamedBlocks
+from .output import Output, PackedShards, SameFiles, copy_files
 from .skeleton import build, refuse_other_dtypes
 from .workfolder import WorkFolder, done_of, identity, path_for, read_state, refuse_other_run
 
 ACTIVATION_MEMORY = 4 * 2**30
-COPIED = ("config.json", "generation_config.json", *PROCESSOR)
 
 
 def stream_prune(
@@ -47,6 +47,8 @@ def stream_prune(
     resume: bool = False,
     overwrite: bool = False,
     tokenizer: Any = None,
+    packing: Packing | None = None,
+    keep_reports: bool = False,
     processes: Processes | None = None,
     progress: Progress | None = None,
     **arguments: Unpack[SpecArguments],
@@ -54,8 +56,9 @@ def stream_prune(
     """Prune a safetensors checkpoint to another folder with two blocks in memory.
 
     The pruned tensors are, bit for bit, those of :func:`wanda_kernels.prune`; the others are copied byte for byte.
-    The output has the input's files: same shards, same index, same names and shapes. After each block the state is kept
-    in ``.OUT.partial`` beside ``out``; a run that ended there goes on with ``resume``, to the same files.
+    The output has the input's files, but with ``packing``: same shards, same index, same names and shapes. After each
+    block the state is kept in ``.OUT.partial`` beside ``out``; a run that ended there goes on with ``resume``, to the
+    same files.
 
     Args:
         model: a folder with config.json and ``model.safetensors``, or shards and their index.
@@ -69,9 +72,13 @@ def stream_prune(
         resume: go on with the run that ended before its end, if there is one.
         overwrite: replace ``out``, and what an unfinished run left.
         tokenizer: saved with the model.
+        packing: a :class:`wanda_kernels.packed.Packing`: also pack the weights of each block when it is pruned, as
+            :func:`wanda_kernels.compress` does in memory, bit for bit. Then the output has a shard for each block, with
+            the names that ``save_pretrained`` gives a packed model, and all is in the model's dtype.
+        keep_reports: what pruning said of ``model`` goes with it, in place of what this run says.
 
     Returns:
-        A :class:`PruningReport`.
+        A :class:`PruningReport`; its ``packed`` is a :class:`wanda_kernels.packed.PackedReport` of what was packed.
 
     Raises:
         ValueError, TypeError: bad arguments, a model that cannot be streamed or pruned, the state of another run.
@@ -98,20 +105,28 @@ def stream_prune(
     ids = check_input_ids(skeleton, input_ids, spec)
     if ids is not None and spec.batch_size is None:  # what a run begins with decides
         spec = spec.with_batch_size(default_batch_size(place, ids.shape[1]))
-    job = _Job(spec, skeleton, blocks, placement, ids, place, activation_memory, processes, progress or Progress())
+    job = _Job(
+        spec, skeleton, blocks, placement, ids, place, activation_memory, packing, processes, progress or Progress()
+    )
     begun_with = identity(spec.to_dict(), ids, checkpoint, place)
     if processes is not None:
         processes.refuse_differences(begun_with)
+    begun_with["option"]["packing"] = None if packing is None else asdict(packing)
     begun_with["option"]["offload"] = None if offload is None else str(Path(offload).resolve())
     if processes is None or processes.is_first:
-        with _work_folder(out, job, resume, begun_with, offload) as (work, state):
+        with _work_folder(out, job, resume, begun_with, offload) as (work, state, output):
 
             def commit(done: dict[str, Any]) -> None:
                 work.commit({"begun_with": begun_with, "blocks": len(blocks)} | done)
 
-            writer = CheckpointWriter(work.folder, checkpoint)
-            report = job.work_through(state, work.files, writer, commit if alone else None)
-            _add_small_files(work.folder, checkpoint, tokenizer, report)
+            report = job.work_through(state, work.files, output, commit if alone else None)
+            output.add_small_files()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(work.folder)
+            if keep_reports:
+                copy_files((REPORT, DROP_REPORT), checkpoint.folder, work.folder)
+            else:  # without the seconds, so that the same command gives the same bytes
+                (work.folder / REPORT).write_text(to_json(report.to_dict(seconds=False)))
             work.publish(overwrite)
         return report
     own = path_for(out).with_suffix(f".rank{processes.rank}")
@@ -133,15 +148,22 @@ class _Job:
     ids: Tensor | None
     device: torch.device
     activation_memory: int
+    packing: Packing | None
     processes: Processes | None
     progress: Progress
 
+    def output_to(self, work: WorkFolder) -> Output:
+        if self.packing is None:
+            return SameFiles(work.folder, self.blocks, self.placement)
+        shard = work.path / "shard"
+        return PackedShards(work.folder, shard, self.skeleton, self.blocks, self.placement, self.packing)
+
     def work_through(
-        self, state: dict[str, Any] | None, files: TwoFiles, writer: CheckpointWriter | None, commit: Commit | None
+        self, state: dict[str, Any] | None, files: TwoFiles, output: Output | None, commit: Commit | None
     ) -> PruningReport:
-        """All blocks that ``state`` does not have, to ``writer``."""
+        """All blocks that ``state`` does not have, to ``output``."""
         stopwatch = Stopwatch(self.device)
-        source = StreamedBlocks(self.skeleton, self.blocks, self.placement, writer, commit, self.device, stopwatch)
+        source = StreamedBlocks(self.skeleton, self.blocks, self.placement, output, commit, self.device, stopwatch)
         try:
             done, stored = _go_on_from(state)
             hidden = None
@@ -152,17 +174,19 @@ class _Job:
             loop = Loop(self.spec, self.skeleton, source, self.device, stopwatch, self.progress, self.processes, done)
             loop.run(self.ids, hidden)
             source.finish()
-            if writer is not None:
-                writer.check_whole()
-            return loop.report()
+            report = loop.report()
+            if output is not None:
+                output.check_whole()
+                report.packed = output.report
+            return report
         finally:
             source.close()
             files.close()
             self.placement.checkpoint.close()
-            if writer is not None:
-                writer.close()
+            if output is not None:
+                output.close()
 
-    def check_state(self, state: dict[str, Any], writer: CheckpointWriter, files: TwoFiles) -> None:
+    def check_state(self, state: dict[str, Any], output: Output, files: TwoFiles) -> None:
         """Raises ValueError where ``state`` cannot be gone on from: another model's, or not what the files hold."""
         if state["blocks"] != len(self.blocks):
             raise ValueError(f"it is of {state['blocks']} blocks, the model has {len(self.blocks)}")
@@ -183,7 +207,7 @@ class _Job:
             assert self.spec.batch_size is not None
             stored.check(done.blocks, self.ids.split(self.spec.batch_size), self.skeleton.dtype)
             files.check(stored)
-        writer.check_written(file for block in blocks for file in self.placement.files_of(f"{block.name}."))
+        output.restore(done.blocks, state["packed"])
 
     def _activations(self, ids: Tensor, files: TwoFiles, source: StreamedBlocks) -> FiledActivations:
         width = self.skeleton.config.get_text_config().hidden_size
@@ -224,30 +248,32 @@ def describe(out: Path) -> str | None:
 @contextmanager
 def _work_folder(
     out: Path, job: _Job, resume: bool, begun_with: dict[str, Any], offload: str | Path | None
-) -> Iterator[tuple[WorkFolder, dict[str, Any] | None]]:
-    """The folder and the state to go on from. What is worth going on with stays there after an error."""
+) -> Iterator[tuple[WorkFolder, dict[str, Any] | None, Output]]:
+    """The folder, the state to go on from, and where the weights go. What is worth going on with stays there after an
+    error."""
     work = WorkFolder(out, offload)
     try:
+        output = job.output_to(work)
         state = read_state(out) if resume else None
         if state is not None:
             refuse_other_run(state["begun_with"], begun_with, out)
             try:
-                job.check_state(state, CheckpointWriter(work.folder, job.placement.checkpoint), work.files)
+                job.check_state(state, output, work.files)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"the unfinished run to {out} cannot be gone on with: {error}; pass overwrite=True "
                     "without resume=True to start anew"
                 ) from error
-            work.keep_only(set(job.placement.checkpoint.files))
+            work.keep_only(output.files(state["done"]))
         there = sum(path.stat().st_size for path in work.folder.iterdir()) if state is not None else 0
-        check_bytes(work.path, job.placement.checkpoint.size - there)
+        check_bytes(work.path, output.size - there)
     except BaseException:
         _leave(work)
         raise
     if state is None:
         work.begin()
     try:
-        yield work, state
+        yield work, state, output
     except (ValueError, TypeError):  # of the input: it would end the same way again
         work.remove()
         raise
@@ -263,13 +289,3 @@ def _leave(work: WorkFolder) -> None:
     except (ValueError, OSError):  # damaged: told where it is read to be gone on with
         is_empty = False
     work.remove() if is_empty else work.release()
-
-
-def _add_small_files(folder: Path, checkpoint: Checkpoint, tokenizer: Any, report: PruningReport) -> None:
-    for name in (*COPIED, *([checkpoint.index] if checkpoint.index else [])):
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    # Without the seconds, so that the same command gives the same bytes.
-    (folder / "pruning_report.json").write_text(to_json(report.to_dict(seconds=False)))

@@ -115,6 +115,24 @@ def shared_names(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
+def outside_of(model: Any, blocks: list[Block]) -> tuple[list[list[str]], list[list[str]]]:
+    """The names of the tensors that lie in no block: (of all but the output embedding's own, of those)."""
+    head = model.get_output_embeddings()
+    in_head = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    in_head |= {name.removesuffix("weight") + "bias" for name in in_head}
+    prefixes = tuple(f"{block.name}." for block in blocks)
+    outside = [names for names in shared_names(model) if not any(name.startswith(prefixes) for name in names)]
+    return [g for g in outside if not in_head.issuperset(g)], [g for g in outside if in_head.issuperset(g)]
+
+
+def read(model: nn.Module, names: list[str], placement: Placement) -> Tensor:
+    """The tensor of all these names, from the files, on the CPU."""
+    found = next(name for name in names if name in placement.parts)
+    tensor = torch.empty_like(tensor_of(model, found), device="cpu")
+    placement.read(found, tensor)
+    return tensor
+
+
 def tensor_of(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(path), leaf)

@@ -28,7 +28,7 @@ from ..pruning.report import LayerReport
 from ..pruning.source import Done
 from .activations import TwoFiles
 
-VERSION = 4
+VERSION = 5
 
 
 class WorkFolder:
