@@ -2,7 +2,8 @@
 # make test   the test suite                make lint   ruff, clang-format, mypy
 # make wheel  dist/*.whl, compiled for this Python and torch, tried in an environment without a compiler
 # make bench  every suite, measured side by side here, into benchmarks/results and the README
-# make soak   200 prunes with faults, 2,500 mutated model folders: each is whole or a clear error (many minutes)
+# make soak   200 prunes with faults, 2,500 mutated model folders: each is whole or a clear error; CUDA kernels on
+#             50,000 random rows (half an hour)
 # make gpu    on a machine with a GPU: build, measure, test, record, in nine minutes (gpu-short: the first 200 s)
 # make study-masks  refined masks and updated weights on two real models and two texts, five draws (hours)
 # make bench-deploy  a packed model of 1.5B beside llama.cpp's formats of the same model (an hour, 14 GB)
@@ -36,7 +37,7 @@ endif
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
 
 $(STAMP)/torch:
 	@echo "== environment in $(VENV)$(if $(SYSTEM_TORCH), with the torch of $(PYTHON))"
@@ -122,6 +123,7 @@ test-fast: $(STAMP)/test
 soak: $(STAMP)/test
 	$(BIN)/python tests/soak.py --runs 200
 	$(BIN)/python tests/mutations.py --packed 2000 --plain 500
+	MORE_DRAWS=10 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m slow $(addprefix tests/test_,simt.py simt_refine.py rows.py resume.py)
 
 lint: $(STAMP)/linters
 	$(BIN)/ruff check .

@@ -11,8 +11,8 @@ not in registers); `global_128`/`global_all`: the global memory instructions tha
 LDGSTS) among all of them on the common path, but for FEW; `common`/`rare` split the SASS instructions by source line,
 see RARE; `elements` a thread handles in one pass of the kernel's code, and `per_element` = common / elements; `loop`:
 of the common ones, those of the longest innermost loop with global memory in it; `float64`: of those, what the float64
-units do. Unrolled code counts as often as it stands there, a loop that was not unrolled once. Triton's kernels are
-loops: no `rare`, no `per_element`.
+units do; `made_of`: a digest of what the kernel was compiled from, and of this program. Unrolled code counts as often
+as it stands there, a loop that was not unrolled once. Triton's kernels are loops: no `rare`, no `per_element`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -30,18 +31,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
+TRITON = "Triton"  # beside the .cu files: all of Triton's kernels
 RESULT = ROOT / "benchmarks" / "results" / "sass.csv"
 ARCHITECTURES = (80, 90)
 COLUMNS = (
     "kernel", "arch", "compiler", "registers", "shared_bytes", "local_bytes", "global_128", "global_all", "common",
-    "rare", "elements", "per_element", "loop", "float64",
+    "rare", "elements", "per_element", "loop", "float64", "made_of",
 )  # fmt: skip
 
 # Functions whose instructions run for few rows or few elements only (norms with a sign bit, brackets that miss,
@@ -143,6 +145,24 @@ def triton_version() -> str:
     return f"triton {importlib.metadata.version('triton')}"
 
 
+def sources() -> dict[str, str]:
+    """What is compiled -> a digest of its code. While that is the same, compiling it anew finds the same rows."""
+    own = Path(__file__).read_text()
+    triton = [*sorted((ROOT / "wanda_kernels" / "triton").glob("*.py")), Path(__file__).with_name("triton_ptx.py")]
+    texts = {source.name: _code(source, set()) for source in sorted(CUDA_SOURCES.glob("*.cu"))}
+    texts[TRITON] = "".join(path.read_text() for path in triton)
+    return {name: hashlib.sha256((own + text).encode()).hexdigest()[:12] for name, text in texts.items()}
+
+
+def _code(path: Path, seen: set[Path]) -> str:
+    """A file and what it includes of this repository, without comments and spaces."""
+    seen.add(path)
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.DOTALL)
+    found = ((path.parent / name).resolve() for name in re.findall(r'#include "(.+)"', text))
+    included = "".join(_code(file, seen) for file in found if file.exists() and file not in seen)
+    return re.sub(r"\s+", " ", text) + included
+
+
 def _lines_of(functions: dict[str, tuple[str, ...]]) -> dict[str, set[int]]:
     """File name -> lines of its functions named, from a definition to the brace that closes it."""
     found: dict[str, set[int]] = {}
@@ -235,7 +255,7 @@ def _instructions(cubin: Path) -> dict[str, Code]:
     return functions
 
 
-def _row(name: str, arch: int, compiler: str, resources: tuple[int, int, int], code: Code) -> dict:
+def _row(name: str, arch: int, compiler: str, made_of: str, resources: tuple[int, int, int], code: Code) -> dict:
     """One line of the table."""
     lines = [line for line in code.lines if not re.match(r"(@!?U?P\d+ )?(NOP|BRA `\(\.L_x_\d+\)$)", line.text)]
     common = [line for line in lines if not line.rare or name.startswith(GENERAL_PATHS)]
@@ -247,21 +267,20 @@ def _row(name: str, arch: int, compiler: str, resources: tuple[int, int, int], c
         "global_128": sum(".128" in text for text in bulk), "global_all": len(bulk),
         "common": len(common), "rare": len(lines) - len(common), "elements": elements or "",
         "per_element": round(len(common) / elements, 1) if elements else "", "loop": len(loop) or "",
-        "float64": sum(line.is_float64 for line in loop) or "",
+        "float64": sum(line.is_float64 for line in loop) or "", "made_of": made_of,
     }  # fmt: skip
 
 
-def _measure_cuda(arch: int, directory: Path) -> list[dict]:
-    rows = []
-    for source in sorted(CUDA_SOURCES.glob("*.cu")):
-        cubin = directory / "kernels.cubin"
-        resources = _resources(_compile(source, arch, cubin))
-        functions = _instructions(cubin)
-        rows += [_row(_short(name), arch, nvcc_version(), found, functions[name]) for name, found in resources.items()]
-    return rows
+def _measure_cuda(source: Path, made_of: str, arch: int, directory: Path) -> list[dict]:
+    cubin = directory / "kernels.cubin"
+    resources = _resources(_compile(source, arch, cubin))
+    functions = _instructions(cubin)
+    return [
+        _row(_short(name), arch, nvcc_version(), made_of, found, functions[name]) for name, found in resources.items()
+    ]
 
 
-def _measure_triton(arch: int, directory: Path) -> list[dict]:
+def _measure_triton(made_of: str, arch: int, directory: Path) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.triton_ptx", str(directory), str(arch)]
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
@@ -273,19 +292,24 @@ def _measure_triton(arch: int, directory: Path) -> list[dict]:
         command = [str(_in_triton("ptxas")), "-v", f"-arch={target[1]}", str(ptx), "-o", str(cubin)]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         ((name, resources),) = _resources(log).items()
-        rows.append(_row(ptx.stem, arch, triton_version(), resources, _instructions(cubin)[name]))
+        rows.append(_row(ptx.stem, arch, triton_version(), made_of, resources, _instructions(cubin)[name]))
     return rows
 
 
-def measure(architectures: Sequence[int] = ARCHITECTURES) -> list[dict]:
-    """Their rows; the architectures side by side, as compiling takes minutes and one core each."""
+def measure(architectures: Sequence[int] = ARCHITECTURES, names: Collection[str] | None = None) -> list[dict]:
+    """The rows of ``names`` of :func:`sources` (None: of all); two at a time, as one takes up to a minute of a core."""
 
-    def measured(arch: int) -> list[dict]:
+    def measured(job: tuple[int, str]) -> list[dict]:
+        arch, name = job
         with tempfile.TemporaryDirectory() as directory:
-            return _measure_cuda(arch, Path(directory)) + _measure_triton(arch, Path(directory))
+            if name == TRITON:
+                return _measure_triton(made_of[name], arch, Path(directory))
+            return _measure_cuda(CUDA_SOURCES / name, made_of[name], arch, Path(directory))
 
-    with ThreadPoolExecutor(len(architectures)) as pool:
-        rows = list(itertools.chain.from_iterable(pool.map(measured, architectures)))
+    made_of = sources()
+    with ThreadPoolExecutor(2) as pool:
+        jobs = itertools.product(architectures, made_of if names is None else names)
+        rows = list(itertools.chain.from_iterable(pool.map(measured, jobs)))
     return sorted(rows, key=lambda row: (str(row["kernel"]), row["arch"]))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+MORE = int(os.environ.get("MORE_DRAWS", "1"))  # `make soak`: times as many draws in slow tests as `make test` has
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = (
     "normal",

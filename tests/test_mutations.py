@@ -41,7 +41,7 @@ def test_some():
 
 @pytest.mark.slow
 def test_many():
-    check(480, 120, seed=2)
+    check(240, 60, seed=2)
 
 
 def test_a_crash_and_a_hang_are_told(monkeypatch):

@@ -6,7 +6,7 @@ import backends
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import copy_with_strides, matrices, same_bits, sparsities, stacks, weight_of
+from strategies import MORE, copy_with_strides, matrices, same_bits, sparsities, stacks, weight_of
 
 from wanda_kernels import ops, reference
 
@@ -33,9 +33,9 @@ def test_mask_and_weights_equal_the_reference(backend, matrix, sparsity):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda-simt"])  # test_simt.py has its own
-@settings(max_examples=3000)
+@settings(max_examples=1000 * MORE)
 @given(matrix=matrices(), sparsity=sparsities())
-def test_ten_thousand_rows(backend, matrix, sparsity):
+def test_thousands_of_rows(backend, matrix, sparsity):
     check_against_the_reference(backend, matrix, sparsity)
 
 

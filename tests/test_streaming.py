@@ -104,8 +104,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("spilled", [False, True])
-@pytest.mark.parametrize(("family", "shard"), [("llama tied", "60KB"), ("gemma2", "50GB")])
+@pytest.mark.parametrize(
+    ("family", "shard", "spilled"), [("llama tied", "60KB", False), ("gemma2", "50GB", True)], ids=str
+)
 def test_equals_the_run_in_memory_with_every_option(options, spilled, family, shard, tmp_path):
     ids = None if options.get("method") == "magnitude" else tiny.ids()
     model = save_sharded(tmp_path / "model", family, torch.float32, shard)

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
-from transformers.integrations import moe
 
 # Modules of this form that transformers does not describe.
 _UNDESCRIBED = {
@@ -221,6 +220,8 @@ class _Described(Protocol):
 def _is_described(module: nn.Module) -> bool:
     """Whether transformers says what the module computes: a subclass with another forward has the words too."""
     has_words = all(hasattr(module, name) for name in ("is_transposed", "has_bias", "has_gate"))
+    from transformers.integrations import moe  # by now there, where it counts; before, seconds
+
     return has_words and getattr(type(module).forward, "__globals__", None) is vars(moe)
 
 
