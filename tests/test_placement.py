@@ -17,7 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from wanda_kernels import prune
 from wanda_kernels.models import placement as placements
-from wanda_kernels.models.checkpoint import Checkpoint, CheckpointWriter
+from wanda_kernels.models.checkpoint import Checkpoint
 from wanda_kernels.models.load import auto_class, load_model
 from wanda_kernels.models.watch import Watch
 from wanda_kernels.pruning.blocks import Block
@@ -25,6 +25,7 @@ from wanda_kernels.pruning.source import Done
 from wanda_kernels.pruning.stopwatch import Stopwatch
 from wanda_kernels.streaming import stream_prune
 from wanda_kernels.streaming.blocks import StreamedBlocks
+from wanda_kernels.streaming.output import SameFiles
 from wanda_kernels.streaming.skeleton import build
 
 TEXT = tiny.COMMON | {"head_dim": 16}
@@ -119,17 +120,17 @@ def test_blocks_come_and_go_as_they_are(family, tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path / "model")
     model, placement = build(tmp_path / "model", checkpoint, "auto")
     blocks = [Block(f"model.layers.{i}", module, {}) for i, module in enumerate(model.model.layers)]
-    writer = CheckpointWriter(tmp_path / "out", checkpoint)
+    output = SameFiles(tmp_path / "out", blocks, placement)
     # Nothing goes through a second tensor: experts lie in the files one by one, each in one piece.
     monkeypatch.setattr(checkpoint, "load", lambda tensor: pytest.fail(f"{tensor} was loaded beside its place"))
-    source = StreamedBlocks(model, blocks, placement, writer, None, torch.device("cpu"), Stopwatch(torch.device("cpu")))
+    source = StreamedBlocks(model, blocks, placement, output, None, torch.device("cpu"), Stopwatch(torch.device("cpu")))
     source.begin(0)
     for index, block in enumerate(blocks):
         with source.holding(index):
             assert not any(tensor.is_meta for tensor in block.module.state_dict().values())
         source.finished(index, Done(index + 1), None)
     source.finish()
-    writer.check_whole()
+    output.check_whole()
     source.close()
     for path in (tmp_path / "model").glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

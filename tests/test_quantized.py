@@ -186,7 +186,12 @@ def test_many_tokens_take_the_unpacked_weight(backend, weight, data):
     x, bias = torch.randn(40, dense.shape[1]).to(dtype), torch.randn(len(dense)).to(dtype)
     for added in (None, bias):
         got = backends.implementation(backend, "quantized_linear")(x, *packed, added, bits)
-        torch.testing.assert_close(got, linear(x, dense, added), equal_nan=True)
+        expected = linear(x.float(), dense.float(), None if added is None else added.float())
+        # Sums cancel: each output may be off by a rounding of the largest. Torch's own product of 16 bits may add in
+        # them, ours is in float32 where the processor has no such product.
+        largest = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else torch.tensor(0.0)
+        near = {"rtol": 4 * torch.finfo(dtype).eps, "atol": float(largest) * torch.finfo(dtype).eps + 1e-37}
+        torch.testing.assert_close(got, expected.to(dtype), equal_nan=True, **near)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,9 +27,9 @@ inline at::ScalarType product_type(at::ScalarType type) {
   return (type == at::kBFloat16 && !has_bf16) || (type == at::kHalf && !has_fp16) ? at::kFloat : type;
 }
 
-// y [tokens, rows] = x [tokens, cols] W^T + bias. unpack(begin, end, dense): rows of W, `dense` [end - begin,
-// cols] of x's dtype or float32. Bands begin at multiples of `unit`, all in the same memory. Their size does
-// not depend on the number of threads, so that products are cut in the same way.
+// y [tokens, rows] = x [tokens, cols] W^T + bias. unpack(begin, end, dense): rows of W into `dense` [end -
+// begin, cols] of x's dtype. Bands begin at multiples of `unit`, all in the same memory. Their size does not
+// depend on the number of threads, so that products are cut in the same way.
 template <class Unpack>
 void multiply_in_bands(int64_t rows, int64_t unit, const at::Tensor& x, const OptionalTensor& bias,
                        const at::Tensor& y, Unpack unpack) {
@@ -38,15 +38,19 @@ void multiply_in_bands(int64_t rows, int64_t unit, const at::Tensor& x, const Op
   const at::Tensor columns = x.to(type), added = bias ? bias->to(type) : at::Tensor();
   const int64_t fitting = kBandBytes / (cols * columns.element_size()) / unit * unit;
   const int64_t band = std::min(std::max(fitting, unit), rows);
-  const at::Tensor dense = at::empty({band, cols}, columns.options());
+  const at::Tensor unpacked = at::empty({band, cols}, x.options());
+  const bool is_own = type == x.scalar_type();
+  const at::Tensor converted = is_own ? unpacked : at::empty({band, cols}, columns.options());
   for (int64_t first = 0; first < rows; first += band) {
     const int64_t count = std::min(band, rows - first);
-    const at::Tensor weight = dense.narrow(0, 0, count);
-    unpack(first, first + count, weight);
+    const at::Tensor dense = unpacked.narrow(0, 0, count);
+    unpack(first, first + count, dense);
+    const at::Tensor weight = converted.narrow(0, 0, count);
+    if (!is_own) weight.copy_(dense);
     at::Tensor out = y.narrow(1, first, count);
     if (added.defined()) {
       out.copy_(at::addmm(added.narrow(0, first, count), columns, weight.t()));
-    } else if (type == y.scalar_type()) {
+    } else if (is_own) {
       at::mm_out(out, columns, weight.t());
     } else {
       out.copy_(at::mm(columns, weight.t()));

@@ -48,11 +48,7 @@ at::Tensor unpack_dense(const PackedWeight& weight, const at::Tensor& values) {
 void multiply_unpacked(const PackedWeight& weight, const at::Tensor& x, const OptionalTensor& bias,
                        const at::Tensor& y) {
   multiply_in_bands(weight.rows, 1, x, bias, y, [&](int64_t begin, int64_t end, const at::Tensor& dense) {
-    const PackedWeight part = rows_of(weight, begin, end);
-    if (dense.scalar_type() == x.scalar_type()) return unpack_into(part, dense.data_ptr());
-    const at::Tensor unpacked = at::empty(dense.sizes(), x.options());
-    unpack_into(part, unpacked.data_ptr());
-    dense.copy_(unpacked);
+    unpack_into(rows_of(weight, begin, end), dense.data_ptr());
   });
 }
 

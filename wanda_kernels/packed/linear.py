@@ -217,7 +217,7 @@ def banded_linear(
     with torch.no_grad():
         for first in range(0, rows, band):
             last = min(first + band, rows)
-            weight = unpack(rows_of(packed, first, last, kind), dtype, kind).to(dtype)
+            weight = unpack(rows_of(packed, first, last, kind), x.dtype, kind).to(dtype)
             out = y[:, first:last] if own else None
             if bias is None:
                 product = torch.mm(tokens, weight.t(), out=out)

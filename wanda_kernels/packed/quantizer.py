@@ -116,7 +116,9 @@ class WandaPackedQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        if isinstance(dtype, str):  # what save_pretrained leaves in the config
+            dtype = getattr(torch, dtype)
         for dense in unpack_layers(model).values():
             dense.to(dtype)
         return model
