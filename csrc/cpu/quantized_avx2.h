@@ -1,9 +1,14 @@
 // Packed weights with values of 8 or 4 bits with AVX2. A row's bytes are spread to their columns, sixteen at
 // a time, by a byte shuffle from a table by the mask, and multiplied with the row of x as they come; with
-// several rows of x they are stored on the way. 64 columns take 5.3 ns (int8), 5.5 (int4 in groups of 128) or
-// 6.3 (of 64) from the cache of a Zen 3; stored on the way, 6.3, 6.4 and 6.9. Slower there: one load for
-// sixteen columns and a table for each count of the first eight (6.0, 6.1); orders of 16 bytes, joined by an
-// OR instead of by loads.
+// several rows of x they are stored on the way. From the cache of a Zen 3 64 columns take, in ns:
+//
+//                          bitmap   2:4   bitmap, stored on the way
+//   int8                      5.2   4.2   6.3
+//   int4, groups of 128       5.4   4.2   6.4
+//   int4, groups of 64        6.1   4.8   6.9
+//
+// Slower there: one load for sixteen columns of a bitmap and a table for each count of the first eight (6.0
+// and 6.1 for 5.4 and 5.8), orders of 16 bytes joined by an OR instead of by loads.
 //
 // 8 bits: words, VPMADDWD with the words of x (VPMADDUBSW would saturate). 4 bits: VPMADDUBSW of unsigned
 // halves and signed bytes of x: two products are at most 2 * 15 * 127, eight such sums fit 16 bits. These
@@ -34,6 +39,24 @@ struct alignas(64) SpreadBytes {
 };
 constexpr SpreadBytes kSpreadBytes;
 
+// 2:4, entry i: likewise for the eight columns that a code byte is of, whose four bytes come behind those of
+// 0, 1, 2 or 3 others in a register.
+struct alignas(64) SpreadCodes {
+  uint8_t behind[4][256][8];
+  constexpr SpreadCodes() : behind() {
+    for (uint32_t others = 0; others < 4; ++others) {
+      for (uint32_t code = 0; code < 256; ++code) {
+        for (uint32_t i = 0; i < 8; ++i) behind[others][code][i] = 0x80;
+        uint8_t place = static_cast<uint8_t>(4 * others);
+        for (uint32_t i = 0; i < 8; ++i) {
+          if ((kPackedMasks.entry[code] >> i & 1) != 0) behind[others][code][i] = place++;
+        }
+      }
+    }
+  }
+};
+constexpr SpreadCodes kSpreadCodes;
+
 // Around the intrinsic GCC 12 copies the mask first, for processors where POPCNT waits for what it
 // overwrites.
 WANDA_STEP inline int64_t population(uint64_t mask) {
@@ -52,8 +75,7 @@ inline __m256i loaded_256(const void* from) { return _mm256_loadu_si256(static_c
 
 // The bytes of a row, sixteen columns at a time. `gaps`: what stands where nothing is kept, the offset; a
 // byte is 0 there without it.
-template <PackedFormat format>
-struct Spread {
+struct RowBytes {
   const uint8_t *next, *codes;
   __m128i gaps;
 
@@ -62,26 +84,49 @@ struct Spread {
     prefetch_l2(codes + 512);
   }
 
+  WANDA_STEP __m256i with_offset(__m128i first, __m128i second) const {
+    return _mm256_xor_si256(_mm256_set_m128i(second, first), _mm256_broadcastsi128_si256(gaps));
+  }
+};
+
+struct OfBitmap : RowBytes {
   WANDA_STEP __m128i without_offset() {
-    const uint32_t first = packed_mask(format, codes[0]), second = packed_mask(format, codes[1]);
+    const uint64_t first = codes[0], second = codes[1];
     const __m128i order = two_of(kSpreadBytes.lower[first], kSpreadBytes.upper[second]);
-    __m128i values;
+    const uint8_t* others = next + population(first);
+    const __m128i values = two_of(next, others);
     codes += 2;
-    if constexpr (format == PackedFormat::kBitmap) {
-      const uint8_t* others = next + population(first);
-      values = two_of(next, others);
-      next = others + population(second);
-    } else {  // four of each: nothing may be read past the last one
-      values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(next));
-      values = _mm_unpacklo_epi32(values, values);  // 0-3 twice, then 4-7
-      next += 8;
-    }
+    next = others + population(second);
     return _mm_shuffle_epi8(_mm_xor_si128(values, gaps), order);
   }
 
   WANDA_STEP __m256i thirty_two() {
     const __m128i first = without_offset(), second = without_offset();
-    return _mm256_xor_si256(_mm256_set_m128i(second, first), _mm256_broadcastsi128_si256(gaps));
+    return with_offset(first, second);
+  }
+};
+
+// Nothing may be read past the last value of a row.
+struct OfSparse24 : RowBytes {
+  WANDA_STEP static __m128i order_of(const uint8_t* two_codes, int others) {
+    return two_of(kSpreadCodes.behind[others][two_codes[0]], kSpreadCodes.behind[others + 1][two_codes[1]]);
+  }
+
+  WANDA_STEP __m128i without_offset() {
+    const __m128i values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(next));
+    const __m128i order = order_of(codes, 0);
+    next += 8;
+    codes += 2;
+    return _mm_shuffle_epi8(_mm_xor_si128(values, gaps), order);
+  }
+
+  WANDA_STEP __m256i thirty_two() {
+    const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
+    const __m128i values = _mm_xor_si128(loaded, gaps);
+    const __m128i first = order_of(codes, 0), second = order_of(codes + 2, 2);
+    next += 16;
+    codes += 4;
+    return with_offset(_mm_shuffle_epi8(values, first), _mm_shuffle_epi8(values, second));
   }
 };
 
@@ -106,8 +151,8 @@ struct InPlace {
 };
 
 // A row's bytes in their columns: in `out`, or where they are.
-template <PackedFormat format>
-WANDA_PASS const uint8_t* in_columns(Spread<format> row, int64_t cols, uint8_t* out) {
+template <class Bytes>
+WANDA_PASS const uint8_t* in_columns(Bytes row, int64_t cols, uint8_t* out) {
   for (int64_t block = 0; block < cols; block += kQuantizedBlock) {
     row.begin_block();
     for (int64_t i = 0; i < kQuantizedBlock; i += 32) {
@@ -250,15 +295,15 @@ float dot_of(const QuantizedWeight& w, int64_t row, Bytes bytes, const Quantized
   return row % 2 == 0 ? dot_256<4, false>(w, row, bytes, x, t) : dot_256<4, true>(w, row, bytes, x, t);
 }
 
-// f(the bytes of a row): Spread or InPlace.
+// f(the bytes of a row): OfBitmap, OfSparse24 or InPlace.
 template <class F>
 auto by_bytes(const QuantizedWeight& w, int64_t row, F f) {
   const __m128i gaps = _mm_set1_epi8(static_cast<char>(gap_of(w)));
   const uint8_t* values = quantized_values(w, row);
   if (w.codes == nullptr) return f(InPlace{values, gaps});
   const uint8_t* codes = w.codes + row * (w.cols / 8);
-  if (w.starts != nullptr) return f(Spread<PackedFormat::kBitmap>{values, codes, gaps});
-  return f(Spread<PackedFormat::kSparse24>{values, codes, gaps});
+  if (w.starts != nullptr) return f(OfBitmap{{values, codes, gaps}});
+  return f(OfSparse24{{values, codes, gaps}});
 }
 
 template <>
