@@ -23,6 +23,7 @@ from typer.main import get_command
 import wanda_kernels
 from wanda_kernels.cli.app import app
 from wanda_kernels.cli.options import of_options
+from wanda_kernels.packed import weight as packed_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
@@ -260,6 +261,25 @@ def test_every_command_says_that_the_slow_reference_runs(work):
     assert parts[1::2] == ["eval", "speed"], said
     for part in parts[:-1:2]:
         assert "note: running on the PyTorch reference: WANDA_KERNELS_REFERENCE=1 is set" in part
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(False, "bfloat16"), (False, "float32"), (True, "bfloat16")])
+def test_a_dtype_that_is_slow_here_is_told_once(work, tmp_path, capsys, monkeypatch, has, dtype):
+    monkeypatch.setattr(packed_weight, "product_dtype", lambda dtype: dtype if has else torch.float32)
+    line = "note: this processor has no products of bfloat16: --dtype float32 is faster, in twice the memory\n"
+    options = ["--text", work / "text.txt", "--length", 64, "--windows", 1]
+    pruned, packed, other = tmp_path / "pruned", tmp_path / "packed", tmp_path / "other.txt"
+    other.write_text(saved.text(2000))
+    commands = (
+        ["eval", work / "model", *options, "--text", other, "--dtype", dtype],
+        ["prune", work / "model", "--out", pruned, *calibrated(work), "--dtype", dtype],
+    )
+    for command in commands:
+        code, _, stderr = call(capsys, *command)
+        assert (code, stderr.count(line)) == (0, int(not has and dtype == "bfloat16")), stderr
+    assert call(capsys, "compress", pruned, "--out", packed)[0] == 0
+    code, _, stderr = call(capsys, "eval", packed, *options)
+    assert (code, "has no products" in stderr) == (0, False), stderr
 
 
 def test_the_library_loads_its_parts_at_the_first_use():

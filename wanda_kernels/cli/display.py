@@ -84,6 +84,15 @@ def tell_reference(device: torch.device) -> None:
         note(f"note: running on the PyTorch reference: {status}")
 
 
+def tell_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """A line where torch's products of ``dtype`` are slow on ``device``."""
+    from ..packed.weight import product_dtype  # which has the measurement
+
+    if device.type == "cpu" and product_dtype(dtype) != dtype:
+        name = str(dtype).removeprefix("torch.")
+        note(f"note: this processor has no products of {name}: --dtype float32 is faster, in twice the memory")
+
+
 class OneBar(Progress):
     """``shown`` has a bar for the run."""
 

@@ -15,14 +15,14 @@ from ..models import load_model, load_tokenizer, save_pretrained
 from ..models.load import check_choices, empty_model, load_config, processor_files, weight_bytes
 from ..models.save import DROP_REPORT, REPORT, check_bytes
 from ..packed import compress
-from ..packed.model import head_of
+from ..packed.model import head_of, packed_layers
 from ..pruning import PruneSpec, PruningReport, prune
 from ..pruning.blocks import find_blocks
 from ..pruning.driver import check_blocks
 from ..reap import DropReport, check_drop, drop_experts
 from ..text import evaluation_windows, load_calibration, perplexity
 from ..text.windows import needs_bos
-from .display import PruningDisplay, bar, pruning_bar, quiet_libraries, tell_reference, working
+from .display import PruningDisplay, bar, pruning_bar, quiet_libraries, tell_reference, tell_slow_dtype, working
 from .options import check_length
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Session:
     def __init__(self, model: str, dtype: str, device: str, device_map: str | None = None) -> None:
         self.place = check_choices(dtype, device, device_map)
         self.name, self._dtype, self._device, self._device_map = model, dtype, device, device_map
+        self._is_told = False
 
     def begin(self) -> None:
         """From here on files are read."""
@@ -94,6 +95,14 @@ class Session:
         with working(f"loading {self.name}"):
             return load_model(self.name, self._dtype, self._device, self._device_map)
 
+    def _to_compute(self) -> Any:
+        """The model; the first time with a line where its dtype is slow here. Packed layers have their own products."""
+        model = self.model
+        if not self._is_told and not packed_layers(model):
+            tell_slow_dtype(model.dtype, model.device)
+        self._is_told = True
+        return model
+
     def copy(self) -> Session:
         """Of the same model as it is now; what is done to one does not change the other."""
         other = copy.copy(self)
@@ -120,23 +129,23 @@ class Session:
     def prune(
         self, input_ids: torch.Tensor | None, spec: PruneSpec, processes: Processes | None = None
     ) -> PruningReport:
-        model = self.model
+        model = self.model if input_ids is None else self._to_compute()
         with bar() as shown:
             return prune(model, input_ids, spec=spec, processes=processes, progress=PruningDisplay(shown))
 
     def choose_values(self, input_ids: torch.Tensor, spec: PruneSpec) -> PruningReport:
         """Of a model that is pruned already: ``spec`` prunes nothing."""
-        model = self.model
+        model = self._to_compute()
         with bar() as shown, pruning_bar(shown, "choosing values") as progress:
             return prune(model, input_ids, spec=spec, progress=progress)
 
     def drop_experts(self, input_ids: torch.Tensor, share: float, batch_size: int | None) -> DropReport:
-        model = self.model
+        model = self._to_compute()
         with bar() as shown, pruning_bar(shown, "scoring experts") as progress:
             return drop_experts(model, input_ids, share, batch_size=batch_size, progress=progress)
 
     def perplexity(self, windows: torch.Tensor, batch_size: int = 1) -> float:
-        model = self.model
+        model = self._to_compute()
         with bar() as shown:
             task = shown.add_task("evaluating", total=len(windows))
             return perplexity(
