@@ -295,6 +295,64 @@ float dot_of(const QuantizedWeight& w, int64_t row, Bytes bytes, const Quantized
   return row % 2 == 0 ? dot_256<4, false>(w, row, bytes, x, t) : dot_256<4, true>(w, row, bytes, x, t);
 }
 
+// The next 32 columns of a row as signed bytes.
+template <int bits, bool is_high, class Bytes>
+WANDA_STEP inline __m256i levels_of(Bytes& row) {
+  if constexpr (bits == 8) {
+    const __m128i first = row.without_offset(), second = row.without_offset();
+    return _mm256_set_m128i(second, first);
+  } else {
+    __m256i bytes = row.thirty_two();
+    if (is_high) bytes = _mm256_srli_epi16(bytes, 4);
+    return _mm256_sub_epi8(_mm256_and_si256(bytes, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+  }
+}
+
+// The upper halves, to nearest even, as bf16_of_float.
+inline __m256i nearest_bf16(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
+}
+
+// Sixteen elements, each the nearest to a value.
+template <Dtype dtype>
+WANDA_STEP inline void store_nearest(typename Element<dtype>::Bits* to, __m256 low, __m256 high) {
+  if constexpr (dtype == Dtype::kFloat32) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(to), low);
+    _mm256_storeu_ps(reinterpret_cast<float*>(to) + 8, high);
+  } else if constexpr (dtype == Dtype::kFloat16) {
+    store_256(to, _mm256_set_m128i(_mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT),
+                                   _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT)));
+  } else {
+    const __m256i both = _mm256_packus_epi32(nearest_bf16(low), nearest_bf16(high));
+    store_256(to, _mm256_permute4x64_epi64(both, 0xd8));
+  }
+}
+
+// 64 columns take 18 ns (int8) and 20 (int4) from the cache of a Zen 3, spread in memory and rounded by plain
+// code 36.
+template <Dtype dtype, int bits, bool is_high, class Bytes>
+WANDA_PASS void unpack_bytes(const QuantizedWeight& w, int64_t row, Bytes bytes,
+                             typename Element<dtype>::Bits* out) {
+  const uint16_t* scales = w.scales + row * w.groups;
+  const int64_t shift = w.groups == 1 ? 62 : __builtin_ctzll(static_cast<uint64_t>(w.group));
+  for (int64_t col = 0; col < w.cols; col += 32) {
+    if (col % kQuantizedBlock == 0) bytes.begin_block();
+    const __m256i levels = levels_of<bits, is_high>(bytes);
+    const __m256 scale = _mm256_set1_ps(float_of_bf16(scales[col >> shift]));
+    const __m128i halves[2] = {_mm256_castsi256_si128(levels), _mm256_extracti128_si256(levels, 1)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(halves[i]));
+      const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(halves[i], 8)));
+      store_nearest<dtype>(out + col + 16 * i, _mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale));
+    }
+  }
+}
+
 // f(the bytes of a row): OfBitmap, OfSparse24 or InPlace.
 template <class F>
 auto by_bytes(const QuantizedWeight& w, int64_t row, F f) {
@@ -319,6 +377,16 @@ struct QuantizedSteps<Avx2> {
 
   static float only_dot(const QuantizedWeight& w, int64_t row, const QuantizedColumns& x, uint8_t*) {
     return by_bytes(w, row, [&](auto bytes) { return dot_of(w, row, bytes, x, 0); });
+  }
+
+  template <Dtype dtype>
+  static void unpack_row(const QuantizedWeight& w, int64_t row, typename Element<dtype>::Bits* out,
+                         uint8_t*) {
+    by_bytes(w, row, [&](auto bytes) {
+      if (w.bits == 8) return unpack_bytes<dtype, 8, false>(w, row, bytes, out);
+      if (is_high_half(w, row)) return unpack_bytes<dtype, 4, true>(w, row, bytes, out);
+      unpack_bytes<dtype, 4, false>(w, row, bytes, out);
+    });
   }
 };
 

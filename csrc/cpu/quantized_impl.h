@@ -129,7 +129,8 @@ inline float factor_of(const QuantizedWeight& w, int64_t row, int64_t group, flo
 
 // expand: a row's bytes in their columns, or where they lie in them already; gap_of elsewhere, which is the
 // offset, in both halves. dot: the product of these with row t of a slab. only_dot: of a row with the only
-// row of x; a set may spare itself the expanded row.
+// row of x; a set may spare itself the expanded row. unpack_row: each value times its scale in float32,
+// rounded.
 template <class Vector>
 struct QuantizedSteps;
 
@@ -142,6 +143,20 @@ struct StoredValue {
       : shift(is_high_half(w, row) ? 4 : 0), mask(w.bits == 8 ? 255 : 15), offset(offset_of(w)) {}
   int32_t operator()(uint8_t byte) const { return (byte >> shift & mask) - offset; }
 };
+
+// Value times scale in float32, rounded.
+template <Dtype dtype>
+WANDA_PASS void scale_row(const QuantizedWeight& w, int64_t row, const uint8_t* stored,
+                          typename Element<dtype>::Bits* out) {
+  const StoredValue value(w, row);
+  for (int64_t group = 0; group < w.groups; ++group) {
+    const int64_t begin = group * w.group, end = begin + w.group < w.cols ? begin + w.group : w.cols;
+    const float scale = float_of_bf16(w.scales[row * w.groups + group]);
+    for (int64_t j = begin; j < end; ++j) {
+      out[j] = from_float<dtype>(static_cast<float>(value(stored[j])) * scale);
+    }
+  }
+}
 
 template <>
 struct QuantizedSteps<Scalar> {
@@ -187,6 +202,12 @@ struct QuantizedSteps<Scalar> {
   static float only_dot(const QuantizedWeight& w, int64_t row, const QuantizedColumns& x, uint8_t* scratch) {
     return dot(w, row, expand(w, row, scratch), x, 0);
   }
+
+  template <Dtype dtype>
+  static void unpack_row(const QuantizedWeight& w, int64_t row, typename Element<dtype>::Bits* out,
+                         uint8_t* scratch) {
+    scale_row<dtype>(w, row, expand(w, row, scratch), out);
+  }
 };
 
 template <class Vector>
@@ -209,20 +230,6 @@ void quantized_product(const QuantizedWeight& w, const QuantizedColumns& x, floa
   }
 }
 
-// Value times scale in float32, rounded.
-template <Dtype dtype>
-WANDA_PASS void scale_row(const QuantizedWeight& w, int64_t row, const uint8_t* stored,
-                          typename Element<dtype>::Bits* out) {
-  const StoredValue value(w, row);
-  for (int64_t group = 0; group < w.groups; ++group) {
-    const int64_t begin = group * w.group, end = begin + w.group < w.cols ? begin + w.group : w.cols;
-    const float scale = float_of_bf16(w.scales[row * w.groups + group]);
-    for (int64_t j = begin; j < end; ++j) {
-      out[j] = from_float<dtype>(static_cast<float>(value(stored[j])) * scale);
-    }
-  }
-}
-
 template <class Vector>
 void quantized_unpack(const QuantizedWeight& w, void* dense, Dtype type, int64_t begin, int64_t end,
                       void* scratch) {
@@ -231,8 +238,8 @@ void quantized_unpack(const QuantizedWeight& w, void* dense, Dtype type, int64_t
     constexpr Dtype dtype = decltype(constant)::value;
     auto* out = static_cast<typename Element<dtype>::Bits*>(dense);
     for (int64_t row = begin; row < end; ++row) {
-      const uint8_t* stored = QuantizedSteps<Vector>::expand(w, row, static_cast<uint8_t*>(scratch));
-      scale_row<dtype>(w, row, stored, out + row * w.cols);
+      QuantizedSteps<Vector>::template unpack_row<dtype>(w, row, out + row * w.cols,
+                                                         static_cast<uint8_t*>(scratch));
     }
   });
 }
