@@ -71,8 +71,6 @@ inline __m128i two_of(const uint8_t* lower, const uint8_t* upper) {
   return _mm_castps_si128(_mm_loadh_pi(first, reinterpret_cast<const __m64*>(upper)));
 }
 
-inline __m256i loaded_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-
 // The bytes of a row, sixteen columns at a time. `gaps`: what stands where nothing is kept, the offset; a
 // byte is 0 there without it.
 struct RowBytes {
@@ -121,8 +119,7 @@ struct OfSparse24 : RowBytes {
   }
 
   WANDA_STEP __m256i thirty_two() {
-    const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
-    const __m128i values = _mm_xor_si128(loaded, gaps);
+    const __m128i values = _mm_xor_si128(load_128(next), gaps);
     const __m128i first = order_of(codes, 0), second = order_of(codes + 2, 2);
     next += 16;
     codes += 4;
@@ -138,13 +135,13 @@ struct InPlace {
   WANDA_STEP void begin_block() const {}
 
   WANDA_STEP __m128i without_offset() {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
+    const __m128i bytes = load_128(next);
     next += 16;
     return _mm_xor_si128(bytes, gaps);
   }
 
   WANDA_STEP __m256i thirty_two() {
-    const __m256i bytes = loaded_256(next);
+    const __m256i bytes = load_256(next);
     next += 32;
     return bytes;
   }
@@ -193,7 +190,7 @@ struct PartSums<8, false> {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const __m256i words = _mm256_cvtepi8_epi16(row.without_offset());
-        pairs[i] = _mm256_add_epi32(pairs[i], _mm256_madd_epi16(words, loaded_256(whole + 32 * i)));
+        pairs[i] = _mm256_add_epi32(pairs[i], _mm256_madd_epi16(words, load_256(whole + 32 * i)));
       }
       whole += step;
     }
@@ -217,7 +214,7 @@ struct PartSums<4, is_high> {
         __m256i bytes = row.thirty_two();
         if (is_high) bytes = _mm256_srli_epi16(bytes, 4);
         const __m256i products =
-            _mm256_maddubs_epi16(_mm256_and_si256(bytes, half), loaded_256(whole + 32 * i));
+            _mm256_maddubs_epi16(_mm256_and_si256(bytes, half), load_256(whole + 32 * i));
         pairs[i] = _mm256_add_epi16(pairs[i], products);
       }
       whole += step;
@@ -245,7 +242,7 @@ WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, Bytes bytes, con
     // Exact in float64, rounded once.
     __m256d sums[4];
     for (int i = 0; i < 4; ++i)
-      sums[i] = bits == 4 ? wide(loaded_256(starts + i / 2 * 8), i % 2) : _mm256_setzero_pd();
+      sums[i] = bits == 4 ? wide(load_256(starts + i / 2 * 8), i % 2) : _mm256_setzero_pd();
     for (int64_t block = 0; block < blocks; block += Sums::kMost) {
       const int64_t count = blocks - block < Sums::kMost ? blocks - block : Sums::kMost;
       const Sums part(bytes, whole + block * step, step, count);
@@ -277,8 +274,8 @@ WANDA_PASS float dot_256(const QuantizedWeight& w, int64_t row, Bytes bytes, con
         together == 2 && blocks - block > 1 ? Sums(bytes, whole, step, 2) : Sums(bytes, whole, step, 1);
     whole += together * step;
     if (bits == 4) {
-      sums.low = _mm256_add_epi32(sums.low, loaded_256(starts));
-      sums.high = _mm256_add_epi32(sums.high, loaded_256(starts + 8));
+      sums.low = _mm256_add_epi32(sums.low, load_256(starts));
+      sums.high = _mm256_add_epi32(sums.high, load_256(starts + 8));
       starts += x.slab * kQuantizedLanes;
     }
     const __m256 low = _mm256_set1_ps(factors[at]), high = _mm256_set1_ps(factors[at + halves - 1]);
