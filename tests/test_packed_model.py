@@ -118,15 +118,25 @@ def test_without_the_import_loading_fails(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-def test_torch_compile():
-    model = pruned("2:4", torch.float32)
-    compress(model)
+@pytest.mark.parametrize("tokens", [2, 40])  # more than the operators multiply with the packed weight, too
+@pytest.mark.parametrize("values", ["float", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile(tokens, values, dtype):
+    model = pruned("2:4", dtype)
+    compress(model, values=values)
     layer = model.model.layers[0].mlp.down_proj
-    x = torch.randn(2, 192)
+    x = torch.randn(tokens, 192).to(dtype)
     layer(x)  # validates
     torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
+    called = []
+
+    def backend(graph, _inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if "wanda" in str(node.target))
+        return graph.forward
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
+    assert called == [f"wanda.{'sparse24' if values == 'float' else 'quantized'}_linear.default"]  # no unpacked weight
 
 
 @pytest.mark.parametrize("form", ["bitmap", "2:4"])

@@ -171,9 +171,12 @@ class PackedLinear(PackedWeight):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _dense_product(self, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
-        # On CUDA a band would be too small a product; a compiled graph would hold every band.
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu":  # a band would be too small a product
             return linear(x, unpack(packed, x.dtype, self.kind), bias)
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph would hold every band; so many tokens the operator unpacks by itself
+            return self._call(x, packed, bias)
         return banded_linear(x, packed, bias, kind=self.kind)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
