@@ -212,6 +212,7 @@ def start(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("delay", [0.1, 0.5, 1.0, 2.0])
 def test_a_signal_while_python_imports_is_one_sentence(sent, code, delay, work, tmp_path):
@@ -247,6 +248,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_every_command_says_that_the_slow_reference_runs(work):
     """In one process, whose imports take seconds; test_cli.py has that of prune."""
     commands = [
@@ -282,6 +284,7 @@ def test_a_dtype_that_is_slow_here_is_told_once(work, tmp_path, capsys, monkeypa
     assert (code, "has no products" in stderr) == (0, False), stderr
 
 
+@pytest.mark.slow
 def test_the_library_loads_its_parts_at_the_first_use():
     """So that importing it takes a moment, and packed models load all the same."""
     code = "import sys, wanda_kernels; assert 'torch' not in sys.modules; print(wanda_kernels.prune.__name__)"

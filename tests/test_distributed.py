@@ -97,6 +97,7 @@ def test_a_failure_of_any_process_is_told_by_all(failing, tmp_path):
         assert error_of(folder, other) == f"stopped, because rank {failing} failed: no space left on device"
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all(tmp_path):
     ranks = streaming_child.start_ranks(3, tmp_path / "run", **OPTIONS, fails=(1, "kill"))
     assert finish(ranks) == [1, -9, 1]
@@ -104,6 +105,7 @@ def test_a_killed_process_ends_all(tmp_path):
         assert error_of(tmp_path / "run", other) == "stopped, because rank 1 is gone (killed?)"
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_while_they_connect_ends_all(tmp_path):
     port = streaming_child.free_port()
     ranks = streaming_child.start_ranks(3, tmp_path / "run", **OPTIONS, port=port, fails=(1, "kill while connecting"))
@@ -112,6 +114,7 @@ def test_one_that_is_killed_while_they_connect_ends_all(tmp_path):
         assert error_of(tmp_path / "run", other) == "stopped, because rank 1 is gone (killed?)"
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others(tmp_path):
     ranks = streaming_child.start_ranks(2, tmp_path / "run", **OPTIONS, fails=(1, "hang"), timeout_s=3.0)
     assert finish(ranks[:1]) == [1]

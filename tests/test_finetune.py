@@ -279,6 +279,7 @@ def test_several_adapters(saved_adapter):
     assert any(parameter.requires_grad for parameter in other.parameters())
 
 
+@pytest.mark.slow
 def test_plain_peft_refuses_a_saved_adapter(saved_adapter):
     """In a process of its own, where nothing imported this package."""
     _, _, folder = saved_adapter

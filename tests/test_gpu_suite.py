@@ -35,6 +35,7 @@ def text(folder: Path, name: str) -> str:
     return (folder / name).read_text()
 
 
+@pytest.mark.slow
 def test_a_failure_and_a_hang_do_not_stop_the_next(tmp_path, monkeypatch):
     hang = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '600'])"
     plan_of(
@@ -64,6 +65,7 @@ ASKED = "import time\ntry: print('begun'); time.sleep(600)\nexcept KeyboardInter
 DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf'); time.sleep(600)"
 
 
+@pytest.mark.slow
 def test_out_of_time_is_a_request_to_end_and_then_the_end(tmp_path, monkeypatch):
     plan_of(monkeypatch, python("asked", ASKED, 9 / gpu_suite.DRY_SLOWER), python("deaf", DEAF, 0.4))
     start = time.monotonic()
@@ -195,6 +197,7 @@ def test_a_log_is_cut_again_and_again(tmp_path):
     assert log.endswith("000000399\n\n")
 
 
+@pytest.mark.slow
 def test_never_more_than_eight_files(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "UPDATE_SECONDS", 0.01)
     write = f"""

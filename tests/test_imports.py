@@ -33,6 +33,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_each_module_imports_alone():
     assert len(MODULES) > 100
     said = subprocess.run([sys.executable, "-c", SCRIPT, *MODULES], capture_output=True, text=True)

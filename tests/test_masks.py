@@ -61,6 +61,7 @@ def test_a_model_that_is_not_installed_is_named(monkeypatch):
         gemma.model_file()
 
 
+@pytest.mark.slow
 def test_the_study_and_its_record(tmp_path, monkeypatch, capsys):
     model = saved.save_model(tmp_path / "model")
     tiny = SimpleNamespace(NAME="Tiny", model_file=lambda: model)

@@ -177,6 +177,7 @@ def test_hessian_once_per_distinct_input_and_for_any_batch_size(monkeypatch):
         assert all(torch.equal(a, b) for _, a, b in pairs(models[0], other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"method": "sparsegpt"}, {"refine": True, "update": True}], ids=str)
 def test_gram_matrices_are_let_go_after_their_last_layer(how, monkeypatch):
     seen, held = [], []

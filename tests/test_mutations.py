@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ def check(packed: int, plain: int, seed: int) -> None:
     assert min(ends.count("loaded"), ends.count("refused")) > len(ends) / 6  # neither all nor nothing is refused
 
 
+@pytest.mark.slow
 def test_some():
     check(110, 40, seed=1)
 
@@ -44,11 +46,13 @@ def test_many():
     check(240, 60, seed=2)
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_are_told(monkeypatch):
     """By the processes that run the mutations: what dies is red, the others go on."""
 
     def judge(case, bases, folder):
         if case.number == 1:
+            faulthandler.disable()  # pytest's: its words in a green run would look like a fault
             os.kill(os.getpid(), signal.SIGSEGV)
         if case.number == 2:
             time.sleep(60)

@@ -107,6 +107,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_without_the_import_loading_fails(tmp_path):
     """Never a model with random weights."""
     model = pruned()

@@ -91,6 +91,7 @@ def test_what_is_no_plain_weight_is_refused_and_nothing_is_changed(make):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_the_model_inside():
     plain, compiled = tiny.model(), torch.compile(tiny.model())
     report = prune(compiled, tiny.ids())

@@ -114,6 +114,7 @@ if added_peak(lambda: None, cpu) is not None:
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_piece_of_work():
     """In a process of its own: malloc is as it comes, and nothing else allocates."""
     run = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)

@@ -180,6 +180,7 @@ def test_goes_on_to_the_same_files(family, packing, options, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
 
 
+@pytest.mark.slow
 def test_killed_just_before_a_state(tmp_path):
     """Its block's shard is there, and no state speaks of it yet; after the last one, what lies outside is missing."""
     model = saved.save_model(tmp_path / "model", num_hidden_layers=3)
@@ -220,6 +221,7 @@ def test_a_full_disk_ends_in_words_and_can_be_gone_on_from(tmp_path):
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_kill_while_publishing(tmp_path):
     """From the first config.json on, which is that of the first block's shard."""
     model = save_sharded(tmp_path / "model", num_hidden_layers=2)
@@ -313,6 +315,7 @@ def test_shards_that_vanish_or_change_between_runs(unfinished):
     assert not (unfinished / "out" / "config.json").is_symlink()
 
 
+@pytest.mark.slow
 def test_two_blocks_are_in_memory(tmp_path):
     """Of a model of 20 blocks of 13 MB: two, what they are packed to, and what packing a matrix takes."""
     width = {"hidden_size": 512, "intermediate_size": 1408, "num_key_value_heads": 4}

@@ -331,6 +331,7 @@ def test_what_can_be_known_before_the_model_is_loaded(work, tmp_path, capsys, mo
     assert message in stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_study_that_is_ended_says_by_what(work, tmp_path, number, code):
     out = tmp_path / "a [b] c"

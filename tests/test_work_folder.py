@@ -30,6 +30,7 @@ def whole(model, tmp_path_factory) -> dict[str, str]:  # noqa: F811
     return digest(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_kill_at_any_step_of_publishing(replaces, model, whole, tmp_path):  # noqa: F811
     """From the first small file to the removal of the work folder. Whatever is at the output's place is whole; going on

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 MARGIN = 64  # bytes on both sides of a buffer that no kernel may touch
 ORDERS = ("forward", "reverse", "random", "warp")
 KINDS = ("barrier", "mask", "copy wait")
@@ -31,12 +34,27 @@ def compiler() -> str | None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The compiled kernels, once a process: two copies would share their C++ statics."""
-    with tempfile.TemporaryDirectory() as directory:
-        return _build(Path(directory))
+    """The compiled kernels, once a process: two copies would share their C++ statics. In build/, under a name that is
+    made of their sources, so that only who changes a kernel waits half a minute."""
+    library = ROOT / "build" / f"simt-{_digest()}.so"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+            os.replace(_build(Path(directory)), library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.simt_errors.restype = loaded.simt_sites.restype = ctypes.c_char_p
+    return loaded
 
 
-def _build(directory: Path) -> ctypes.CDLL:
+def _digest() -> str:
+    files = [file for folder in (HERE, ROOT / "csrc") for file in sorted(folder.rglob("*.[hc]*"))]
+    made_of = [subprocess.run([str(compiler()), "--version"], capture_output=True, check=True).stdout]
+    for file in (Path(__file__), *files):
+        made_of += [file.name.encode(), file.read_bytes()]
+    return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+
+
+def _build(directory: Path) -> Path:
     objects = []
     sources = {"simt.cpp": ["-O2"], "hooks.cpp": ["-O2"], "matrix.cpp": ["-O2"], "kernels.cpp": INSTRUMENTED}
     for source, flags in sources.items():
@@ -46,9 +64,7 @@ def _build(directory: Path) -> ctypes.CDLL:
         objects.append(str(target))
     library = directory / "simt.so"
     subprocess.run([compiler(), "-shared", "-Wl,-z,defs", *objects, "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.simt_errors.restype = loaded.simt_sites.restype = ctypes.c_char_p
-    return loaded
+    return library
 
 
 @dataclass(frozen=True)
