@@ -304,7 +304,7 @@ def test_ctrl_c_says_so_and_leaves_nothing(work, tmp_path_factory, tmp_path, del
     running.send_signal(signal.SIGINT)
     _, stderr = running.communicate(timeout=60)
     assert running.returncode == 130, stderr
-    assert "wanda-kernels: error: interrupted; nothing was written" in stderr
+    assert "wanda-kernels: error: interrupted; no output was written" in stderr
     assert list(tmp_path.iterdir()) == []
 
 

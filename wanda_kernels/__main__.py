@@ -9,7 +9,7 @@ from types import FrameType
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    print("wanda-kernels: error: interrupted; nothing was written", file=sys.stderr, flush=True)
+    print("wanda-kernels: error: interrupted; no output was written", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 

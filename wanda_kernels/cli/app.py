@@ -82,7 +82,7 @@ def _run(arguments: list[str] | None) -> None:
             _fail(f"{error.format_message()} (see --help)", 2)
         _fail(ranks.lost() or str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1)
     if code == INTERRUPTED:  # newer typer returns it, older raises Abort
-        _fail("interrupted; nothing was written", interrupt.exit_code())
+        _fail("interrupted; no output was written", interrupt.exit_code())
     ranks.end(code or 0)
 
 
