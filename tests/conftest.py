@@ -47,8 +47,8 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The tests of the backend "cuda" are tests for a GPU; those are skipped where there is none. CUDA kernels on the CPU
-    are slow: to compile them takes half a minute."""
+    """The tests of the backend "cuda" are tests for a GPU; those are skipped where there is none. CUDA kernels on the
+    CPU are slow: to compile them takes half a minute."""
     skip = pytest.mark.skip(reason="torch sees no CUDA device")
     for item in items:
         callspec = getattr(item, "callspec", None)

@@ -179,6 +179,7 @@ def test_on_the_command_line(tmp_path, capsys):
         (["prune", tmp_path / "model", "--calibrate"], "--calibrate needs --values int4"),
         (["compress", tmp_path / "pruned", "--calibrate"], "--calibrate needs --values int4"),
         ([*compressed, *data], "options of the calibration data need --calibrate"),
+        ([*compressed, *data, "--calibrate", "--format", "2:4"], "--calibrate needs --format auto or bitmap, got 2:4"),
     ):
         code, _, error = call(capsys, *wrong, "--out", tmp_path / "other")
         assert code == 2

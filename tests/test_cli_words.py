@@ -224,7 +224,8 @@ def catches(number: int, process: subprocess.Popen) -> bool:
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.8, 1.8])
 def test_a_signal_while_python_imports_is_one_sentence(sent, code, delay, work, tmp_path):
     running = start("prune", work / "model", "--out", tmp_path / "out", *calibrated(work), "--exact-error")
-    while running.poll() is None and not catches(signal.SIGTERM, running):  # Python itself takes a moment to begin, a second on a busy machine
+    # Python itself takes a moment to begin, a second on a busy machine
+    while running.poll() is None and not catches(signal.SIGTERM, running):
         time.sleep(0.001)
     time.sleep(delay)
     running.send_signal(sent)
@@ -276,7 +277,8 @@ def test_every_command_says_that_the_slow_reference_runs(work):
 @pytest.mark.parametrize(("has", "dtype"), [(False, "bfloat16"), (False, "float32"), (True, "bfloat16")])
 def test_a_dtype_that_is_slow_here_is_told_once(work, tmp_path, capsys, monkeypatch, has, dtype):
     monkeypatch.setattr(packed_weight, "product_dtype", lambda dtype: dtype if has else torch.float32)
-    line = "note: this processor has no products of bfloat16: --dtype float32 is faster, in twice the memory\n"
+    line = "note: this processor has no products of bfloat16: --dtype float32 is faster, twice as large in "
+    line += "memory and where it is saved\n"
     options = ["--text", work / "text.txt", "--length", 64, "--windows", 1]
     pruned, packed, other = tmp_path / "pruned", tmp_path / "packed", tmp_path / "other.txt"
     other.write_text(saved.text(2000))

@@ -224,7 +224,9 @@ def test_columns_in_another_order_are_torchs(products):
 @pytest.mark.parametrize(("dtype", "tokens", "is_ours"), [
     (torch.bfloat16, 8, True), (torch.float16, 1, True), (torch.float32, 1, False), (torch.bfloat16, 9, False),
 ])  # fmt: skip
-def test_compiled(dtype, tokens, is_ours):
+@pytest.mark.parametrize("has_vectors", [True, False])
+def test_compiled(dtype, tokens, is_ours, has_vectors, monkeypatch):
+    monkeypatch.setattr(dense, "_HAS_VECTORS", has_vectors)
     graphs = []
 
     def backend(graph, _inputs):
@@ -237,7 +239,7 @@ def test_compiled(dtype, tokens, is_ours):
         got = torch.compile(layer, fullgraph=True, backend=backend)(x)
     assert near(got, x, layer.weight, layer.bias)
     targets = {node.target for graph in graphs for node in graph.graph.nodes}
-    assert (torch.ops.wanda.dense_linear.default in targets) == is_ours
+    assert (torch.ops.wanda.dense_linear.default in targets) == (is_ours and has_vectors)
 
 
 # ---- Models.

@@ -12,8 +12,10 @@ from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
 from wanda_kernels import ops, reference
 from wanda_kernels.packed import linear as packed_linear
 from wanda_kernels.packed import pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
+from wanda_kernels.packed import weight as packed_weight
 from wanda_kernels.packed.format import PADDING, bits_of, choose_format, is_24, packed_bytes
-from wanda_kernels.packed.linear import banded_linear, rows_of_band
+from wanda_kernels.packed.linear import PackedLinear, banded_linear, rows_of_band
+from wanda_kernels.packed.values import ValueType
 from wanda_kernels.packed.weight import product_dtype
 
 BACKENDS = backends.names()
@@ -112,6 +114,46 @@ def test_a_product_by_bands_is_the_product(monkeypatch, dtype, pack, rows, band,
     for added in (None, bias):
         expected = torch.nn.functional.linear(x, weight, added)
         assert torch.equal(banded_linear(x, pack(weight), added, band), expected)
+
+
+@pytest.mark.parametrize("kind", [None, ValueType(8, 0)])
+@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_is_its_own_under_autocast_and_with_gradients(kind, tokens, has_bias):
+    """Neither torch's products inside in another type, nor a graph that keeps a band's memory."""
+    torch.manual_seed(0)
+    packed = PackedLinear.from_linear(torch.nn.Linear(64, 6), "bitmap", kind).packed()
+    x, bias = torch.randn(tokens, 64), torch.randn(6) if has_bias else None
+
+    def product(x, bias):
+        return ops.bitmap_linear(x, *packed, bias) if kind is None else ops.quantized_linear(x, *packed, bias)
+
+    expected = product(x, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(product(x, bias), expected)
+    found = product(x.clone().requires_grad_(), bias)
+    assert torch.equal(found.detach(), expected)
+    assert "Addmm" not in str(found.grad_fn)
+
+
+def test_dtypes_that_differ_are_refused_for_any_number_of_tokens():
+    layer = torch.nn.Linear(64, 6, dtype=torch.bfloat16)
+    layer.weight.data[:, ::2] = 0
+    for kind, message in ((None, "x must be"), (ValueType(8, 0), "bias must be")):
+        packed = PackedLinear.from_linear(layer, "bitmap", kind)
+        for tokens in (40, 1, 40):
+            with pytest.raises(TypeError, match=message):
+                packed(torch.randn(tokens, 64))
+
+
+def test_a_first_product_in_inference_mode_leaves_what_can_be_loaded(monkeypatch):
+    monkeypatch.setattr(packed_weight, "in_huge_pages", torch.clone)
+    layer = PackedLinear.from_linear(torch.nn.Linear(64, 6), "bitmap")
+    layer.load_state_dict(layer.state_dict())
+    with torch.inference_mode():
+        expected = layer(torch.ones(1, 64))
+    layer.load_state_dict({name: tensor.clone() for name, tensor in layer.state_dict().items()})
+    assert torch.equal(layer(torch.ones(1, 64)), expected)
 
 
 def test_products_of_many_tokens_are_in_a_type_that_the_processor_has():

@@ -176,7 +176,7 @@ def test_sums_of_wide_rows_are_exact(backend, form, bits, cols):
     assert same_bits(got, reference.quantized_linear(x, *packed, None, bits))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @settings(max_examples=60)
 @given(weight=weights(), data=st.data())
 def test_many_tokens_take_the_unpacked_weight(backend, weight, data):
@@ -192,6 +192,22 @@ def test_many_tokens_take_the_unpacked_weight(backend, weight, data):
         largest = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else torch.tensor(0.0)
         near = {"rtol": 4 * torch.finfo(dtype).eps, "atol": float(largest) * torch.finfo(dtype).eps + 1e-37}
         torch.testing.assert_close(got, expected.to(dtype), equal_nan=True, **near)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_many_tokens_of_an_expert_take_its_unpacked_weight(backend):
+    """Small integers and scales that are powers of two: sums are exact, unless x was rounded."""
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(-7, 8, (3 * 6, 64), generator=generator).to(torch.int8)
+    scales = torch.full((3 * 6, 1), 0.5, dtype=torch.bfloat16)
+    x, ends = torch.randint(-99, 100, (42, 64), generator=generator).float(), torch.tensor([1, 1, 41]).int()
+    x[1:] += 2.0**-10
+    for bits in (8, 4):
+        packed = packed_of(levels, scales, "bitmap", bits, torch.rand(18, 64, generator=generator) < 0.5)
+        dense = reference.unpack_quantized(*packed, bits, torch.float32)
+        got = backends.implementation(backend, "quantized_experts")(x, *packed[:2], ends, *packed[2:], bits)
+        assert torch.equal(got[1:41], x[1:41] @ dense[12:].T)
+        assert not got[41:].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -228,3 +228,13 @@ def test_killed_once(model, tmp_path):
     stream_prune(model, tmp_path / "out", tiny.ids(), batch_size=1, resume=True)
     stream_prune(model, tmp_path / "whole", tiny.ids(), batch_size=1)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_an_output_that_is_a_link_has_one_work_folder(model, tmp_path):
+    """The command line and the run look at the same one."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/out")
+    with pytest.raises(OSError, match="full"):
+        stream_prune(model, tmp_path / "link", tiny.ids(), progress=EndsAt(OSError("full"), 2))
+    assert describe(tmp_path / "link") == describe(tmp_path / "real" / "out")
+    assert "holds an unfinished run" in (describe(tmp_path / "link") or "")

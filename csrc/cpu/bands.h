@@ -1,10 +1,12 @@
 // Dense products with a weight that is unpacked a band of its rows at a time.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -33,6 +35,10 @@ inline at::ScalarType product_type(at::ScalarType type) {
 template <class Unpack>
 void multiply_in_bands(int64_t rows, int64_t unit, const at::Tensor& x, const OptionalTensor& bias,
                        const at::Tensor& y, Unpack unpack) {
+  // What is multiplied here is this operator's own: autocast would turn it back, and a graph of gradients would keep
+  // a band that the next one overwrites.
+  const at::AutoDispatchBelowAutograd no_gradients;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t cols = x.size(1);
   const at::ScalarType type = product_type(x.scalar_type());
   const at::Tensor columns = x.to(type), added = bias ? bias->to(type) : at::Tensor();

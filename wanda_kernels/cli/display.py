@@ -90,7 +90,10 @@ def tell_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
 
     if device.type == "cpu" and product_dtype(dtype) != dtype:
         name = str(dtype).removeprefix("torch.")
-        note(f"note: this processor has no products of {name}: --dtype float32 is faster, in twice the memory")
+        note(
+            f"note: this processor has no products of {name}: --dtype float32 is faster, twice as large "
+            "in memory and where it is saved"
+        )
 
 
 class OneBar(Progress):

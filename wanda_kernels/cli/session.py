@@ -135,7 +135,7 @@ class Session:
 
     def choose_values(self, input_ids: torch.Tensor, spec: PruneSpec) -> PruningReport:
         """Of a model that is pruned already: ``spec`` prunes nothing."""
-        model = self._to_compute()
+        model = self.model  # in the dtype that it is packed in: another is no choice here
         with bar() as shown, pruning_bar(shown, "choosing values") as progress:
             return prune(model, input_ids, spec=spec, progress=progress)
 

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .. import _backend
 from .._checks import FLOATS
 from ..memory import in_huge_pages
 from . import dispatch
 
 MOST_TOKENS = 8  # torch's products of matrices begin to pay beyond
+_HAS_VECTORS = _backend.extension is not None and _backend.extension.isa() != "scalar"
 _PRODUCT = torch.ops.wanda.dense_linear.default
 
 
@@ -19,7 +21,7 @@ class DenseLinear(nn.Linear):
     """``nn.Linear``, but that up to 8 tokens of plain tensors on the CPU, without gradients and autocast, go the faster
     way of two (:mod:`wanda_kernels.packed.dispatch`): :func:`wanda_kernels.ops.dense_linear` or torch's product.
 
-    Where nothing can be timed, in what torch.compile makes, 16-bit types go the first one.
+    Where nothing can be timed, in what torch.compile makes, 16-bit types go the first one, where it has vectors.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -27,7 +29,8 @@ class DenseLinear(nn.Linear):
         if not self._is_served(input, weight, bias):
             return linear(input, weight, bias)
         if torch.compiler.is_compiling():
-            return self._product("torch" if input.dtype == torch.float32 else "own", input, weight, bias)
+            is_ours = _HAS_VECTORS and input.dtype != torch.float32
+            return self._product("own" if is_ours else "torch", input, weight, bias)
         rows, cols = weight.shape
         bits = (input.numel() // cols - 1).bit_length()
         key = ("dense", input.dtype, rows, cols, bits, input.device, torch.get_num_threads())

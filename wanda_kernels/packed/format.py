@@ -177,7 +177,6 @@ def choose_format(
     weight: Tensor,
     wanted: str = "auto",
     size_of: Callable[[Tensor, str], int] = packed_bytes,
-    may_be_dense: bool = False,
 ) -> str | None:
     """The smaller format that fits (2:4 before a bitmap of its size), or None where a weight would not shrink.
 

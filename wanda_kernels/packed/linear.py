@@ -210,7 +210,14 @@ def banded_linear(
 
     Returns:
         [.., C_out]. To rounding: a BLAS may add in another order for another number of rows.
+
+    Raises:
+        TypeError: dtypes that differ.
     """
+    if kind is None and x.dtype != packed[0].dtype:
+        raise TypeError(f"x must be {packed[0].dtype}, as the packed values are, got {x.dtype}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias must be {x.dtype}, as x is, got {bias.dtype}")
     rows, cols = packed[1].shape[0], x.shape[-1]
     dtype = product_dtype(x.dtype)
     tokens = x.reshape(-1, cols).to(dtype)

@@ -83,9 +83,10 @@ class PackedWeight(nn.Module):
 
     def _settle(self) -> None:
         """What is held is valid, and lies where a product reads it fastest."""
-        self.weight.data = in_huge_pages(self.weight.data)
-        for name, tensor in self._buffers.items():
-            self._buffers[name] = None if tensor is None else in_huge_pages(tensor)
+        with torch.inference_mode(False):  # or what is made in a first forward pass could not be loaded anew
+            self.weight.data = in_huge_pages(self.weight.data)
+            for name, tensor in self._buffers.items():
+                self._buffers[name] = None if tensor is None else in_huge_pages(tensor)
         self._is_valid = True
 
     def packed(self) -> tuple[Any, ...]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from .. import _checks_quantized as _checks
 from .._checks import check_ends
 
 LANES, WIDTH = 16, 4
+MOST_ROUNDED = 32  # rows of x; more go through the unpacked weight as they are
 MOST_OF_X = {8: 32639, 4: 127}
 
 
@@ -60,9 +61,14 @@ def unpack_quantized(
     values: Tensor, scales: Tensor, codes: Tensor | None, starts: Tensor | None, bits: int, dtype: torch.dtype
 ) -> Tensor:
     _checks.check_quantized("unpack_quantized", values, scales, codes, starts, bits, dtype)
-    levels = levels_of(values, scales, codes, starts, bits).float()
-    group = _checks.group_of(levels.shape[1], scales.shape[1])
-    return (levels * scales.float().repeat_interleave(group, dim=1)[:, : levels.shape[1]]).to(dtype)
+    return _times_scales(levels_of(values, scales, codes, starts, bits), scales).to(dtype)
+
+
+def _times_scales(levels: Tensor, scales: Tensor) -> Tensor:
+    """[C_out, C_in] float32."""
+    cols = levels.shape[1]
+    group = _checks.group_of(cols, scales.shape[1])
+    return levels.float() * scales.float().repeat_interleave(group, dim=1)[:, :cols]
 
 
 def _rounded(x: Tensor, group: int, most: int) -> tuple[Tensor, Tensor]:
@@ -80,6 +86,8 @@ def quantized_linear(
     bias: Tensor | None = None, bits: int = 8,
 ) -> Tensor:  # fmt: skip
     _checks.check_quantized_linear("quantized_linear", x, values, scales, codes, starts, bias, bits)
+    if x.numel() > MOST_ROUNDED * x.shape[-1]:
+        return linear(x, unpack_quantized(values, scales, codes, starts, bits, x.dtype), bias)
     levels = levels_of(values, scales, codes, starts, bits)
     y = torch.empty(*x.shape[:-1], len(levels), dtype=torch.float32, device=x.device)
     for row, one in zip(y.view(-1, len(levels)), x.reshape(-1, x.shape[-1]), strict=True):
@@ -120,6 +128,9 @@ def quantized_experts(
     y = x.new_zeros(len(x), len(levels) // len(ends))
     begin, experts = 0, zip(levels.chunk(len(ends)), scales.chunk(len(ends)), strict=True)
     for (matrix, factors), end in zip(experts, check_ends("quantized_experts", ends, len(x)), strict=True):
+        if end - begin > MOST_ROUNDED:
+            y[begin:end] = linear(x[begin:end], _times_scales(matrix, factors).to(x.dtype))
+            begin = end
         for token in range(begin, end):
             y[token] = _product(x[token], matrix, factors, bits)
         begin = end

@@ -108,6 +108,10 @@ class WorkFolder:
 
     def publish(self, overwrite: bool) -> None:
         """``folder`` becomes the output; with it goes what makes the state valid."""
+        for path in (*self.folder.iterdir(), self.folder):  # small files, too, before there is nothing to go on from
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
         put_in_place(self.folder, self.out, overwrite)
         self.remove()
 
@@ -122,6 +126,8 @@ class WorkFolder:
 
 
 def path_for(out: Path) -> Path:
+    """Beside what ``out`` is, or is a link to."""
+    out = out.resolve() if out.is_symlink() else out
     return out.parent / f".{out.name}.partial"
 
 
