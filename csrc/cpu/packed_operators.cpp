@@ -8,15 +8,13 @@
 #include <vector>
 
 #include "../checks.h"
-#include "bands.h"
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
+#include "products.h"
 
 namespace wanda::cpu {
 namespace {
-
-constexpr int64_t kPackedBatch = 32;  // rows of x at most; more with the unpacked weight
 
 // Rows [begin, end) of a weight.
 PackedWeight rows_of(const PackedWeight& weight, int64_t begin, int64_t end) {
@@ -55,16 +53,10 @@ void multiply_unpacked(const PackedWeight& weight, const at::Tensor& x, const Op
 // A weight and the rows of x that it is multiplied with.
 struct Group {
   PackedWeight weight;
-  int64_t first, tokens;  // tokens <= kPackedBatch
+  int64_t first, tokens;  // tokens <= kFewTokens
   int64_t batch;          // tokens, filled up to what kernels take
   int64_t columns;        // where its rows lie in what is laid out
 };
-
-int64_t batch_of(int64_t tokens) {
-  int64_t batch = 1;
-  while (batch < tokens) batch = batch < kPackedSlab ? 2 * batch : batch + kPackedSlab;
-  return batch;
-}
 
 // The rows of x that a group takes, in the layout that the kernel wants, filled up with zeros to its batch
 // and columns.
@@ -118,7 +110,7 @@ void multiply(const std::vector<Group>& groups, const at::Tensor& x, const void*
   const at::Tensor columns = laid_out<dtype>(x, groups, batches * packed_columns(groups[0].weight));
   const auto* laid = static_cast<const char*>(columns.const_data_ptr());
   const int64_t element = columns.element_size();
-  const T* added = static_cast<const T*>(bias);
+  const auto bias_of = [bias](int64_t row) { return bias ? static_cast<const T*>(bias) + row : nullptr; };
   T* const out = static_cast<T*>(y.data_ptr());
   over_rows(rows, cols * static_cast<int64_t>(groups.size()), [&](int64_t begin, int64_t end) {
     const int64_t count = end - begin;
@@ -126,27 +118,15 @@ void multiply(const std::vector<Group>& groups, const at::Tensor& x, const void*
     for (const Group& group : groups) {
       const PackedWeight part = rows_of(group.weight, begin, end);
       kernels().packed_product(part, laid + group.columns * element, group.batch, sums.data(), 0, count);
-      for (int64_t b = 0; b < group.tokens; ++b) {
-        T* const to = out + (group.first + b) * rows + begin;
-        for (int64_t row = 0; row < count; ++row) {
-          const float add = added != nullptr ? to_float<dtype>(added[begin + row]) : 0.0f;
-          to[row] = from_float<dtype>(sums[static_cast<size_t>(row * group.batch + b)] + add);
-        }
-      }
+      store_sums<dtype>(sums.data(), group.batch, group.tokens, count, bias_of(begin),
+                        out + group.first * rows + begin, rows);
     }
   });
 }
 
 // ---- One weight.
 
-// Of the product: [.., rows].
-std::vector<int64_t> shape_of(const at::Tensor& x, int64_t rows) {
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = rows;
-  return shape;
-}
-
-// At most kPackedBatch rows of x.
+// At most kFewTokens rows of x.
 at::Tensor linear_of_few(const PackedWeight& weight, const at::Tensor& x, const OptionalTensor& bias) {
   const std::vector<int64_t> shape = shape_of(x, weight.rows);
   const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
@@ -155,7 +135,7 @@ at::Tensor linear_of_few(const PackedWeight& weight, const at::Tensor& x, const 
   const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
   at::Tensor y = at::empty({count, weight.rows}, x.options());
   by_dtype(weight.dtype, [&](auto dtype) {
-    multiply<decltype(dtype)::value>({{weight, 0, count, batch_of(count), 0}}, tokens,
+    multiply<decltype(dtype)::value>({{weight, 0, count, batch_of(count, kPackedSlab), 0}}, tokens,
                                      added.defined() ? added.const_data_ptr() : nullptr, y);
   });
   return y.view(shape);
@@ -164,7 +144,7 @@ at::Tensor linear_of_few(const PackedWeight& weight, const at::Tensor& x, const 
 at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& values, const at::Tensor& x,
                   const OptionalTensor& bias) {
   check_packed_linear(op, weight, values, x, bias);
-  if (x.numel() <= kPackedBatch * weight.cols) return linear_of_few(weight, x, bias);
+  if (x.numel() <= kFewTokens * weight.cols) return linear_of_few(weight, x, bias);
   const at::Tensor tokens = x.reshape({-1, weight.cols});
   const at::Tensor y = at::empty({tokens.size(0), weight.rows}, x.options());
   multiply_unpacked(weight, tokens, bias, y);
@@ -173,7 +153,7 @@ at::Tensor linear(const char* op, const PackedWeight& weight, const at::Tensor& 
 
 at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   const PackedWeight dense = check_dense_linear("dense_linear", x, weight, bias);
-  if (x.numel() > kPackedBatch * dense.cols || dense.cols == 0) return at::linear(x, weight, bias);
+  if (x.numel() > kFewTokens * dense.cols || dense.cols == 0) return at::linear(x, weight, bias);
   return linear_of_few(dense, x, bias);
 }
 
@@ -204,20 +184,18 @@ at::Tensor experts(const char* op, const PackedWeight& stack, const at::Tensor& 
   const at::Tensor tokens = x.contiguous();
   at::Tensor y = at::empty({x.size(0), rows}, x.options());
   std::vector<Group> groups;
-  const int32_t* const end = ends.const_data_ptr<int32_t>();
-  int64_t first = 0, columns = 0;
-  for (int64_t expert = 0; expert < ends.size(0); ++expert) {
-    const int64_t count = end[expert] - first;
-    const PackedWeight weight = rows_of(stack, expert * rows, (expert + 1) * rows);
-    if (count > kPackedBatch) {
-      multiply_unpacked(weight, tokens.narrow(0, first, count), {}, y.narrow(0, first, count));
-    } else if (count > 0) {
-      groups.push_back({weight, first, count, batch_of(count), columns});
-      columns += groups.back().batch * stack.cols;
-    }
-    first = end[expert];
-  }
-  y.narrow(0, first, x.size(0) - first).zero_();
+  int64_t columns = 0;
+  const auto of_expert = [&](int64_t expert) { return rows_of(stack, expert * rows, (expert + 1) * rows); };
+  const int64_t last = over_experts(
+      ends,
+      [&](int64_t expert, int64_t first, int64_t count) {
+        groups.push_back({of_expert(expert), first, count, batch_of(count, kPackedSlab), columns});
+        columns += groups.back().batch * stack.cols;
+      },
+      [&](int64_t expert, int64_t first, int64_t count) {
+        multiply_unpacked(of_expert(expert), tokens.narrow(0, first, count), {}, y.narrow(0, first, count));
+      });
+  y.narrow(0, last, x.size(0) - last).zero_();
   if (groups.empty()) return y;
   by_dtype(stack.dtype, [&](auto dtype) { multiply<decltype(dtype)::value>(groups, tokens, nullptr, y); });
   return y;

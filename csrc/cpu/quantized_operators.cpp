@@ -10,15 +10,13 @@
 #include <vector>
 
 #include "../checks_quantized.h"
-#include "bands.h"
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
+#include "products.h"
 
 namespace wanda::cpu {
 namespace {
-
-constexpr int64_t kQuantizedBatch = 32;  // rows of x at most; more with the unpacked weight
 
 // Rows [begin, end) of a weight; `begin` is even.
 QuantizedWeight rows_of(const QuantizedWeight& weight, int64_t begin, int64_t end) {
@@ -69,14 +67,13 @@ void multiply_unpacked(const QuantizedWeight& weight, const at::Tensor& x, const
 // A weight and the rows of x that it is multiplied with, rounded.
 struct Group {
   QuantizedWeight weight;
-  int64_t first, tokens;  // tokens <= kQuantizedBatch
+  int64_t first, tokens;  // tokens <= kFewTokens
   QuantizedColumns columns;
   at::Tensor memory;  // of `columns`
 };
 
 Group group_of(const QuantizedWeight& weight, int64_t first, int64_t tokens) {
-  int64_t batch = 1;
-  while (batch < tokens) batch = batch < kQuantizedSlab ? 2 * batch : batch + kQuantizedSlab;
+  const int64_t batch = batch_of(tokens, kQuantizedSlab);
   const int64_t planes = weight.bits == 8 ? 2 : 1, together = std::max<int64_t>(weight.group / 64, 1);
   const int64_t parts = (weight.cols / 64 + together - 1) / together;
   const int64_t whole = batch * weight.cols * planes;
@@ -105,7 +102,7 @@ void multiply(const std::vector<Group>& groups, const at::Tensor& x, const void*
                                 end);
     });
   }
-  const T* const added = static_cast<const T*>(bias);
+  const auto bias_of = [bias](int64_t row) { return bias ? static_cast<const T*>(bias) + row : nullptr; };
   T* const out = static_cast<T*>(y.data_ptr());
   over_groups(rows, cols * count, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(static_cast<size_t>((end - begin) * widest));
@@ -113,13 +110,8 @@ void multiply(const std::vector<Group>& groups, const at::Tensor& x, const void*
     for (const Group& group : groups) {
       const QuantizedWeight part = rows_of(group.weight, begin, end);
       kernels().quantized_product(part, group.columns, sums.data(), 0, part.rows, scratch.data());
-      for (int64_t b = 0; b < group.tokens; ++b) {
-        T* const to = out + (group.first + b) * rows + begin;
-        for (int64_t row = 0; row < part.rows; ++row) {
-          const float sum = sums[static_cast<size_t>(row * group.columns.batch + b)];
-          to[row] = from_float<dtype>(added != nullptr ? sum + to_float<dtype>(added[begin + row]) : sum);
-        }
-      }
+      store_sums<dtype>(sums.data(), group.columns.batch, group.tokens, part.rows, bias_of(begin),
+                        out + group.first * rows + begin, rows);
     }
   });
 }
@@ -131,12 +123,10 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& values, const
   const QuantizedWeight weight = check_quantized(op, values, scales, codes, starts, bits);
   check_quantized_x(op, weight, values, x);
   check_quantized_bias(op, weight, x, bias);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = weight.rows;
   const at::Tensor tokens = x.reshape({-1, weight.cols}).contiguous();
   const int64_t count = tokens.size(0);
   at::Tensor y = at::empty({count, weight.rows}, x.options());
-  if (count > kQuantizedBatch) {
+  if (count > kFewTokens) {
     multiply_unpacked(weight, tokens, bias, y);
   } else if (count > 0) {
     const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
@@ -145,7 +135,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& values, const
                                        added.defined() ? added.const_data_ptr() : nullptr, y);
     });
   }
-  return y.view(shape);
+  return y.view(shape_of(x, weight.rows));
 }
 
 at::Tensor quantized_experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& scales,
@@ -158,19 +148,16 @@ at::Tensor quantized_experts(const at::Tensor& x, const at::Tensor& values, cons
   const at::Tensor tokens = x.contiguous();
   at::Tensor y = at::empty({x.size(0), rows}, x.options());
   std::vector<Group> groups;
-  const int32_t* const end = ends.const_data_ptr<int32_t>();
-  int64_t first = 0;
-  for (int64_t expert = 0; expert < ends.size(0); ++expert) {
-    const int64_t count = end[expert] - first;
-    const QuantizedWeight weight = rows_of(stack, expert * rows, (expert + 1) * rows);
-    if (count > kQuantizedBatch) {
-      multiply_unpacked(weight, tokens.narrow(0, first, count), {}, y.narrow(0, first, count));
-    } else if (count > 0) {
-      groups.push_back(group_of(weight, first, count));
-    }
-    first = end[expert];
-  }
-  y.narrow(0, first, x.size(0) - first).zero_();
+  const auto of_expert = [&](int64_t expert) { return rows_of(stack, expert * rows, (expert + 1) * rows); };
+  const int64_t last = over_experts(
+      ends,
+      [&](int64_t expert, int64_t first, int64_t count) {
+        groups.push_back(group_of(of_expert(expert), first, count));
+      },
+      [&](int64_t expert, int64_t first, int64_t count) {
+        multiply_unpacked(of_expert(expert), tokens.narrow(0, first, count), {}, y.narrow(0, first, count));
+      });
+  y.narrow(0, last, x.size(0) - last).zero_();
   if (groups.empty()) return y;
   by_dtype(dtype_of(op, "x", x),
            [&](auto dtype) { multiply<decltype(dtype)::value>(groups, tokens, nullptr, y); });

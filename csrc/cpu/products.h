@@ -1,4 +1,6 @@
-// Dense products with a weight that is unpacked a band of its rows at a time.
+// What products with packed weights share, whatever their values are: the shapes of few rows of x, sums that
+// become outputs, experts one after the other; and many rows of x with a weight that is unpacked a band of
+// its rows at a time.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -10,11 +12,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "../checks.h"
+#include "convert.h"
 
 namespace wanda::cpu {
 
+constexpr int64_t kFewTokens = 32;  // rows of x at most that kernels take; more with the unpacked weight
 constexpr int64_t kBandBytes = int64_t{8} << 20;
 
 // The type in which torch multiplies matrices of `type` here: itself, or float32 where this processor has no
@@ -35,8 +40,8 @@ inline at::ScalarType product_type(at::ScalarType type) {
 template <class Unpack>
 void multiply_in_bands(int64_t rows, int64_t unit, const at::Tensor& x, const OptionalTensor& bias,
                        const at::Tensor& y, Unpack unpack) {
-  // What is multiplied here is this operator's own: autocast would turn it back, and a graph of gradients would keep
-  // a band that the next one overwrites.
+  // What is multiplied here is this operator's own: autocast would turn it back, and a graph of gradients
+  // would keep a band that the next one overwrites.
   const at::AutoDispatchBelowAutograd no_gradients;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t cols = x.size(1);
@@ -62,6 +67,51 @@ void multiply_in_bands(int64_t rows, int64_t unit, const at::Tensor& x, const Op
       out.copy_(at::mm(columns, weight.t()));
     }
   }
+}
+
+// `tokens`, filled up to what kernels take: a power of two, or whole slabs.
+inline int64_t batch_of(int64_t tokens, int64_t slab) {
+  int64_t batch = 1;
+  while (batch < tokens) batch = batch < slab ? 2 * batch : batch + slab;
+  return batch;
+}
+
+// Of a product: [.., rows].
+inline std::vector<int64_t> shape_of(const at::Tensor& x, int64_t rows) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = rows;
+  return shape;
+}
+
+// Columns [0, count) of `tokens` rows of `to`, `stride` apart, from sums [count][batch]. `bias` may be
+// nullptr.
+template <Dtype dtype, class T>
+void store_sums(const float* sums, int64_t batch, int64_t tokens, int64_t count, const T* bias, T* to,
+                int64_t stride) {
+  for (int64_t b = 0; b < tokens; ++b, to += stride) {
+    for (int64_t row = 0; row < count; ++row) {
+      const float sum = sums[row * batch + b];
+      to[row] = from_float<dtype>(bias != nullptr ? sum + to_float<dtype>(bias[row]) : sum);
+    }
+  }
+}
+
+// few(expert, first, count) or many(expert, first, count) for each expert that has rows of x: `count` of them
+// from `first` on. Returns the first row that is no expert's.
+template <class Few, class Many>
+int64_t over_experts(const at::Tensor& ends, Few few, Many many) {
+  const int32_t* const end = ends.const_data_ptr<int32_t>();
+  int64_t first = 0;
+  for (int64_t expert = 0; expert < ends.size(0); ++expert) {
+    const int64_t count = end[expert] - first;
+    if (count > kFewTokens) {
+      many(expert, first, count);
+    } else if (count > 0) {
+      few(expert, first, count);
+    }
+    first = end[expert];
+  }
+  return first;
 }
 
 }  // namespace wanda::cpu
