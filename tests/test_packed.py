@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from strategies import DTYPES, KINDS, NORMS, norm_of, same_bits, weight_of
 
 from wanda_kernels import ops, reference
-from wanda_kernels.packed import linear as packed_linear
 from wanda_kernels.packed import pack_bitmap, pack_sparse24, validate_bitmap, validate_sparse24
 from wanda_kernels.packed import weight as packed_weight
 from wanda_kernels.packed.format import PADDING, bits_of, choose_format, is_24, packed_bytes
-from wanda_kernels.packed.linear import PackedLinear, banded_linear, rows_of_band
+from wanda_kernels.packed.linear import PackedLinear
 from wanda_kernels.packed.values import ValueType
 from wanda_kernels.packed.weight import product_dtype
 
@@ -98,22 +97,22 @@ def test_a_band_of_rows_is_unpacked(backend, weight, data):
     assert same_bits(band, weight[first:last])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pack", [pack_bitmap, pack_sparse24])
-@pytest.mark.parametrize(("rows", "band"), [(1, 1), (7, 1), (7, 3), (8, 4), (130, 64), (5, 9)])
-@pytest.mark.parametrize("shape", [(17,), (2, 9), (1, 0), ()])
-@pytest.mark.parametrize("in_float32", [False, True])
-def test_a_product_by_bands_is_the_product(monkeypatch, dtype, pack, rows, band, shape, in_float32):
-    """Small integers: every sum is exact, in whatever order a BLAS adds."""
-    monkeypatch.setattr(packed_linear, "product_dtype", lambda dtype: torch.float32 if in_float32 else dtype)
+@pytest.mark.parametrize("form", ["bitmap", "2:4"])
+@pytest.mark.parametrize(("dtype", "kind"), [*((dtype, None) for dtype in DTYPES), (torch.float32, ValueType(4, 0))])
+@pytest.mark.parametrize("rows", [7, 33_001])  # more than a band of 8 MiB
+@pytest.mark.parametrize("shape", [(40,), (2, 20), (3,), ()])
+def test_a_product_by_bands_is_the_product(form, dtype, kind, rows, shape):
+    """Small integers: every sum is exact, in whatever order a BLAS adds. Few tokens are filled up."""
     generator = torch.Generator().manual_seed(rows)
-    weight, x, bias = (
-        torch.randint(-2, 3, size, generator=generator).to(dtype) for size in ((rows, 64), (*shape, 64), (rows,))
-    )
-    weight.masked_fill_(reference.nm_mask(weight, torch.ones(64), 2, 4), 0)
-    for added in (None, bias):
-        expected = torch.nn.functional.linear(x, weight, added)
-        assert torch.equal(banded_linear(x, pack(weight), added, band), expected)
+    dense = torch.nn.Linear(64, rows, dtype=dtype)
+    for parameter in dense.parameters():
+        parameter.data = torch.randint(-2, 3, parameter.shape, generator=generator).to(dtype)
+    weight = dense.weight.data.masked_fill_(reference.nm_mask(dense.weight.data, torch.ones(64), 2, 4), 0)
+    packed = PackedLinear.from_linear(dense, form, kind)
+    x = torch.randint(-2, 3, (*shape, 64), generator=generator).to(dtype)
+    expected = torch.nn.functional.linear(x, weight if kind is None else packed.unpacked(), dense.bias)
+    near = {"rtol": 0, "atol": 0} if kind is None else {}
+    torch.testing.assert_close(packed._product("unpack", x, packed.packed(), packed.bias), expected, **near)
 
 
 @pytest.mark.parametrize("kind", [None, ValueType(8, 0)])
@@ -161,14 +160,6 @@ def test_products_of_many_tokens_are_in_a_type_that_the_processor_has():
     has[torch.float16] = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     for dtype in DTYPES:
         assert product_dtype(dtype) == (dtype if has[dtype] else torch.float32)
-
-
-@pytest.mark.parametrize(("threads", "most"), [(1, 4 << 20), (2, 8 << 20), (64, 16 << 20)])
-def test_bands_fit_their_size(monkeypatch, threads, most):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for cols, size in ((64, 2), (4096, 2), (11008, 4), (1 << 24, 4)):
-        rows = rows_of_band(cols, size)
-        assert rows == 1 or rows * cols * size <= most < (rows + 1) * cols * size
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,8 +18,10 @@
 #endif
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "convert.h"
 #include "isa.h"
@@ -36,6 +38,7 @@
 #endif
 
 #include "dense_impl.h"
+#include "expand_avx512.h"
 #include "packed_impl.h"
 #include "vector_avx512.h"
 
@@ -47,18 +50,6 @@ PackedLayout layout(const PackedWeight& w) {
   if (w.dtype == Dtype::kFloat16) return avx2_kernels().packed_layout(w);
   const bool bf16 = w.dtype == Dtype::kBFloat16;
   return {(bf16 ? 32 : 16) * (format_of(w) == PackedFormat::kBitmap ? 1 : 2), !bf16};
-}
-
-// Loads that the compiler does not join with the expansion.
-inline __m512i loaded(const uint16_t* from) {
-  __m512i value = _mm512_loadu_si512(from);
-  asm("" : "+v"(value));
-  return value;
-}
-inline __m512 loaded(const float* from) {
-  __m512 value = _mm512_loadu_ps(from);
-  asm("" : "+v"(value));
-  return value;
 }
 
 // How a format is multiplied: a step takes kColumns of a row's columns, and as many of each row of x.
@@ -89,7 +80,7 @@ struct BitmapFloat32 {
   static Weight take(const uint8_t* codes, const Value*& next) {
     uint16_t mask;
     std::memcpy(&mask, codes, sizeof(mask));
-    const __m512 weight = _mm512_maskz_expand_ps(mask, loaded(next));
+    const __m512 weight = _mm512_maskz_expand_ps(mask, _mm512_castsi512_ps(loaded(next)));
     next += __builtin_popcount(mask);
     return weight;
   }
@@ -241,29 +232,43 @@ void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, i
   });
 }
 
-// Loads of as many values as there are: 2:4 may end with the last one.
-template <class T>
-void unpack_rows(const PackedWeight& w, T* dense, int64_t begin, int64_t end) {
+// Values of 2:4 are loaded as many at a time as there are; those of a bitmap have padding behind them. A Zen 5,
+// bfloat16, one thread, from the cache, ns for 64 columns: bitmap 2.7, 2:4 3.4; with masked loads that the compiler
+// joined with the expansion, and masks byte by byte, 4.0 and 4.4. From memory, a bitmap of 8960 x 1536, two threads:
+// 0.5 ms and 1.8.
+template <class T, PackedFormat format>
+void unpack_rows(const PackedWeight& w, void* dense, int64_t begin, int64_t end) {
+  constexpr int64_t kColumns = 64 / sizeof(T);
+  using Mask = std::conditional_t<sizeof(T) == 2, uint32_t, uint16_t>;
   const auto* values = static_cast<const T*>(w.values);
+  const int64_t bytes = w.cols / 8;
+  alignas(64) uint8_t decoded[64];
   for (int64_t row = begin; row < end; ++row) {
     const T* next = values + packed_start(w, row);
-    const uint8_t* codes = w.codes + row * (w.cols / 8);
-    T* out = dense + row * w.cols;
-    for (int64_t j = 0; j < w.cols; j += 32) {
-      uint32_t mask = 0;
-      for (int i = 0; i < 4; ++i) mask |= packed_mask(format_of(w), codes[j / 8 + i]) << (8 * i);
-      if constexpr (sizeof(T) == 2) {
-        const __mmask32 count = _bzhi_u32(~0u, static_cast<uint32_t>(__builtin_popcount(mask)));
-        _mm512_storeu_si512(out + j, _mm512_maskz_expand_epi16(mask, _mm512_maskz_loadu_epi16(count, next)));
-        next += __builtin_popcount(mask);
-      } else {
-        for (int half = 0; half < 2; ++half) {
-          const auto bits = static_cast<__mmask16>(mask >> (16 * half));
-          const auto count =
-              static_cast<__mmask16>(_bzhi_u32(~0u, static_cast<uint32_t>(__builtin_popcount(bits))));
-          const __m512 spread = _mm512_maskz_expand_ps(bits, _mm512_maskz_loadu_ps(count, next));
-          _mm512_storeu_ps(out + j + 16 * half, spread);
-          next += __builtin_popcount(bits);
+    const uint8_t* codes = w.codes + row * bytes;
+    T* out = static_cast<T*>(dense) + row * w.cols;
+    for (int64_t byte = 0; byte < bytes; byte += 64) {
+      const int64_t there = std::min<int64_t>(bytes - byte, 64);
+      const uint8_t* masks = codes + byte;
+      if constexpr (format == PackedFormat::kSparse24) {
+        decode_24(masks, there, decoded);
+        masks = decoded;
+      }
+      for (int64_t i = 0; i < there; i += kColumns / 8, out += kColumns) {
+        Mask mask;
+        std::memcpy(&mask, masks + i, sizeof(mask));
+        __m512i stored;
+        if constexpr (format == PackedFormat::kSparse24) {
+          stored = loaded_half(next);
+          next += kColumns / 2;
+        } else {
+          stored = loaded(next);
+          next += __builtin_popcount(mask);
+        }
+        if constexpr (sizeof(T) == 2) {
+          _mm512_storeu_si512(out, _mm512_maskz_expand_epi16(mask, stored));
+        } else {
+          _mm512_storeu_si512(out, _mm512_maskz_expand_epi32(mask, stored));
         }
       }
     }
@@ -271,8 +276,12 @@ void unpack_rows(const PackedWeight& w, T* dense, int64_t begin, int64_t end) {
 }
 
 void unpack(const PackedWeight& w, void* dense, int64_t begin, int64_t end) {
-  if (w.dtype == Dtype::kFloat32) return unpack_rows(w, static_cast<float*>(dense), begin, end);
-  unpack_rows(w, static_cast<uint16_t*>(dense), begin, end);
+  const bool is_bitmap = format_of(w) == PackedFormat::kBitmap, is_float32 = w.dtype == Dtype::kFloat32;
+  const auto rows = is_bitmap ? (is_float32 ? &unpack_rows<float, PackedFormat::kBitmap>
+                                            : &unpack_rows<uint16_t, PackedFormat::kBitmap>)
+                              : (is_float32 ? &unpack_rows<float, PackedFormat::kSparse24>
+                                            : &unpack_rows<uint16_t, PackedFormat::kSparse24>);
+  rows(w, dense, begin, end);
 }
 
 }  // namespace

@@ -33,6 +33,7 @@
 #pragma GCC target("avx512vbmi2,avx512vnni")
 #endif
 
+#include "expand_avx512.h"
 #include "quantized_impl.h"
 
 namespace wanda::cpu {
@@ -59,13 +60,6 @@ void by_form(const QuantizedWeight& w, F f) {
   };
   if (w.bits == 8) return with(std::integral_constant<int, 8>{});
   with(std::integral_constant<int, 4>{});
-}
-
-// Loads that the compiler does not join with the expansion: from memory it is microcode on Zen 4.
-inline __m512i loaded(const uint8_t* from) {
-  __m512i value = _mm512_loadu_si512(from);
-  asm("" : "+v"(value));
-  return value;
 }
 
 // VPDPBUSD. Around the intrinsic GCC 12 copies every sum to another register and back.
@@ -159,24 +153,6 @@ void round(const QuantizedWeight& w, const void* x, Dtype type, int64_t tokens,
 
 // ---- The weight.
 
-// 2:4: the masks of up to 512 columns.
-inline __m512i masks_of_24(__m512i codes) {
-  // Entry i: the columns of four that index 0 | index 1 << 2 keeps.
-  const __m512i low =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
-  const __m512i nibble = _mm512_set1_epi8(15), high = _mm512_slli_epi16(low, 4);
-  const __m512i first = _mm512_shuffle_epi8(low, _mm512_and_si512(codes, nibble));
-  const __m512i second = _mm512_shuffle_epi8(high, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
-  return _mm512_or_si512(first, second);
-}
-
-inline void decode_24(const uint8_t* codes, int64_t bytes, uint8_t* masks) {
-  for (int64_t i = 0; i < bytes; i += 64) {
-    const __mmask64 there = _bzhi_u64(~uint64_t{0}, bytes - i < 64 ? static_cast<uint32_t>(bytes - i) : 64);
-    _mm512_mask_storeu_epi8(masks + i, there, masks_of_24(_mm512_maskz_loadu_epi8(there, codes + i)));
-  }
-}
-
 // Sixteen lanes added up by halves.
 inline float tree_of(__m512 lanes) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
@@ -212,8 +188,7 @@ template <int bits, Form form>
 WANDA_STEP inline __m512i take(const uint8_t* masks, bool is_high, const uint8_t*& next) {
   __m512i stored;
   if constexpr (form == Form::kSparse24) {
-    stored = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)));
-    asm("" : "+v"(stored));
+    stored = loaded_half(next);
   } else {
     stored = loaded(next);
   }

@@ -7,23 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from torch.sparse import to_sparse_semi_structured
 
 from . import dispatch
 from .format import check_width, padded
 from .values import ValueType
-from .weight import PackedWeight, pack, product_dtype, rows_of, unpack
-
-# 11008 x 4096, time as a multiple of the dense product's, by the size of a band. Small bands lose in the product, whose
-# fixed costs come once a band and thread; large ones in page faults, since the allocator gives them back.
-#                                          1 MiB   2 MiB   4 MiB   8 MiB   16 MiB   48 MiB
-# Zen 4, bfloat16, 1 thread,   64 tokens    1.14    1.10    1.07    1.08     1.16
-# Zen 4, bfloat16, 2 threads,  64 tokens    1.30    1.18    1.13    1.10     1.11
-# Zen 4, bfloat16, 2 threads, 256 tokens                    1.07    1.07     1.08     1.55
-# Zen 3, float32,  1 thread,  256 tokens    1.22    1.10    1.05
-BAND_BYTES = 4 << 20  # of a thread
-MOST_BYTES = 16 << 20  # of all: the allocator keeps no larger ones
+from .weight import PackedWeight, pack, unpack
 
 # The operators without their wrappers: finding them is a tenth of a small layer's time.
 _PRODUCTS = {"bitmap": torch.ops.wanda.bitmap_linear.default, "2:4": torch.ops.wanda.sparse24_linear.default}
@@ -32,7 +22,7 @@ _QUANTIZED = torch.ops.wanda.quantized_linear.default
 
 class PackedLinear(PackedWeight):
     """``nn.Linear`` on a packed weight. One copy of the weight is resident; what it is unpacked into, on the CPU
-    a band of rows at a time (:func:`banded_linear`), is freed again.
+    a band of rows at a time, is freed again.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
@@ -173,11 +163,12 @@ class PackedLinear(PackedWeight):
     def _dense_product(self, x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu":  # a band would be too small a product
             return linear(x, unpack(packed, x.dtype, self.kind), bias)
-        if (
-            torch.compiler.is_compiling()
-        ):  # a graph would hold every band; so many tokens the operator unpacks by itself
+        # The operators unpack a band of rows at a time where they are given more tokens than kernels take.
+        tokens, most = x.numel() // self.columns, dispatch.direct_tokens(self.form, x.device)
+        if tokens > most:
             return self._call(x, packed, bias)
-        return banded_linear(x, packed, bias, kind=self.kind)
+        filled = pad(x.reshape(-1, self.columns), (0, 0, 0, most + 1 - tokens))
+        return self._call(filled, packed, bias)[:tokens].view(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._prefill = None
@@ -185,55 +176,3 @@ class PackedLinear(PackedWeight):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
-
-
-def rows_of_band(cols: int, element_size: int) -> int:
-    """Rows that fit ``BAND_BYTES`` for each thread, at least one."""
-    size = min(BAND_BYTES * torch.get_num_threads(), MOST_BYTES)
-    return max(1, size // (cols * element_size))
-
-
-def banded_linear(
-    x: Tensor, packed: tuple[Any, ...], bias: Tensor | None, band: int | None = None, kind: ValueType | None = None
-) -> Tensor:
-    """``linear(x, unpacked, bias)``, without gradients: a band of output rows at a time, so that the weight is never
-    unpacked as a whole.
-
-    A band's buffer is freed before the next one is made, so that the allocator gives the same memory out again: it
-    stays in the cache, and no page of new memory is paid for. The products go straight into the columns of the output.
-
-    Args:
-        x: [.., C_in], of the dtype of the packed values.
-        packed: as :meth:`PackedWeight.packed` gives it, of values of ``kind``.
-        bias: [C_out] or None.
-        band: output rows at a time, even of 4 bits [default: what fits 4 MiB a thread].
-
-    Returns:
-        [.., C_out]. To rounding: a BLAS may add in another order for another number of rows.
-
-    Raises:
-        TypeError: dtypes that differ.
-    """
-    if kind is None and x.dtype != packed[0].dtype:
-        raise TypeError(f"x must be {packed[0].dtype}, as the packed values are, got {x.dtype}")
-    if bias is not None and bias.dtype != x.dtype:
-        raise TypeError(f"bias must be {x.dtype}, as x is, got {bias.dtype}")
-    rows, cols = packed[1].shape[0], x.shape[-1]
-    dtype = product_dtype(x.dtype)
-    tokens = x.reshape(-1, cols).to(dtype)
-    y = x.new_empty((tokens.shape[0], rows))
-    band = band or -(-rows_of_band(cols, tokens.element_size()) // 2) * 2
-    own = dtype == x.dtype  # or products go through memory of their own
-    with torch.no_grad():
-        for first in range(0, rows, band):
-            last = min(first + band, rows)
-            weight = unpack(rows_of(packed, first, last, kind), x.dtype, kind).to(dtype)
-            out = y[:, first:last] if own else None
-            if bias is None:
-                product = torch.mm(tokens, weight.t(), out=out)
-            else:
-                product = torch.addmm(bias[first:last].to(dtype), tokens, weight.t(), out=out)
-            if not own:
-                y[:, first:last] = product
-            del weight, product  # before the next ones are made
-    return y.view(*x.shape[:-1], rows)

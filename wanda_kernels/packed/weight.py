@@ -186,20 +186,3 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     mkldnn = torch.ops.mkldnn
     has = mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
     return dtype if has else torch.float32
-
-
-def rows_of(packed: tuple[Any, ...], first: int, last: int, kind: ValueType | None = None) -> tuple[Any, ...]:
-    """Rows ``first`` to ``last`` of what is packed, for :func:`unpack`. Of 4 bits ``first`` is even."""
-    if kind is not None:
-        values, scales, codes, starts = packed
-        stored = slice(kind.rows(first), kind.rows(last))
-        if starts is None:
-            values = values[stored]
-        else:
-            starts = starts[stored.start : stored.stop + 1]
-        return values, scales[first:last], None if codes is None else codes[first:last], starts
-    if len(packed) == 3:
-        values, codes, starts = packed
-        return values, codes[first:last], starts[first : last + 1]
-    values, codes = packed
-    return values[first:last], codes[first:last]
