@@ -176,6 +176,21 @@ def test_sums_of_wide_rows_are_exact(backend, form, bits, cols):
     assert same_bits(got, reference.quantized_linear(x, *packed, None, bits))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_scale_there_is(backend, bits):
+    """Negative, denormal, too large for a product, NaN: a set may go another way for those that are usual."""
+    some = (*range(0, 0x400, 5), *range(0x400, 0x7A00, 97), *range(0x7A00, 0x8000, 5))
+    scales = torch.tensor([*some, *(bits - 0x8000 for bits in some)], dtype=torch.int16).view(torch.bfloat16)[:, None]
+    most = {8: 127, 4: 7}[bits]
+    levels = torch.tensor([-most - 1, -most, -3, -1, 0, 1, 2, most]).to(torch.int8).repeat(len(scales), 8)
+    kept = torch.rand(levels.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    packed = packed_of(levels, scales, "bitmap", bits, kept)
+    for dtype in DTYPES:
+        got = backends.implementation(backend, "unpack_quantized")(*packed, bits, dtype)
+        assert same_numbers(got, reference.unpack_quantized(*packed, bits, dtype))
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @settings(max_examples=60)
 @given(weight=weights(), data=st.data())

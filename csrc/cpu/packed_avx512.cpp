@@ -232,10 +232,10 @@ void product(const PackedWeight& w, const void* x, int64_t batch, float* sums, i
   });
 }
 
-// Values of 2:4 are loaded as many at a time as there are; those of a bitmap have padding behind them. A Zen 5,
-// bfloat16, one thread, from the cache, ns for 64 columns: bitmap 2.7, 2:4 3.4; with masked loads that the compiler
-// joined with the expansion, and masks byte by byte, 4.0 and 4.4. From memory, a bitmap of 8960 x 1536, two threads:
-// 0.5 ms and 1.8.
+// Values of 2:4 are loaded as many at a time as there are; those of a bitmap have padding behind them. A Zen
+// 5, bfloat16, one thread, from the cache, ns for 64 columns: bitmap 2.7, 2:4 3.4; with masked loads that the
+// compiler joined with the expansion, and masks byte by byte, 4.0 and 4.4. From memory, a bitmap of 8960 x
+// 1536, two threads: 0.5 ms and 1.8.
 template <class T, PackedFormat format>
 void unpack_rows(const PackedWeight& w, void* dense, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = 64 / sizeof(T);

@@ -1,6 +1,6 @@
 // Weights of 8 or 4 bits unpacked with AVX-512; included by quantized_avx512.cpp, whose take() it uses.
-// To bfloat16, one thread of a Zen 5, from the cache: 3.3 ns for 64 columns, where each value is rounded by plain
-// arithmetic 6.3.
+// To bfloat16, one thread of a Zen 5, from the cache: 3.3 ns for 64 columns, where each value is rounded by
+// plain arithmetic 6.3.
 #pragma once
 
 namespace wanda::cpu {
