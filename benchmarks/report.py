@@ -83,10 +83,10 @@ SECTIONS = {
     "gpu products": Section(("sparse",), tables.products, is_gpu=True),
 }
 
-# section -> the result file, and how it is drawn
+# section -> the result file, how it is drawn, and of how many devices, the newest first
 JSON = {
-    "demo": ("demo", tables.demo), "masks": ("masks", tables.masks), "all masks": ("masks", tables.all_masks),
-    "deploy": ("deploy", tables.deploy),
+    "demo": ("demo", tables.demo, 1), "masks": ("masks", tables.masks, 1), "all masks": ("masks", tables.all_masks, 1),
+    "deploy": ("deploy", tables.deploy, 1), "all deploy": ("deploy", tables.deploy, None),
 }  # fmt: skip
 
 # The README has what a user decides by.
@@ -95,6 +95,7 @@ PAGES = {
     MEASURED: (
         "demo",
         "all masks",
+        "all deploy",
         "prune",
         "generate",
         "products",
@@ -130,13 +131,14 @@ def _body(results: Path, section: Section) -> str:
     return f"{drawn}\n\n{tables.source(f'benchmarks/results/{device.folder.name}/{names}.csv', rows[-1])}"
 
 
-def _drawn_json(results: Path, name: str, draw: Callable[[dict[str, Any]], str]) -> str:
+def _drawn_json(results: Path, name: str, draw: Callable[[dict[str, Any]], str], count: int | None) -> str:
     found = [(json.loads(path.read_text()), path) for path in sorted(results.glob(f"*/{name}.json"))]
-    if not found:
-        return NOT_MEASURED
-    result, path = max(found, key=lambda pair: pair[0]["circumstances"]["date"])
-    about = {"device_type": "cpu", "driver": "", **result["circumstances"]}
-    return f"{draw(result)}\n\n{tables.source(f'benchmarks/results/{path.parent.name}/{name}.json', about)}"
+    found.sort(key=lambda pair: pair[0]["circumstances"]["date"], reverse=True)
+    parts = []
+    for result, path in found[:count]:
+        about = {"device_type": "cpu", "driver": "", **result["circumstances"]}
+        parts += [draw(result), tables.source(f"benchmarks/results/{path.parent.name}/{name}.json", about)]
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def render(page: Path, results: Path = RESULTS, text: str | None = None) -> str:
