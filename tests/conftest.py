@@ -47,15 +47,15 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The tests of the backend "cuda" are tests for a GPU; those are skipped where there is none. CUDA kernels on the
-    CPU are slow: to compile them takes half a minute."""
+    """The tests of the backend "cuda" are tests for a GPU; those are skipped where there is none. What runs a GPU's
+    kernels on the CPU is slow: to compile CUDA's takes half a minute."""
     skip = pytest.mark.skip(reason="torch sees no CUDA device")
     for item in items:
         callspec = getattr(item, "callspec", None)
         backend = None if callspec is None else callspec.params.get("backend")
         if backend == "cuda":
             item.add_marker(pytest.mark.gpu)
-        if backend == "cuda-simt" or item.path.stem.startswith("test_simt"):
+        if backend in ("cuda-simt", "triton-interpreter") or item.path.stem.startswith("test_simt"):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             item.add_marker(skip)

@@ -55,7 +55,9 @@ def finish(ranks) -> list[int | None]:
     return [process.exitcode for process in ranks]
 
 
-@pytest.mark.parametrize("options", RUNS, ids=str)
+@pytest.mark.parametrize(
+    "options", [RUNS[0], *(pytest.param(run, marks=pytest.mark.slow) for run in RUNS[1:])], ids=str
+)
 def test_the_same_for_any_number_of_processes(options, tmp_path):
     options = {"family": "llama", "dtype": "float32"} | options
     groups = {
