@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -343,3 +344,17 @@ def test_a_model_that_takes_images_keeps_what_prepares_them(family, work, tmp_pa
         assert code == 0, stderr
         assert {name: (tmp_path / out / name).read_text() for name in beside} == beside
         assert not (tmp_path / out / "video_preprocessor_config.json").exists()
+
+
+def test_a_log_hears_of_long_work(work, tmp_path, capsys, monkeypatch):
+    """Where stderr is no terminal there is no bar: a line now and then."""
+    from wanda_kernels.cli import display
+
+    options = ["compress", tmp_path / "pruned", "--values", "int4", "--calibrate", *calibrated(work)]
+    assert call(capsys, "prune", work / "model", "--out", tmp_path / "pruned", "--method", "magnitude")[0] == 0
+    _, _, stderr = call(capsys, *options, "--out", tmp_path / "quiet")
+    assert "choosing values" not in stderr
+    monkeypatch.setattr(display, "TOLD_S", 0.0)
+    code, _, stderr = call(capsys, *options, "--out", tmp_path / "told")
+    assert code == 0
+    assert re.search(r"^choosing values: [1-9]\d* of \d+$", stderr, re.MULTILINE)

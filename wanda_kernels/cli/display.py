@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.text import Text
 
@@ -20,6 +29,7 @@ from . import interrupt
 
 # Text comes from users, files and models: it is never markup, an emoji's name or something to colour.
 _PLAIN: dict[str, bool] = {"markup": False, "emoji": False, "highlight": False}
+TOLD_S = 30.0
 console = Console(stderr=True, **_PLAIN)  # type: ignore[arg-type]
 
 
@@ -40,6 +50,32 @@ def note(text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
+class _Told(Bar):
+    """Where stderr is no terminal a bar shows nothing: a line every ``TOLD_S`` seconds instead."""
+
+    _last = 0.0
+
+    def start(self) -> None:
+        self._last = time.monotonic()
+        super().start()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:  # type: ignore[override]
+        super().update(task_id, **changes)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        if self.console.is_terminal or time.monotonic() - self._last < TOLD_S:
+            return
+        self._last = time.monotonic()
+        task = next(task for task in self.tasks if task.id == task_id)
+        whole = "" if task.total is None else f" of {task.total:.0f}"
+        note(f"{task.description}: {task.completed:.0f}{whole}")
+
+
 @contextmanager
 def bar() -> Iterator[Bar]:
     columns = (
@@ -50,7 +86,7 @@ def bar() -> Iterator[Bar]:
         TextColumn("left", markup=False),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=console, transient=True) as shown:
+    with _Told(*columns, console=console, transient=True) as shown:
         yield shown
 
 
