@@ -63,7 +63,7 @@ class _Told(Bar):
         super().advance(task_id, advance)
         self._tell(task_id)
 
-    def update(self, task_id: TaskID, **changes: Any) -> None:  # type: ignore[override]
+    def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
         self._tell(task_id)
 
