@@ -234,3 +234,23 @@ def test_the_loop_of_the_page_runs(tmp_path, monkeypatch):
     exec(compile(block, str(PAGE), "exec"), names)
     prompt, tokens = names["prompt"], names["tokens"]
     assert torch.equal(tokens, tokens_of_generate(model, prompt, tokens.shape[1]))
+
+
+def test_a_compiled_step_is_called_as_a_graph_is_replayed(monkeypatch):
+    """Each on tensors of its own, though it is the same code; torch looks for no compiled code again."""
+
+    def step_of(x, factor):
+        def step():
+            x.mul_(factor)
+
+        return step
+
+    pairs = [(torch.ones(4), torch.full((4,), factor)) for factor in (2.0, 3.0)]
+    advances = [static.compiled(step_of(*pair), torch.device("cpu")) for pair in pairs]
+    for x, _ in pairs:
+        x.fill_(1)
+    torch.compiler.reset()
+    monkeypatch.setattr("torch._dynamo.convert_frame.compile_frame", lambda *_: pytest.fail("torch looked again"))
+    for number in (0, 1, 0):
+        advances[number]()
+    assert [x.tolist() for x, _ in pairs] == [[4.0] * 4, [3.0] * 4]

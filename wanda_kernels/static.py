@@ -166,12 +166,29 @@ def compiled(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     """``step`` as one compiled graph, after it ran twice. torch keeps what it compiled: a step of the same shapes is
     compiled in seconds, in another process, too.
 
+    The graph is called without torch's guards, as a CUDA graph is replayed: to look at every module of a model whether
+    it is still the same took 2 of the 28 ms of a token of Qwen2.5-Coder-1.5B in int4 (Zen 5).
+
     Raises:
         CaptureError: it cannot be compiled; torch finds no C++ compiler, for example.
     """
     import torch._dynamo  # takes a second
+    from torch._dynamo.backends.registry import lookup_backend
 
-    whole = torch.compile(step, fullgraph=True, dynamic=False, backend=COMPILER)
+    graphs: list[Callable[..., Any]] = []
+    calls: list[tuple[Any, ...]] = []
+
+    def told(graph: Any, inputs: Any) -> Callable[..., Any]:
+        made = lookup_backend(COMPILER)(graph, inputs)
+
+        def call(*given: Any) -> Any:
+            calls.append(given)
+            return made(*given)
+
+        graphs.append(made)
+        return call
+
+    whole = torch.compile(step, fullgraph=True, dynamic=False, backend=told)
     try:
         # The steps of all models and batches are one code, of which torch refuses the ninth graph.
         with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
@@ -181,7 +198,11 @@ def compiled(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().partition("\n\nSet TORCHDYNAMO_VERBOSE")[0]  # what follows is for torch's authors
         raise CaptureError(f"a decode step cannot be compiled on {device}: {reason}") from error
-    return whole
+    first, second = calls
+    if len(graphs) != 1 or len(first) != len(second) or any(a is not b for a, b in zip(first, second, strict=True)):
+        return whole  # what it reads and writes is not the same every time
+    graph = graphs[0]
+    return lambda: graph(*second)
 
 
 def first_difference(left: Tensor, right: Tensor) -> int | None:
