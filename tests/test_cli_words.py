@@ -238,6 +238,13 @@ def test_a_signal_while_python_imports_is_one_sentence(sent, code, delay, work, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_instruction_set_that_is_none_is_one_sentence():
+    running = start("info", env=os.environ | {"WANDA_KERNELS_ISA": "foo"})
+    stdout, stderr = running.communicate(timeout=60)
+    message = "WANDA_KERNELS_ISA: instruction set must be scalar, avx2 or avx512, got 'foo'"
+    assert (running.returncode, stdout, stderr) == (1, "", f"wanda-kernels: error: {message}\n")
+
+
 def test_other_commands_are_for_one_process(work, capsys, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -214,6 +214,16 @@ def test_another_width_is_refused_before_it_is_filled_up():
                 packed(torch.randn(2, width))
 
 
+def test_a_tied_embedding_that_stays_is_told():
+    for family, is_tied in (("llama tied", True), ("llama", False)):
+        model = tiny.model(family, hidden_size=128)
+        prune(model, method="magnitude")
+        report = compress(model, head="int8")
+        held = model.get_input_embeddings().weight.nbytes if is_tied else 0
+        assert report.embedding_bytes == held
+        assert ("the embedding keeps the weight that the output layer shared" in str(report)) == is_tied
+
+
 def test_a_head_that_would_not_shrink_stays():
     model = tiny.model(intermediate_size=128)
     prune(model, tiny.ids())

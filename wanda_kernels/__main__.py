@@ -18,7 +18,13 @@ def main() -> None:
     if "RANK" in os.environ:  # torch warns at length where another process has ended; what it means is said here
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
-    from .cli.app import main as run
+    try:
+        from .cli.app import main as run
+    except (ImportError, ValueError) as error:  # the kernels do not load, or not as the environment asks
+        if "--debug" in sys.argv:
+            raise
+        print(f"wanda-kernels: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -57,7 +57,10 @@ def _load_extension() -> tuple[ModuleType | None, str]:
             f"wanda_kernels._C is older than the package's Python files (it lacks {', '.join(missing)}); reinstall the "
             "package (pip install --no-build-isolation --force-reinstall --no-deps .)"
         )
-    return module, f"C++ kernels, {module.isa()}"
+    try:
+        return module, f"C++ kernels, {module.isa()}"
+    except ValueError as error:
+        raise ValueError(f"WANDA_KERNELS_ISA: {error}") from error
 
 
 extension, cpu_status = _load_extension()

@@ -31,6 +31,7 @@ class PackedReport:
         formats: layer -> its format, ``bitmap int8`` for instance, or ``dense`` where it stayed so.
         dense: layer that stayed dense -> why.
         dense_bytes, packed_bytes: of the weights of all those layers, before and after; ``weights``: how many.
+        embedding_bytes: of an embedding that shared the weight of an output layer that was packed: it stays.
     """
 
     formats: dict[str, str]
@@ -38,6 +39,7 @@ class PackedReport:
     dense_bytes: int
     packed_bytes: int
     weights: int = 0
+    embedding_bytes: int = 0
 
     def add(self, name: str, dense: Tensor, packed: PackedWeight | None, why: str | None = None) -> None:
         """A layer whose weight was ``dense``, on any device; ``packed``: what it is now, or None, and ``why``."""
@@ -60,7 +62,9 @@ class PackedReport:
         share = self.packed_bytes / max(self.dense_bytes, 1)
         sizes = f"{self.packed_bytes / 2**20:.1f} of {self.dense_bytes / 2**20:.1f} MiB ({share:.3f})"
         total = f"{layers}: {sizes}, {self.bits_per_weight:.2f} bits a weight"
-        return "\n".join([total, *(f"dense: {line}" for line in stayed_dense(self.dense))])
+        kept = f"{self.embedding_bytes / 2**20:.1f} MiB beside"
+        tied = [f"the embedding keeps the weight that the output layer shared: {kept}"] if self.embedding_bytes else []
+        return "\n".join([total, *tied, *(f"dense: {line}" for line in stayed_dense(self.dense))])
 
 
 def stayed_dense(reasons: dict[str, str]) -> list[str]:
@@ -223,6 +227,9 @@ def pack_head(model: nn.Module, name: str, packing: Packing, report: PackedRepor
         report.add(name, head.weight, None, "8 bits would not shrink it")
         return
     report.add(name, head.weight, layer)
+    config: Any = model.config
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        report.embedding_bytes = head.weight.nbytes
     model.set_submodule(name, layer)
     _untie(model, name)
 
