@@ -21,8 +21,6 @@ def main() -> None:
     try:
         from .cli.app import main as run
     except (ImportError, ValueError) as error:  # the kernels do not load, or not as the environment asks
-        if "--debug" in sys.argv:
-            raise
         print(f"wanda-kernels: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(1)
 
