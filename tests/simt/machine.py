@@ -16,6 +16,7 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+SOURCES = (".h", ".cpp", ".cuh", ".cu")
 MARGIN = 64  # bytes on both sides of a buffer that no kernel may touch
 ORDERS = ("forward", "reverse", "random", "warp")
 KINDS = ("barrier", "mask", "copy wait")
@@ -47,7 +48,7 @@ def load() -> ctypes.CDLL:
 
 
 def _digest() -> str:
-    files = [file for folder in (HERE, ROOT / "csrc") for file in sorted(folder.rglob("*.[hc]*"))]
+    files = [file for folder in (HERE, ROOT / "csrc") for file in sorted(folder.rglob("*")) if file.suffix in SOURCES]
     made_of = [subprocess.run([str(compiler()), "--version"], capture_output=True, check=True).stdout]
     for file in (Path(__file__), *files):
         made_of += [file.name.encode(), file.read_bytes()]
