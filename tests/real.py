@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 
@@ -25,11 +24,3 @@ def loaded():
     them, copy the model before they change it, and the last lets it go."""
     model, tokenizer = smollm2.load()
     return model, tokenizer, *smollm2.calibration_and_evaluation(tokenizer)
-
-
-def first_blocks(model, count: int):
-    """A copy that is cut down, with its real weights: the whole model's forward passes take minutes."""
-    model = copy.deepcopy(model)
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = count
-    return model

@@ -25,6 +25,11 @@ def loaded():
     return real.loaded()
 
 
+@pytest.fixture(scope="module")
+def dense_perplexity(loaded) -> float:
+    return perplexity(loaded[0], loaded[3][:2], 512, 2)
+
+
 def test_text_halves_share_no_paragraph(loaded):
     first, second = ({" ".join(p.split()) for p in half.split("\n\n")} - {""} for half in texts.help_halves())
     assert len(first) > 500
@@ -32,32 +37,25 @@ def test_text_halves_share_no_paragraph(loaded):
     assert loaded[2].shape == loaded[3].shape == (16, 512)
 
 
-def test_masks_of_the_official_loop(loaded):
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_masks_of_the_official_loop(loaded, dense_perplexity, pattern):
     dense, _, calibration, evaluation = loaded
     calibration = calibration[:2]
     ours, official = copy.deepcopy(dense), copy.deepcopy(dense)
-    report = prune(ours, calibration)
-    OfficialRun(stable=True).prune(official, calibration, 0.5, None)
+    report = prune(ours, calibration, pattern=pattern)
+    OfficialRun(stable=True).prune(official, calibration, 0.5, (2, 4) if pattern else None)
     assert sum(layer.numel for layer in report.layers) == 106_168_320
     assert differing_bits(ours, official) <= 20
 
     magnitude = copy.deepcopy(dense)
-    prune(magnitude, method="magnitude")
-    values = [perplexity(model, evaluation[:2], 512, 2) for model in (dense, ours, magnitude)]
+    prune(magnitude, method="magnitude", pattern=pattern)
+    values = [dense_perplexity, *(perplexity(model, evaluation[:2], 512, 2) for model in (ours, magnitude))]
     assert values == sorted(values), values
 
 
-def test_masks_of_2_4_of_the_official_loop(loaded):
-    ours, calibration = real.first_blocks(loaded[0], 8), loaded[2][:4]
-    official = copy.deepcopy(ours)
-    prune(ours, calibration, pattern="2:4")
-    OfficialRun(stable=True).prune(official, calibration, 0.5, (2, 4))
-    assert differing_bits(ours, official) <= 20
-
-
 def test_bfloat16_masks_overlap(loaded):
-    calibration = loaded[2]
-    ours = real.first_blocks(loaded[0], 8).bfloat16()
+    dense, _, calibration, _ = loaded
+    ours = copy.deepcopy(dense).bfloat16()
     official = copy.deepcopy(ours)
     prune(ours, calibration[:2])
     OfficialRun().prune(official, calibration[:2], 0.5, None)
