@@ -254,3 +254,14 @@ def test_a_compiled_step_is_called_as_a_graph_is_replayed(monkeypatch):
     for number in (0, 1, 0):
         advances[number]()
     assert [x.tolist() for x, _ in pairs] == [[4.0] * 4, [3.0] * 4]
+
+
+def test_a_step_that_reads_other_tensors_for_every_token_is_refused():
+    """Its graph would go on reading those of the first."""
+    held = [torch.zeros(4)]
+
+    def step():
+        held[0] = held[0] + 1
+
+    with pytest.raises(static.CaptureError, match="it reads other tensors for every token"):
+        static.compiled(step, torch.device("cpu"))

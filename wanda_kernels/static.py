@@ -175,20 +175,18 @@ def compiled(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     import torch._dynamo  # takes a second
     from torch._dynamo.backends.registry import lookup_backend
 
-    graphs: list[Callable[..., Any]] = []
-    calls: list[tuple[Any, ...]] = []
+    calls: list[tuple[Callable[..., Any], tuple[Tensor, ...]]] = []  # a graph, and what it reads and writes
 
-    def told(graph: Any, inputs: Any) -> Callable[..., Any]:
+    def remembering(graph: Any, inputs: Any) -> Callable[..., Any]:
         made = lookup_backend(COMPILER)(graph, inputs)
 
-        def call(*given: Any) -> Any:
-            calls.append(given)
+        def call(*given: Tensor) -> Any:
+            calls.append((made, given))
             return made(*given)
 
-        graphs.append(made)
         return call
 
-    whole = torch.compile(step, fullgraph=True, dynamic=False, backend=told)
+    whole = torch.compile(step, fullgraph=True, dynamic=False, backend=remembering)
     try:
         # The steps of all models and batches are one code, of which torch refuses the ninth graph.
         with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
@@ -198,10 +196,9 @@ def compiled(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().partition("\n\nSet TORCHDYNAMO_VERBOSE")[0]  # what follows is for torch's authors
         raise CaptureError(f"a decode step cannot be compiled on {device}: {reason}") from error
-    first, second = calls
-    if len(graphs) != 1 or len(first) != len(second) or any(a is not b for a, b in zip(first, second, strict=True)):
-        return whole  # what it reads and writes is not the same every time
-    graph = graphs[0]
+    (graph, first), (_, second) = calls
+    if any(before is not after for before, after in zip(first, second, strict=True)):
+        raise CaptureError(f"a decode step cannot be compiled on {device}: it reads other tensors for every token")
     return lambda: graph(*second)
 
 
