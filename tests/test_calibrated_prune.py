@@ -14,7 +14,7 @@ from test_refine_prune import weights
 
 from wanda_kernels import compress, decompress, prune
 from wanda_kernels.models import load_model
-from wanda_kernels.packed.model import packed_layers
+from wanda_kernels.packed.model import Packing, packed_layers
 from wanda_kernels.packed.values import ValueType, quantize, quantized_before
 from wanda_kernels.pruning.blocks import find_blocks
 from wanda_kernels.streaming import stream_prune
@@ -146,6 +146,15 @@ def packed_values(folder):
     return {n: t for n, t in load_file(folder / "model.safetensors").items() if n.endswith((".weight", "scales"))}
 
 
+def test_a_format_that_some_weights_do_not_fit_takes_no_chosen_values(tmp_path):
+    """They would be rounded, and stay dense; said before the work."""
+    saved.save_model(tmp_path / "model")
+    how = {"sparsity": 0.5, "values": "int4", "packing": Packing("2:4", "int4")}
+    with pytest.raises(ValueError, match="format must be auto or bitmap where values are chosen, got 2:4"):
+        stream_prune(tmp_path / "model", tmp_path / "out", tiny.ids(), **how)
+    assert not (tmp_path / "out").exists()
+
+
 def test_on_the_command_line(tmp_path, capsys):
     saved.save_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text(saved.text(4000))
@@ -179,7 +188,10 @@ def test_on_the_command_line(tmp_path, capsys):
         (["prune", tmp_path / "model", "--calibrate"], "--calibrate needs --values int4"),
         (["compress", tmp_path / "pruned", "--calibrate"], "--calibrate needs --values int4"),
         ([*compressed, *data], "options of the calibration data need --calibrate"),
-        ([*compressed, *data, "--calibrate", "--format", "2:4"], "--calibrate needs --format auto or bitmap, got 2:4"),
+        (
+            [*compressed, *data, "--calibrate", "--format", "2:4"],
+            "--format must be auto or bitmap",
+        ),
     ):
         code, _, error = call(capsys, *wrong, "--out", tmp_path / "other")
         assert code == 2

@@ -39,7 +39,9 @@ Values = Annotated[
 GroupSize = Annotated[
     int | None,
     typer.Option(
-        "--group-size", metavar="32|64|128|0", help="Columns for a scale; 0: a row. \\[default: 0, int4: 128]"
+        "--group-size",
+        metavar="32|64|128|0",
+        help="Columns for a scale; 0 (int8 alone): a row. \\[default: 0, int4 128]",
     ),
 ]
 Head = Annotated[str, typer.Option("--head", metavar="float|int8", help="The output layer, too, as int8.")]
@@ -87,11 +89,10 @@ def compress_command(
         of_calibration = (calibration, samples, length, pack, column, split, seed, batch_size)
         if not calibrate and of_calibration != (None, None, None, False, "text", "train", 0, None):
             raise ValueError("options of the calibration data need --calibrate")
-        if calibrate and format == "2:4":  # a weight that is not 2:4 would be rounded, and then stay dense
-            raise ValueError("--calibrate needs --format auto or bitmap, got 2:4 (auto takes 2:4 where a weight is)")
         check_sources(sources, samples)
         spec = spec_of_values(calibrate, values, group_size, batch_size=batch_size, sparsity=0)
         packing = Packing(format, values, group_size, head)
+        packing.check_chosen(spec.values)
         check_streamed(model, stream, resume)
     if stream:
         check_unfinished(out, resume, overwrite, model)

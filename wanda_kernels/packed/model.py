@@ -102,6 +102,14 @@ class Packing:
             raise ValueError(f"head must be float or int8, got '{self.head}'")
         _ = self.kind
 
+    def check_chosen(self, chosen: ValueType | None) -> None:
+        """Raises ValueError where values that a run chooses (``prune(values=)``) may then not be packed: it rounds what
+        any format fits."""
+        if chosen is not None and self.format == "2:4":
+            raise ValueError(
+                "format must be auto or bitmap where values are chosen, got 2:4 (auto takes it where it fits)"
+            )
+
     @property
     def kind(self) -> ValueType | None:
         return ValueType.parse(self.values, self.group_size)
@@ -138,7 +146,7 @@ def compress(
     """
     packing = Packing(format, values, group_size, head)
     if packed_layers(model):
-        raise ValueError("the model is packed already")
+        raise ValueError("the model is packed already: decompress it first")
     model = unwrapped(model)
     report = PackedReport({}, {}, 0, 0)
     matrices = matrices_of(find_blocks(model))

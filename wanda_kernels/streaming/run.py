@@ -87,6 +87,8 @@ def stream_prune(
     """
     model, out = Path(model).expanduser(), Path(out)
     spec = PruneSpec.of(spec, arguments)
+    if packing is not None:
+        packing.check_chosen(spec.values)
     alone = processes is None or processes.size == 1
     if resume and not alone:
         raise ValueError("resuming is for one process: several keep no state")
