@@ -354,7 +354,7 @@ def test_a_log_hears_of_long_work(work, tmp_path, capsys, monkeypatch):
     assert call(capsys, "prune", work / "model", "--out", tmp_path / "pruned", "--method", "magnitude")[0] == 0
     _, _, stderr = call(capsys, *options, "--out", tmp_path / "quiet")
     assert "choosing values" not in stderr
-    monkeypatch.setattr(display, "TOLD_S", 0.0)
+    monkeypatch.setattr(display, "LOG_EVERY_S", 0.0)
     code, _, stderr = call(capsys, *options, "--out", tmp_path / "told")
     assert code == 0
     assert re.search(r"^choosing values: [1-9]\d* of \d+$", stderr, re.MULTILINE)

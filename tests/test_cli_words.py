@@ -238,10 +238,16 @@ def test_a_signal_while_python_imports_is_one_sentence(sent, code, delay, work, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_instruction_set_that_is_none_is_one_sentence():
-    running = start("info", env=os.environ | {"WANDA_KERNELS_ISA": "foo"})
+OF_THE_ENVIRONMENT = {
+    "WANDA_KERNELS_ISA": "WANDA_KERNELS_ISA: instruction set must be scalar, avx2 or avx512, got 'foo'",
+    "WANDA_KERNELS_REFERENCE": "WANDA_KERNELS_REFERENCE must be 0 or 1, got 'foo'",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), OF_THE_ENVIRONMENT.items())
+def test_what_the_environment_cannot_mean_is_one_sentence(name, message):
+    running = start("info", env=os.environ | {name: "foo"})
     stdout, stderr = running.communicate(timeout=60)
-    message = "WANDA_KERNELS_ISA: instruction set must be scalar, avx2 or avx512, got 'foo'"
     assert (running.returncode, stdout, stderr) == (1, "", f"wanda-kernels: error: {message}\n")
 
 

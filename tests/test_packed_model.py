@@ -190,6 +190,7 @@ def test_damaged_checkpoints_are_refused(tmp_path, name, damage, message):
     ("change", "message"),
     [
         ({"version": 2}, "packed in version 2, this wanda_kernels knows 1"),
+        ({"version": "1"}, "packed in version '1', this wanda_kernels knows 1"),
         (
             {"layers": {"model.layers.9.mlp.up_proj": {"format": "2:4"}}},
             "names model.layers.9.mlp.up_proj, which is no",

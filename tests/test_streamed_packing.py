@@ -372,9 +372,8 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
 def test_refusals(options, message, tmp_path, capsys):
     saved.save_model(tmp_path / "model")
-    code, _, error = call(
-        capsys, "prune", tmp_path / "model", "--method", "magnitude", *options, "--out", tmp_path / "out"
-    )
+    words = ["prune", tmp_path / "model", "--method", "magnitude", *options, "--out", tmp_path / "out"]
+    code, _, error = call(capsys, *words)
     assert code == 2
     assert message in error
 

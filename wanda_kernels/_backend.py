@@ -36,7 +36,10 @@ def fake(op: str, check: Callable[..., object], empty: Callable[..., Any] = lamb
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     """The compiled module and why it is on or off."""
-    if os.environ.get(_REFERENCE_ONLY) == "1":
+    wanted = os.environ.get(_REFERENCE_ONLY, "")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"{_REFERENCE_ONLY} must be 0 or 1, got '{wanted}'")
+    if wanted == "1":
         return None, f"{_REFERENCE_ONLY}=1 is set"
     if importlib.util.find_spec("wanda_kernels._C") is None:
         return None, (
@@ -95,6 +98,8 @@ def _describe_cuda() -> str:
             f"CUDA kernels, built with CUDA {_built_cuda}; fused statistics by {triton}; Gram matrices, "
             "updates of weights and levels, and products of dense layers by PyTorch's"
         )
+    elif os.environ.get(_REFERENCE_ONLY) == "1":
+        status = f"the PyTorch reference: {_REFERENCE_ONLY}=1 is set"
     else:
         status = (
             "this build has no CUDA kernels (`make CUDA=1 install` in a checkout builds them, with the package index's "

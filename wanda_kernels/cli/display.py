@@ -29,7 +29,7 @@ from . import interrupt
 
 # Text comes from users, files and models: it is never markup, an emoji's name or something to colour.
 _PLAIN: dict[str, bool] = {"markup": False, "emoji": False, "highlight": False}
-TOLD_S = 30.0
+LOG_EVERY_S = 30.0
 console = Console(stderr=True, **_PLAIN)  # type: ignore[arg-type]
 
 
@@ -50,8 +50,8 @@ def note(text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
-class _Told(Bar):
-    """Where stderr is no terminal a bar shows nothing: a line every ``TOLD_S`` seconds instead."""
+class LoggedBar(Bar):
+    """Where stderr is no terminal a bar shows nothing: a line every ``LOG_EVERY_S`` seconds instead."""
 
     _last = 0.0
 
@@ -61,14 +61,14 @@ class _Told(Bar):
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
-        self._tell(task_id)
+        self._log(task_id)
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
-        self._tell(task_id)
+        self._log(task_id)
 
-    def _tell(self, task_id: TaskID) -> None:
-        if self.console.is_terminal or time.monotonic() - self._last < TOLD_S:
+    def _log(self, task_id: TaskID) -> None:
+        if self.console.is_terminal or time.monotonic() - self._last < LOG_EVERY_S:
             return
         self._last = time.monotonic()
         task = next(task for task in self.tasks if task.id == task_id)
@@ -86,7 +86,7 @@ def bar() -> Iterator[Bar]:
         TextColumn("left", markup=False),
         TimeRemainingColumn(),
     )
-    with _Told(*columns, console=console, transient=True) as shown:
+    with LoggedBar(*columns, console=console, transient=True) as shown:
         yield shown
 
 

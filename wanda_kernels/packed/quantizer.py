@@ -41,7 +41,7 @@ class WandaPackedConfig(QuantizationConfigMixin):
         self.layers = layers
         if type(version) is not int or version != VERSION:
             raise ValueError(
-                f"quantization_config: packed in version {str(version)[:99]}, this wanda_kernels knows {VERSION}"
+                f"quantization_config: packed in version {version!r:.99}, this wanda_kernels knows {VERSION}"
             )
         if not isinstance(layers, dict) or not layers:
             raise ValueError("quantization_config: its layers must be an object of layers and their formats")
