@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -373,3 +375,51 @@ def test_instruction_set_can_be_forced():
 def test_what_the_tests_on_a_gpu_give_an_operator(name):
     """Here, on the CPU: a new operator is not forgotten there, and what they allow is enough."""
     test_gpu.check(name, test_gpu.call(name, test_gpu.arguments(name)))
+
+
+UNDER_AUTOCAST = """
+import torch
+from wanda_kernels import ops
+
+torch.manual_seed(0)
+weight, x = torch.randn(300, 96), torch.randn(200, 96)
+gram, mask = x.T @ x, torch.rand(300, 96) < 0.5
+levels, scales = ops.quantize(weight, 4, 32)
+
+
+def solved():
+    found = weight.clone()
+    ops.solve_rows_(found, mask, gram, weight)
+    return found
+
+
+def chosen():
+    found = levels.clone()
+    ops.calibrate_levels_(found, weight, scales, gram, 4)
+    return found
+
+
+def summed():
+    found = torch.zeros(96, 96)
+    ops.add_gram_(found, x)
+    return found
+
+
+for compute in (solved, chosen, summed, lambda: ops.dense_linear(x, weight), lambda: ops.dense_linear(x[:3], weight)):
+    expected = compute()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found = compute()
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("variables", [{}, {"WANDA_KERNELS_REFERENCE": "1"}], ids=["kernels", "reference"])
+def test_autocast_changes_nothing_inside(variables):
+    """In a process of its own: which kernels serve is found out once."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_AUTOCAST], capture_output=True, text=True, env=os.environ | variables
+    )
+    assert done.stdout == "equal\n", done.stderr

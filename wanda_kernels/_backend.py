@@ -120,6 +120,18 @@ def in_triton(name: str) -> Callable[..., Any]:
     return call
 
 
+def without_autocast(operator: Any, key: str) -> Callable[..., Any]:
+    """``operator`` as it computes outside of autocast, which would turn the products inside of it to other types: on
+    one of its threads alone."""
+    autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operator(*args, **kwargs)
+
+    return call
+
+
 cuda_status = _describe_cuda()
 
 # Kept for the life of the process: a Library that is collected takes its registrations with it.
@@ -130,3 +142,5 @@ for _name, _schema in schemas().items():
         _library.impl(_name, getattr(reference, _name), "CPU")
     if cuda_kernels(_name) != "cuda":
         _library.impl(_name, in_triton(_name) if cuda_kernels(_name) == "triton" else getattr(reference, _name), "CUDA")
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(_name, without_autocast(getattr(getattr(torch.ops, NAMESPACE), _name).default, _key), _key)

@@ -8,7 +8,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <bit>
@@ -48,10 +47,8 @@ inline at::ScalarType product_type(at::ScalarType type) {
 template <class Unpack>
 void multiply_in_bands(int64_t rows, int64_t unit, const at::Tensor& x, const OptionalTensor& bias,
                        const at::Tensor& y, Unpack unpack) {
-  // What is multiplied here is this operator's own: autocast would turn it back, and a graph of gradients
-  // would keep a band that the next one overwrites.
+  // A graph of gradients would keep a band that the next one overwrites.
   const at::AutoDispatchBelowAutograd no_gradients;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t cols = x.size(1);
   const at::ScalarType type = product_type(x.scalar_type());
   const at::Tensor columns = x.to(type), added = bias ? bias->to(type) : at::Tensor();
